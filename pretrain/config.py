@@ -1,0 +1,88 @@
+"""The configuration of a pre-training run. The defaults are the ImageNet-1K recipe at 200 epochs (paper, 4.1)."""
+
+import yaml
+from fvcore.common.config import CfgNode as CN
+
+METHODS = ("rsa", "byol", "byol_aw")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Keys that change how fast or where a run goes, not what it computes: they may differ when it is resumed.
+FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD")
+
+
+class InputError(ValueError):
+    """Something the user can mend: one line that names the file or key and the fix."""
+
+
+def get_cfg():
+    cfg = CN()
+    cfg.METHOD = "rsa"  # one of METHODS
+    cfg.SEED = 0
+    cfg.OUTPUT_DIR = "output/pretrain"
+    cfg.LOG_PERIOD = 10  # steps between two rows of metrics.jsonl
+
+    cfg.DATA = CN()
+    cfg.DATA.PATH = "datasets/imagenet/train"  # folder of images; first-level folders are the classes, if any
+    cfg.DATA.VAL = ""  # labelled folder for kNN top-1; "" looks for val/ or test/ beside PATH
+    cfg.DATA.IMAGE_SIZE = 224
+    cfg.DATA.EVAL_RESIZE = 256  # short side before the centre crop of evaluation
+    cfg.DATA.MEAN = IMAGENET_MEAN
+    cfg.DATA.STD = IMAGENET_STD
+    cfg.DATA.NUM_WORKERS = -1  # per process; -1: from the number of cores
+
+    cfg.MODEL = CN()
+    cfg.MODEL.BACKBONE = "resnet50"  # a timm ResNet
+    cfg.MODEL.SMALL_STEM = False  # 3x3 stride-1 stem without max-pool, for images of 32 or 64 pixels
+    cfg.MODEL.HIDDEN_DIM = 4096  # projector and predictor
+    cfg.MODEL.OUT_DIM = 256
+    cfg.MODEL.SYNC_BN = True  # with more than one GPU
+    cfg.MODEL.BETA = 0.4  # beta_base, weight of the aggressive-aggressive part
+    cfg.MODEL.TAU = 0.99  # tau_base of the target's EMA
+
+    cfg.SOLVER = CN()
+    cfg.SOLVER.OPTIMIZER = "lars"  # lars or sgd
+    cfg.SOLVER.BASE_LR = 0.6  # for a batch of 256; scaled linearly
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.WEIGHT_DECAY = 1e-6
+    cfg.SOLVER.TRUST_COEFFICIENT = 0.001
+    cfg.SOLVER.BATCH_SIZE = 2048  # global
+    cfg.SOLVER.EPOCHS = 200
+    cfg.SOLVER.WARMUP_EPOCHS = 10
+    cfg.SOLVER.AMP = "fp16"  # fp16, bf16 or off; on CPU fp16 becomes bf16
+
+    cfg.CHECKPOINT = CN()
+    cfg.CHECKPOINT.PERIOD = 1  # epochs between two writes of checkpoint_last.pth
+    cfg.CHECKPOINT.KEEP_PERIOD = 50  # epochs between two checkpoint_<step>.pth; 0: none
+
+    cfg.KNN = CN()
+    cfg.KNN.PERIOD = 10  # epochs between two kNN evaluations; always before the first step and at the end
+    cfg.KNN.BANK = 100_000  # training images in the bank at most, evenly spaced
+    return cfg
+
+
+def check(cfg):
+    """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
+    for key, value, choices in (("METHOD", cfg.METHOD, METHODS), ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
+                                ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off"))):
+        if value not in choices:
+            raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
+    for key in ("BATCH_SIZE", "EPOCHS"):
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
+    if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS:
+        raise InputError(f"the warm-up of {cfg.SOLVER.WARMUP_EPOCHS} epochs leaves nothing of {cfg.SOLVER.EPOCHS}: "
+                         "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer")
+
+
+def differences(saved_yaml, cfg):
+    """Keys on which a saved configuration (YAML text) and ``cfg`` disagree, as ``KEY: saved -> now``."""
+    saved, now = _flatten(yaml.safe_load(saved_yaml)), _flatten(yaml.safe_load(cfg.dump()))
+    return [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in sorted({*saved, *now})
+            if key not in FREE_KEYS and saved.get(key) != now.get(key)]
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,126 @@
+"""Images from a folder, and global batches as a pure function of (seed, step).
+
+The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a sample are drawn from
+(seed, epoch, index). So a run can stop anywhere and go on bit for bit, and neither the number of workers nor that of
+ranks changes which pixels are seen.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from pretrain import distributed
+from pretrain.augment import draw_params, weak_view
+from pretrain.config import InputError
+
+
+class ImageFolder:
+    """All images below ``root``, in the order of their paths.
+
+    ``labels`` int64 [N]: the index in ``classes`` of the first-level folder that holds the image, -1 for an image
+    that lies in ``root`` itself. Paths are kept as one array of bytes: a list of a million strings would be copied
+    into every worker as soon as their reference counts are touched.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"no image folder {root}: give one with --data PATH, or try tools/quickstart.py, "
+                             "which makes its own images")
+        names = sorted(os.path.relpath(os.path.join(folder, name), root)
+                       for folder, _, files in os.walk(root, followlinks=True) for name in files
+                       if name.lower().endswith(IMG_EXTENSIONS))
+        if not names:
+            raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
+        folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+        self.classes = sorted({folder for folder in folders if folder})
+        index = {folder: i for i, folder in enumerate(self.classes)}
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.array([index.get(folder, -1) for folder in folders])
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, index):
+        """Image ``index`` as uint8 RGB [3, H, W]."""
+        return read_image(self.root / os.fsdecode(self.names[index]))
+
+
+def read_image(path):
+    """Any image file -> uint8 RGB [3, H, W]; raises InputError naming the file when it cannot be decoded."""
+    try:
+        return decode_image(read_file(str(path)), ImageReadMode.RGB)
+    except RuntimeError:
+        pass  # a format that torchvision does not decode; PIL knows more of them, slower
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be decoded as an image ({error}): remove or replace it") from None
+
+
+class MultiStageViews(Dataset):
+    """(epoch, index) -> ``views`` uint8 [2, 3, S, S], the two weak views, and ``params`` float32 [2, P] for their
+    aggressive stage."""
+
+    def __init__(self, images, size, seed):
+        self.images, self.size, self.seed = images, size, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image = self.images.read(index)
+        return {"views": torch.stack([weak_view(image, rng, self.size) for _ in range(2)]),
+                "params": torch.stack([draw_params(rng) for _ in range(2)]),
+                "index": index}
+
+
+class StepBatches(Sampler):
+    """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index).
+
+    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches.
+    """
+
+    def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1):
+        if batch_size % world_size:
+            raise InputError(f"a global batch of {batch_size} does not divide among {world_size} processes: "
+                             f"use {batch_size - batch_size % world_size or world_size}")
+        if num_images < batch_size:
+            raise InputError(f"the data set has {num_images} images, fewer than the global batch of {batch_size}: "
+                             "lower it with --batch-size")
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.total = start, total
+        local = batch_size // world_size
+        self.part = slice(rank * local, (rank + 1) * local)
+
+    def __len__(self):
+        return self.total - self.start
+
+    def __iter__(self):
+        steps_per_epoch = self.num_images // self.batch_size
+        epoch, order = None, None
+        for step in range(self.start, self.total):
+            if epoch != step // steps_per_epoch:
+                epoch = step // steps_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            first = step % steps_per_epoch * self.batch_size
+            yield [(epoch, int(index)) for index in order[first:first + self.batch_size][self.part]]
+
+
+def build_loader(dataset, batches, num_workers):
+    """DataLoader over a map-style ``dataset`` that yields ``batches`` (lists of keys) collated into tensors."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=resolve_workers(num_workers),
+                      pin_memory=torch.cuda.is_available())
+
+
+def resolve_workers(num_workers):
+    """-1: this process's share of the cores, 16 at most."""
+    if num_workers >= 0:
+        return num_workers
+    return min(16, max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))

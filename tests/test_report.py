@@ -1,0 +1,234 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle
+
+from transfer import pictures, report
+from transfer.config import InputError, dataset_name, torchvision_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def aps(box, mask=None):
+    return {"bbox": dict.fromkeys(report.AP_KEYS, box), "segm": dict.fromkeys(report.AP_KEYS, mask)}
+
+
+def make_dataset(folder):
+    """Two gray 160 x 120 images with one ellipse each -> (annotation file, image folder, COCO annotations)."""
+    images, annotations = [], []
+    (folder / "images").mkdir(parents=True)
+    for i in (1, 2):
+        Image.new("RGB", (160, 120), (128, 128, 128)).save(folder / "images" / f"{i}.png")
+        ellipse = Image.new("L", (160, 120))
+        ImageDraw.Draw(ellipse).ellipse((40, 30, 120, 90), fill=1)
+        encoded = rle.encode(np.asfortranarray(np.array(ellipse)))
+        images.append({"id": i, "file_name": f"{i}.png", "width": 160, "height": 120})
+        annotations.append({"id": i, "image_id": i, "category_id": 7, "bbox": [40, 30, 80, 60], "area": 3770,
+                            "iscrowd": 0, "segmentation": {**encoded, "counts": encoded["counts"].decode()}})
+    (folder / "ann.json").write_text(json.dumps(
+        {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "ellipse"}]}))
+    return folder / "ann.json", folder / "images", annotations
+
+
+def make_run(folder, ap, dataset="coco_2017_val", detections=None, weights=None):
+    cfg = torchvision_defaults()
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.DATASETS.TEST = (dataset,)
+    report.write_results(cfg, "torchvision", ap, weights, 12.5)
+    (folder / "metrics.json").write_text("".join(
+        json.dumps({"iteration": i, "total_loss": 2 - i / 100}) + "\n" for i in range(0, 100, 20))
+        + json.dumps({"iteration": 100, "bbox/AP": 33.0}) + "\n")
+    if detections is not None:
+        (folder / "inference").mkdir()
+        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
+    return folder
+
+
+def run_tool(*arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / "tools" / "report.py", *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+
+
+def test_results_round_trip_as_valid_json(tmp_path):
+    ap = {"bbox": {"AP": float("nan"), "AP50": np.float32(61.5)}}
+    weights = {"method": "rsa", "step": 500}
+    make_run(tmp_path / "run", ap, weights=weights)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    stored = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)
+    loaded = report.load_results(tmp_path / "run")
+    assert loaded == stored
+    assert loaded["ap"]["bbox"] == dict.fromkeys(report.AP_KEYS, None) | {"AP50": 61.5}
+    assert loaded["ap"]["segm"] == dict.fromkeys(report.AP_KEYS, None)
+    assert (loaded["engine"], loaded["max_iter"], loaded["seed"], loaded["seconds"]) == ("torchvision", 40000, -1, 12.5)
+    assert loaded["weights"] == weights and report.weights_label(loaded) == "rsa, step 500"
+    assert {"python", "torch", "torchvision", "detectron2"} == set(loaded["versions"])
+    assert "IMS_PER_BATCH: 16" in loaded["config"]
+    assert [p.name for p in (tmp_path / "run").glob("*.tmp")] == []
+
+
+def test_weights_label():
+    assert report.weights_label({"weights": None}) == "random"
+    assert report.weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"ap": {"bbox": {}}}'])
+def test_bad_results_are_one_line_that_names_the_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError) as error:
+        report.load_results(tmp_path)
+    message = str(error.value)
+    assert str(tmp_path / "results.json") in message and "tools/train_net.py" in message and "\n" not in message
+
+
+def test_table_mean_std_missing_cells_and_paper_rows(tmp_path):
+    boxes = [40.2, 41.1, 39.5]
+    runs = {"rsa": [{"ap": aps(x, x - 4)} for x in boxes], "one": {"ap": aps(30.04)},
+            "gap": [{"ap": aps(1.0)}, {"ap": aps(None)}]}
+    rows = report.ap_table(runs, paper=True)
+    mean, std = rows[0]["box AP75"]
+    np.testing.assert_allclose((mean, std), (np.mean(boxes), np.std(boxes, ddof=1)))
+    cells = report.table_cells(rows)
+    assert cells[0] == ["", "box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75"]
+    assert cells[1] == ["rsa"] + ["40.3 ± 0.8"] * 3 + ["36.3 ± 0.8"] * 3
+    assert cells[2] == ["one"] + ["30.0"] * 3 + ["–"] * 3
+    assert cells[3] == ["gap"] + ["–"] * 6
+    assert cells[4] == ["RSA 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]
+    assert cells[5] == ["RSA 2x (paper)", "42.7", "–", "–", "38.5", "–", "–"]
+    assert [row["run"] for row in report.ap_table(runs)] == ["rsa", "one", "gap"]
+
+    lines = report.to_markdown([*cells, ["a|b"] + ["1"] * 6]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and "a\\|b" in lines[-1]
+
+    report.write_csv(rows, tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        parsed = list(csv.DictReader(file))
+    assert len(parsed[0]) == 2 + 2 * 12
+    assert float(parsed[0]["box APs"]) == pytest.approx(np.mean(boxes)) and parsed[0]["seeds"] == "3"
+    assert float(parsed[0]["mask AP std"]) == pytest.approx(np.std(boxes, ddof=1))
+    assert parsed[1]["box AP std"] == "" and parsed[2]["box AP"] == ""
+
+
+def test_series_survive_a_crash_and_a_resume(tmp_path):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "knn_top1": 40.0}, {"step": 2, "loss": 2.0}]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "lo')
+    assert pictures.read_series(tmp_path / "m", "step", ["loss", "knn_top1", "beta"]) == {
+        "loss": ((1, 2), (3.0, 2.0)), "knn_top1": ((2,), (40.0,))}
+    assert pictures.read_series(tmp_path / "absent", "step", ["loss"]) == {}
+
+
+def test_curves_hold_only_panels_with_data(tmp_path):
+    run = make_run(tmp_path / "run", aps(30.0))
+    # BYOL: no beta; one evaluation
+    rows = [{"step": s, "loss": 2 - s / 50, "tau": 0.99, "lr": 0.1} for s in range(50)]
+    rows.append({"step": 50, "knn_top1": 40.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    full = Image.open(pictures.plot_curves(tmp_path, {"run": run}, tmp_path / "full.png"))
+    small = Image.open(pictures.plot_curves(None, {"run": run}, tmp_path / "small.png"))
+    assert full.size == (1890, 900) and small.size == (630, 450)
+    assert np.asarray(full).std() > 10 and np.asarray(small).std() > 10
+    assert pictures.plot_curves(None, {}, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
+
+
+def test_views_are_drawn_in_order(tmp_path):
+    views = np.zeros((2, 4, 32, 32, 3), np.uint8)
+    for column, color in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0])):
+        views[:, column] = color
+    picture = np.asarray(Image.open(pictures.draw_views(views, tmp_path / "views.png")).convert("RGB"))
+    height, width = picture.shape[:2]
+    assert width == 1200
+    for row in (0.3, 0.75):
+        for column in range(4):
+            drawn = picture[int(row * height), int((column + 0.5) * width / 4)]
+            assert drawn.tolist() == views[0, column, 0, 0].tolist()
+
+
+def test_masks_from_polygons_and_both_rle_forms():
+    square = np.zeros((20, 30), bool)
+    square[5:10, 10:20] = True
+    packed = rle.encode(np.asfortranarray(square.astype(np.uint8)))
+    flat = square.flatten(order="F").astype(int)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    for segmentation in (packed, {"size": [20, 30], "counts": counts}, [[10, 5, 20, 5, 20, 10, 10, 10]]):
+        assert (pictures.decode_mask(segmentation, 20, 30) == square).all()
+
+
+def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
+    annotations, images, truth = make_dataset(tmp_path)
+    found = [{**a, "score": 0.9} for a in truth]
+    weak = [{**truth[0], "score": 0.1 + 0.01 * i} for i in range(5)]
+    runs = {name: make_run(tmp_path / name, aps(1.0), detections=d)
+            for name, d in (("found", found), ("weak", weak), ("empty", []))}
+
+    def draw(**chosen):
+        return np.asarray(Image.open(
+            pictures.draw_detections(annotations, images, chosen, tmp_path / "d.png")).convert("RGB")).astype(int)
+
+    two, empty = draw(run=runs["found"]), draw(run=runs["empty"])
+    assert two.shape[1] == 900 and two.shape == empty.shape
+    # a quarter and three quarters down: the ellipses' middles, in the columns "ground truth" and the run's
+    for y in (int(0.3 * two.shape[0]), int(0.77 * two.shape[0])):
+        assert abs(two[y, 225] - 128).sum() > 30 and abs(two[y, 675] - two[y, 225]).sum() < 5
+        assert abs(empty[y, 675] - 128).sum() == 0
+    assert (draw(run=runs["weak"]) != empty).any()
+    assert (draw(run=runs["found"]) == two).all()
+
+    (images / "2.png").unlink()
+    with pytest.raises(InputError, match="2.png"):
+        draw(run=runs["found"])
+    with pytest.raises(InputError, match="coco_instances_results.json"):
+        draw(run=tmp_path)
+
+
+def test_page_is_self_contained(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    report.write_report(tmp_path / "page", "A <title>", [
+        ("Words", "a < b"), ("Table", [["", "AP"], ["rsa & co", "41.1"]]), ("Picture", tmp_path / "p.png")])
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert "A &lt;title&gt;" in page and "a &lt; b" in page and "<td>rsa &amp; co<td>41.1" in page
+    assert 'src="data:image/png;base64,' in page and "p.png" not in page
+    text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# A <title>\n\n## Words\n\na < b\n") and "| rsa & co | 41.1 |" in text
+    assert "![Picture](../p.png)" in text
+
+
+def test_tool_writes_table_page_and_pictures(tmp_path):
+    annotations, images, truth = make_dataset(tmp_path)
+    name = dataset_name(annotations, images)
+    found = [{**a, "score": 0.9} for a in truth]
+    make_run(tmp_path / "rsa", aps(40.0, 36.0), name, found, {"method": "rsa", "step": 9})
+    make_run(tmp_path / "scratch", aps(30.0, 27.0), name, [])
+    done = run_tool("rsa", "scratch", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| rsa (rsa, step 9) | 40.0 " in done.stdout and "(paper)" not in done.stdout
+    output = tmp_path / "output" / "report"
+    assert {p.name for p in output.iterdir()} == {
+        "report.md", "report.html", "table.csv", "curves.png", "detections.png"}
+    assert done.stdout.split("\n\n")[0] in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
+    for seed, box in enumerate((40.0, 42.0)):
+        make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))
+    done = run_tool("seed0/rsa", "seed1/rsa", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("no picture of detections: ") and done.stderr.count("\n") == 1
+    assert "| rsa (random) " in done.stdout and "41.0 ± 1.4" in done.stdout and "RSA 2x (paper)" in done.stdout
+    assert not (tmp_path / "out" / "detections.png").exists()
+
+
+def test_tool_reports_a_missing_run_in_one_line(tmp_path):
+    done = run_tool("nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: nowhere/results.json ") and done.stderr.count("\n") == 1

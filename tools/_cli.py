@@ -1,0 +1,39 @@
+"""What the command-line tools share: where a config file is looked for, and errors as one line."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_config(path, error):
+    """``--config-file`` is looked up in the working directory first, then under ``configs/``."""
+    for candidate in (Path(path), ROOT / "configs" / path):
+        if candidate.is_file():
+            return str(candidate)
+    raise error(f"no config file {path}: looked in {Path.cwd()} and in {ROOT / 'configs'}")
+
+
+def merge_config(cfg, path, overrides, error):
+    """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes one ``error``."""
+    try:
+        if path:
+            cfg.merge_from_file(path)
+        if len(overrides) % 2:
+            raise error(f"overrides are KEY VALUE pairs, but {overrides[-1]!r} has no value")
+        cfg.merge_from_list(overrides)
+    except error:
+        raise
+    except Exception as problem:  # yacs raises KeyError, ValueError and AssertionError; PyYAML its own
+        reason = " ".join(str(problem.args[0] if problem.args else problem).split())
+        raise error(f"config {path or ''} {' '.join(overrides)}: {reason}".replace("  ", " ")) from None
+    return cfg
+
+
+def run(main, *errors):
+    """``main()``, with the user's mistakes (``errors``) as one line on stderr and exit status 2."""
+    try:
+        sys.exit(main())
+    except errors as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

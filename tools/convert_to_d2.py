@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Pre-training checkpoint -> ResNet-50 weights for Detectron2, torchvision or timm.
+
+    tools/convert_to_d2.py                                  # output/pretrain/model_final.pth -> output/weights/
+    tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools._cli import run  # noqa: E402
+from transfer.config import InputError  # noqa: E402
+from transfer.convert import DEFAULT_INPUT, DEFAULT_OUTPUT, convert  # noqa: E402
+from transfer.readers import BRANCHES  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="?", default=DEFAULT_INPUT, help=f"checkpoint (default {DEFAULT_INPUT})")
+    parser.add_argument("output", nargs="?", help=f"file to write (default {DEFAULT_OUTPUT['detectron2']})")
+    parser.add_argument("--to", choices=DEFAULT_OUTPUT, default="detectron2", help="library to write for")
+    parser.add_argument("--branch", choices=BRANCHES, default="online", help="which network's backbone")
+    args = parser.parse_args()
+    output, provenance = convert(args.input, args.output, args.to, args.branch)
+    print(f"{output}: 265 tensors for {args.to}, {provenance['branch']} branch of {provenance['method']} "
+          f"at step {provenance['step']}, from {args.input} (sha256 {provenance['sha256'][:12]})")
+
+
+if __name__ == "__main__":
+    run(main, InputError)

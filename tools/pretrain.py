@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Pre-train a ResNet with RSA, or one of its baselines, on a folder of images.
+
+    tools/pretrain.py --epochs 200                        # ImageNet-1K recipe on datasets/imagenet/train
+    tools/pretrain.py --data PATH --batch-size 256        # the same on your own images
+    tools/pretrain.py --config-file pretrain/cifar10_rsa_R18.yaml --data PATH SOLVER.EPOCHS 20
+
+Run again it goes on from its last checkpoint. KEY VALUE pairs at the end override the config (pretrain/config.py).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.config import METHODS, InputError, check, get_cfg  # noqa: E402
+from tools._cli import find_config, merge_config, run  # noqa: E402
+
+# The paper tuned the base learning rate for two lengths; others take the nearer one's.
+IMAGENET_RECIPES = {100: "pretrain/imagenet_rsa_R50_100ep.yaml", 200: "pretrain/imagenet_rsa_R50_200ep.yaml"}
+
+
+def main():
+    args = parse()
+    recipe = args.config_file or IMAGENET_RECIPES[100 if args.epochs and args.epochs < 150 else 200]
+    options = {"SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
+               "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed}
+    given = [item for key, value in options.items() if value is not None for item in (key, value)]
+    cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
+    check(cfg)
+    print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, {cfg.SOLVER.EPOCHS} epochs, "
+          f"{cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}")
+
+    from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
+
+    try:
+        final = distributed.launch(train_loop.train, cfg, args.num_gpus)
+    except train_loop.Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return train_loop.REQUEUE
+    if distributed.is_first_process():
+        print(f"done: {final}; next: tools/convert_to_d2.py {final}")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", help="recipe, looked up here and under configs/ (default: ImageNet-1K)")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int, help="global batch, over all GPUs")
+    parser.add_argument("--data", help="folder of training images")
+    parser.add_argument("--output-dir")
+    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--num-gpus", type=int, help="default: all of this machine's")
+    parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. DATA.NUM_WORKERS 8")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, InputError)

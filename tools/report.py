@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Fine-tuning runs -> an AP table, and a page with curves and detections.
+
+    tools/report.py output/transfer                                       # one run
+    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # runs of one name: mean ± std
+
+Prints the table as Markdown; writes report.md, report.html, table.csv, curves.png and detections.png. Only
+results.json is needed of a run; what the other files would have shown is left out. The paper's numbers are added
+when every run was evaluated on COCO val2017.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools._cli import run  # noqa: E402
+from transfer.config import InputError, locate_dataset  # noqa: E402
+from transfer.pictures import draw_detections, plot_curves  # noqa: E402
+from transfer.report import (ap_table, load_results, table_cells, to_markdown, weights_label,  # noqa: E402
+                             write_csv, write_report)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="fine-tuning output folder, which holds results.json")
+    parser.add_argument("--pretrain", metavar="DIR", help="pre-training output folder, whose curves to draw too")
+    parser.add_argument("--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)")
+    args = parser.parse_args()
+
+    results = {folder: load_results(folder) for folder in args.runs}
+    configs = {folder: yaml.safe_load(result["config"]) for folder, result in results.items()}
+    labels = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
+    seeds = {}
+    for folder, label in labels.items():
+        seeds.setdefault(label, []).append(results[folder])
+    # in pictures every run stands for itself
+    folders = {label if len(seeds[label]) == 1 else folder: folder for folder, label in labels.items()}
+    test_sets = {folder: next(iter(configs[folder]["DATASETS"]["TEST"]), "–") for folder in configs}
+    rows = ap_table(seeds, paper=set(test_sets.values()) == {"coco_2017_val"})
+    cells = table_cells(rows)
+    print(to_markdown(cells))
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, output / "table.csv")
+    settings = [["run", "weights", "engine", "test set", "iterations", "images/batch", "base lr", "seed", "hours"]]
+    for name, folder in folders.items():
+        result, solver = results[folder], configs[folder]["SOLVER"]
+        settings.append([str(x) for x in (
+            name, (result["weights"] or {}).get("source", "–"), result["engine"], test_sets[folder],
+            result["max_iter"], solver["IMS_PER_BATCH"], solver["BASE_LR"], result["seed"],
+            f"{result['seconds'] / 3600:.2f}")])
+    sections = [("AP (%)", cells), ("Settings", settings)]
+    if plot_curves(args.pretrain, folders, output / "curves.png"):
+        sections.append(("Curves", output / "curves.png"))
+    try:
+        test_set = test_sets[args.runs[0]]
+        annotations, images = locate_dataset(test_set, os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        same_set = {name: folder for name, folder in folders.items() if test_sets[folder] == test_set}
+        draw_detections(annotations, images, same_set, output / "detections.png")
+        sections.append(("Detections", output / "detections.png"))
+    except InputError as error:
+        print(f"no picture of detections: {error}", file=sys.stderr)
+    write_report(output, "Transfer to detection and segmentation", sections)
+    print(f"{output}/report.html")
+
+
+if __name__ == "__main__":
+    run(main, InputError)

@@ -1,0 +1,88 @@
+"""The configuration of a fine-tuning run: Detectron2's keys, and where a data set's files lie.
+
+Detectron2 reads the YAML files under ``configs/transfer`` into its own defaults. Where it is not installed, the
+embedded engine (``torchvision_engine.py``) reads the same files into :func:`torchvision_defaults`, which holds the
+keys that it honours with Detectron2's default values; any other key is refused.
+"""
+
+import json
+from pathlib import Path
+
+from fvcore.common.config import CfgNode as CN
+
+
+class InputError(ValueError):
+    """Something the user can mend: one line that names the file or key and the fix."""
+
+
+# Detectron2's built-in names that the recipes use, under $DETECTRON2_DATASETS (default: datasets/).
+COCO_2017 = {
+    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
+    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
+}
+
+
+def dataset_name(annotations, images):
+    """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``."""
+    return f"{annotations}::{images}"
+
+
+def locate_dataset(name, root="datasets"):
+    """Data set name -> (annotation file, image folder), both checked to exist.
+
+    ``name`` is one of :data:`COCO_2017` or a :func:`dataset_name`. Raises InputError.
+    """
+    if name in COCO_2017:
+        annotations, images = (Path(root) / part for part in COCO_2017[name])
+    elif "::" in name:
+        annotations, images = map(Path, name.split("::", 1))
+    else:
+        raise InputError(f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES")
+    if not annotations.is_file():
+        raise InputError(f"no annotation file {annotations}: put COCO 2017 under {root}/coco "
+                         "(or set DETECTRON2_DATASETS), or give --train/--val JSON IMAGES")
+    if not images.is_dir():
+        raise InputError(f"no image folder {images}, which belongs to {annotations}")
+    return str(annotations), str(images)
+
+
+def read_categories(annotations):
+    """COCO JSON -> its categories ``[{"id": int, "name": str}]`` sorted by id. Raises InputError."""
+    try:
+        categories = json.loads(Path(annotations).read_text())["categories"]
+        return sorted(({"id": c["id"], "name": c["name"]} for c in categories), key=lambda c: c["id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{annotations} is not a COCO annotation file with categories "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def torchvision_defaults():
+    """Detectron2's defaults for the keys that the embedded engine honours."""
+    cfg = CN()
+    cfg.VERSION = 2
+    cfg.SEED = -1
+    cfg.OUTPUT_DIR = "./output"
+    cfg.MODEL = CN(dict(
+        META_ARCHITECTURE="GeneralizedRCNN", WEIGHTS="", DEVICE="cuda", MASK_ON=False,
+        PIXEL_MEAN=[103.530, 116.280, 123.675], PIXEL_STD=[1.0, 1.0, 1.0],
+        BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
+        RESNETS=dict(DEPTH=50, NORM="FrozenBN", STRIDE_IN_1X1=True, OUT_FEATURES=["res4"]),
+        FPN=dict(IN_FEATURES=[], OUT_CHANNELS=256, NORM=""),
+        ANCHOR_GENERATOR=dict(SIZES=[[32, 64, 128, 256, 512]], ASPECT_RATIOS=[[0.5, 1.0, 2.0]]),
+        RPN=dict(IN_FEATURES=["res4"], BATCH_SIZE_PER_IMAGE=256, POSITIVE_FRACTION=0.5, IOU_THRESHOLDS=[0.3, 0.7],
+                 PRE_NMS_TOPK_TRAIN=12000, PRE_NMS_TOPK_TEST=6000, POST_NMS_TOPK_TRAIN=2000,
+                 POST_NMS_TOPK_TEST=1000, NMS_THRESH=0.7),
+        ROI_HEADS=dict(NAME="Res5ROIHeads", NUM_CLASSES=80, IN_FEATURES=["res4"], BATCH_SIZE_PER_IMAGE=512,
+                       POSITIVE_FRACTION=0.25, IOU_THRESHOLDS=[0.5], SCORE_THRESH_TEST=0.05, NMS_THRESH_TEST=0.5),
+        ROI_BOX_HEAD=dict(NAME="", NUM_CONV=0, CONV_DIM=256, NUM_FC=0, FC_DIM=1024, NORM="", POOLER_RESOLUTION=14),
+        ROI_MASK_HEAD=dict(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=0, CONV_DIM=256, NORM="", POOLER_RESOLUTION=14),
+    ))
+    cfg.INPUT = CN(dict(FORMAT="BGR", MASK_FORMAT="polygon", RANDOM_FLIP="horizontal",
+                        MIN_SIZE_TRAIN=(800,), MAX_SIZE_TRAIN=1333, MIN_SIZE_TEST=800, MAX_SIZE_TEST=1333))
+    cfg.DATASETS = CN(dict(TRAIN=(), TEST=()))
+    cfg.DATALOADER = CN(dict(NUM_WORKERS=4))
+    cfg.SOLVER = CN(dict(IMS_PER_BATCH=16, BASE_LR=0.001, MOMENTUM=0.9, WEIGHT_DECAY=0.0001, WEIGHT_DECAY_NORM=0.0,
+                         STEPS=(30000,), GAMMA=0.1, MAX_ITER=40000, WARMUP_ITERS=1000, WARMUP_FACTOR=1.0 / 1000,
+                         CHECKPOINT_PERIOD=5000))
+    cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
+    return cfg

@@ -1,0 +1,193 @@
+"""Pictures of a run: the views that pre-training sees, its curves, and detections drawn on images."""
+
+import json
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
+from PIL import Image
+from pycocotools import mask as rle
+
+from transfer.config import InputError, read_categories
+
+# Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# title: label of the left axis and {key: label} on it; then the same for the right axis
+PANELS = {
+    "Pre-training loss": (
+        "loss", {"loss": "total", "loss_aa": "aggressive–aggressive", "loss_aw": "aggressive–weak"}, "", {}),
+    "Schedules": ("β", {"beta": "β"}, "τ", {"tau": "τ"}),
+    "Learning rate": ("learning rate", {"lr": "learning rate"}, "", {}),
+    "Collapse watch": ("cosine", {"cos_aa": "aggressive–aggressive", "cos_aw": "aggressive–weak"},
+                       "feature std", {"feature_std": "feature std"}),
+    "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
+}
+
+
+def read_series(path, x, keys):
+    """JSON lines -> {key: (x values, y values)} for the keys that occur, NaN and all, sorted by x.
+
+    A resumed run writes some steps twice: the later row counts. A line cut short by a crash is passed over.
+    """
+    points = {key: {} for key in keys}
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        for key in keys:
+            if row.get(key) is not None and x in row:
+                points[key][row[x]] = row[key]
+    return {key: tuple(zip(*sorted(series.items()))) for key, series in points.items() if series}
+
+
+def plot_curves(pretrain_folder, runs, path):
+    """Losses, schedules, similarities and kNN accuracy of pre-training, and fine-tuning losses, as one PNG.
+
+    pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}. A panel without data is left
+    out. Returns the path, or None when no panel has data.
+    """
+    panels = []
+    if pretrain_folder is not None:
+        keys = [key for _, left, _, right in PANELS.values() for key in (*left, *right)]
+        series = read_series(Path(pretrain_folder, "metrics.jsonl"), "step", keys)
+        for title, (ylabel, left, ylabel2, right) in PANELS.items():
+            sides = [[(label, series[key]) for key, label in side.items() if key in series] for side in (left, right)]
+            if any(sides):
+                panels.append((title, "step", (ylabel, ylabel2), sides))
+    losses = {name: read_series(Path(folder, "metrics.json"), "iteration", ["total_loss"])
+              for name, folder in runs.items()}
+    losses = [(name, series["total_loss"]) for name, series in losses.items() if series]
+    if losses:
+        panels.append(("Fine-tuning loss", "iteration", ("total loss", ""), [losses, []]))
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * rows), dpi=150, layout="constrained")
+    for i, (title, xlabel, ylabels, sides) in enumerate(panels):
+        left = figure.add_subplot(rows, columns, i + 1, xlabel=xlabel)
+        both = all(sides)
+        colors = iter(PALETTE * (1 + len(runs)))
+        for ax, ylabel, curves in zip((left, left.twinx() if both else left), ylabels, sides):
+            for (label, (x, y)), color in zip(curves, colors):
+                # a few evaluations are points; a line alone would hide how many there were
+                marker = "o" if len(x) < 30 else None
+                ax.plot(x, y, color=color, linewidth=1.4, label=label, marker=marker, markersize=3)
+            if curves:
+                # an axis of its own for one curve is told apart by that curve's colour
+                ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
+            if len(curves) > 1:
+                ax.legend(fontsize=8, frameon=False)
+            ax.spines["top"].set_visible(False)
+        left.set_title(title, fontsize=11, loc="left")
+        left.xaxis.set_major_formatter(EngFormatter(sep=""))
+        left.grid(alpha=0.25)
+    figure.savefig(path)
+    return path
+
+
+def draw_views(views, path):
+    """uint8 [N, 4, H, W, 3] in the order weak 1, aggressive 1, weak 2, aggressive 2 -> PNG, one row per image."""
+    titles = ("weak  $v_w$", "aggressive  $v_a$", "weak  $v_w'$", "aggressive  $v_a'$")
+    figure = Figure(figsize=(8, 2 * len(views) + 0.3), dpi=150, layout="constrained")
+    grid = figure.subplots(len(views), 4, squeeze=False)
+    for row, images in zip(grid, views):
+        for ax, image in zip(row, images):
+            ax.imshow(image)
+            ax.set_axis_off()
+    for ax, title in zip(grid[0], titles):
+        ax.set_title(title, fontsize=11)
+    figure.savefig(path)
+    return path
+
+
+def decode_mask(segmentation, height, width):
+    """COCO polygons or RLE, counts packed or not -> bool [height, width]."""
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return rle.decode(segmentation).astype(bool)
+
+
+def draw_instances(ax, image, instances, names, colors):
+    """Image uint8 [H, W, 3] with COCO instances over it: translucent mask, box, class name and, if any, score."""
+    height, width = image.shape[:2]
+    blended = image.astype(np.float32)
+    for instance in instances:
+        if instance.get("segmentation"):
+            inside = decode_mask(instance["segmentation"], height, width)
+            color = 255 * np.array(to_rgb(colors[instance["category_id"]]))
+            blended[inside] = 0.5 * blended[inside] + 0.5 * color
+            p = np.pad(inside, 1)
+            core = p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+            blended[inside & ~core] = color
+    ax.imshow(blended.astype(np.uint8))
+    taken = []
+    for instance in instances:
+        x, y, w, h = instance["bbox"]
+        color = colors[instance["category_id"]]
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=1))
+        text = names[instance["category_id"]] + (f" {instance['score']:.2f}" if "score" in instance else "")
+        # a label's size in pixels of the image, to find a place at the box that no other label has taken
+        tw, th = 0.021 * (len(text) + 1) * width, 0.06 * width
+        places = [(x, y), (x + w - tw, y), (x, y + h - th), (x + w - tw, y + h - th), (x, y - th), (x, y + h)]
+        places = [(min(max(a, 0), width - tw), min(max(b, 0), height - th)) for a, b in places]
+        place = next((p for p in places if all(abs(p[1] - b) >= th or p[0] + tw <= a or p[0] >= a + u
+                                               for a, b, u in taken)), places[0])
+        taken.append((*place, tw))
+        ax.text(place[0] + 0.01 * width, place[1] + th / 2, text, fontsize=7, color="white", va="center_baseline",
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1}, clip_on=True)
+
+
+def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
+    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, then each run's detections.
+
+    The first ``num_images`` images, by id, that have annotations. Detections scoring at least ``threshold``; where
+    a run has none of those on an image, its three best. Raises InputError when a file is missing or useless.
+    """
+    names = {c["id"]: c["name"] for c in read_categories(annotations)}
+    colors = {i: PALETTE[n % len(PALETTE)] for n, i in enumerate(names)}
+    coco = json.loads(Path(annotations).read_text())
+    truth = [a for a in coco["annotations"] if not a.get("iscrowd")]
+    annotated = {a["image_id"] for a in truth}
+    images = sorted((i for i in coco["images"] if i["id"] in annotated), key=lambda i: i["id"])[:num_images]
+    if not images:
+        raise InputError(f"no annotations to draw in {annotations}")
+    columns = {"ground truth": truth}
+    for name, folder in runs.items():
+        file = Path(folder, "inference", "coco_instances_results.json")
+        if not file.is_file():
+            raise InputError(f"no detections in {file}: the evaluation at the end of tools/train_net.py writes them")
+        columns[name] = json.loads(file.read_text())
+
+    heights = [max(0.4, i["height"] / i["width"]) for i in images]
+    figure = Figure(figsize=(3 * len(columns), 3 * sum(heights) + 0.25 * len(images) + 0.5), dpi=150,
+                    layout="constrained")
+    figure.suptitle(f"detections scoring ≥ {threshold:g}", fontsize=10)
+    grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
+    for row, info in zip(grid, images):
+        try:
+            image = np.asarray(Image.open(Path(image_folder, info["file_name"])).convert("RGB"))
+        except OSError as error:
+            raise InputError(f"cannot read an image of {annotations}: {error}") from None
+        for ax, (name, instances) in zip(row, columns.items()):
+            shown = [a for a in instances if a["image_id"] == info["id"]]
+            if name != "ground truth":
+                ranked = sorted(shown, key=lambda a: -a["score"])
+                shown = [a for a in ranked if a["score"] >= threshold] or ranked[:3]
+                if not shown or shown[0]["score"] < threshold:
+                    ax.set_xlabel(f"none ≥ {threshold:g}; best {len(shown)} shown", fontsize=8)
+            draw_instances(ax, image, shown, names, colors)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, name in zip(grid[0], columns):
+        ax.set_title(textwrap.fill(name, 36), fontsize=10)
+    figure.savefig(path)
+    return path

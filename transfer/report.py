@@ -1,0 +1,171 @@
+"""Fine-tuning runs -> one table, one page and pictures: what a run leaves, and what a reader wants to see of it.
+
+A *run* is a fine-tuning output folder: ``results.json`` (:func:`write_results`, from either engine), ``metrics.json``
+(JSON lines in Detectron2's format) and ``inference/coco_instances_results.json`` (COCO-format detections). A
+*pre-training run* is a folder with ``metrics.jsonl``. Only ``results.json`` is needed for the table.
+"""
+
+import base64
+import csv
+import html
+import json
+import math
+import os
+import platform
+import statistics
+from importlib import metadata
+from pathlib import Path
+
+from transfer.config import InputError
+
+AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+# Mask R-CNN R50-FPN on COCO val2017, as printed in the paper's Tables 5 (1x) and 6 (2x).
+PAPER = {
+    "RSA 1x": {"bbox": {"AP": 41.1}, "segm": {"AP": 37.3}},
+    "RSA 2x": {"bbox": {"AP": 42.7}, "segm": {"AP": 38.5}},
+}
+COLUMNS = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
+PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75")
+
+
+def write_results(cfg, engine, ap, weights, seconds):
+    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
+
+    engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
+    or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
+    seconds: wall time of the run.
+    """
+    def percent(task, key):
+        value = ap.get(task, {}).get(key)
+        return float(value) if value is not None and math.isfinite(value) else None
+
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    results = {
+        "engine": engine,
+        "ap": {task: {key: percent(task, key) for key in AP_KEYS} for task in ("bbox", "segm")},
+        "max_iter": cfg.SOLVER.MAX_ITER,
+        "seed": cfg.SEED,
+        "weights": weights,
+        "config": cfg.dump(),
+        "versions": {"python": platform.python_version(),
+                     **{package: version(package) for package in ("torch", "torchvision", "detectron2")}},
+        "seconds": float(seconds),
+    }
+    path = Path(cfg.OUTPUT_DIR, "results.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+    return results
+
+
+def load_results(folder):
+    """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
+    path = Path(folder, "results.json")
+    try:
+        results = json.loads(path.read_text())
+        missing = {"engine", "ap", "max_iter", "seed", "weights", "config", "seconds"} - set(results)
+        if missing or not {"bbox", "segm"} <= set(results["ap"]):
+            raise ValueError(f"lacks {', '.join(sorted(missing)) or 'bbox or segm APs'}")
+        return results
+    except (OSError, ValueError, TypeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise InputError(f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it "
+                         "when a run ends") from None
+
+
+def weights_label(results):
+    """What a run started from, in words: "rsa, step 500", or "random"."""
+    weights = results["weights"]
+    if weights is None:
+        return "random"
+    method, step = weights.get("method", "unknown"), weights.get("step", -1)
+    return f"{method}, step {step}" if step >= 0 else method  # the converter writes -1 where a file names no step
+
+
+def ap_table(runs, paper=False):
+    """{name: results, or a list of them (seeds)} -> rows {"run", "seeds", and for each of COLUMNS (mean, std) or None}.
+
+    AP in percent; std is the sample standard deviation over seeds, None for a single run. A number that any
+    seed lacks is None. ``paper`` adds the numbers of :data:`PAPER`.
+    """
+    entries = [(name, results if isinstance(results, list) else [results]) for name, results in runs.items()]
+    if paper:
+        entries += [(f"{name} (paper)", [{"ap": ap}]) for name, ap in PAPER.items()]
+    rows = []
+    for name, seeds in entries:
+        row = {"run": name, "seeds": len(seeds)}
+        for column, (task, key) in COLUMNS.items():
+            values = [seed["ap"][task].get(key) for seed in seeds]
+            row[column] = None if None in values else (
+                statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        rows.append(row)
+    return rows
+
+
+def table_cells(rows):
+    """Rows of :func:`ap_table` -> header and cells, all strings: the six columns of the paper's Tables 5 and 6."""
+    def cell(value):
+        if value is None:
+            return "–"
+        mean, std = value
+        return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+    return [["", *PAPER_COLUMNS]] + [[row["run"], *(cell(row[column]) for column in PAPER_COLUMNS)] for row in rows]
+
+
+def to_markdown(cells):
+    """Header and rows of strings -> a Markdown table, columns padded so that it also reads as plain text."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(rows, path):
+    """Rows of :func:`ap_table` -> CSV: run, seeds, then mean and std of all twelve APs; empty where unknown."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "seeds", *(name for column in COLUMNS for name in (column, f"{column} std"))])
+        for row in rows:
+            writer.writerow([row["run"], row["seeds"], *(x for column in COLUMNS for x in row[column] or (None, None))])
+
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } th, td { padding: .3em .9em; text-align: right } td:first-child { text-align: left }
+thead { border-block: 1px solid } tbody { border-bottom: 1px solid } img { max-width: 100% }"""
+
+
+def write_report(folder, title, sections):
+    """Write ``report.md`` and ``report.html`` (one file that can be mailed: pictures are embedded) into ``folder``.
+
+    sections: (heading, body) pairs; a body is text, a table as header and rows of strings, or the Path of a PNG.
+    """
+    folder = Path(folder)
+    md, page = [f"# {title}\n"], [f"<h1>{html.escape(title)}</h1>"]
+    for heading, body in sections:
+        if isinstance(body, Path):
+            md_body = f"![{heading}]({os.path.relpath(body, folder).replace(os.sep, '/')})\n"
+            data = base64.b64encode(body.read_bytes()).decode()
+            html_body = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
+        elif isinstance(body, str):
+            md_body, html_body = f"{body}\n", f"<p>{html.escape(body)}</p>"
+        else:
+            md_body = to_markdown(body)
+            head, *rows = [[html.escape(cell) for cell in row] for row in body]
+            html_body = f"<table><thead><tr><th>{'<th>'.join(head)}</tr></thead><tbody>" + "".join(
+                f"<tr><td>{'<td>'.join(row)}</tr>" for row in rows) + "</tbody></table>"
+        md += [f"## {heading}\n", md_body]
+        page += [f"<h2>{html.escape(heading)}</h2>", html_body]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text("\n".join(md), encoding="utf-8")
+    (folder / "report.html").write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style>\n" + "\n".join(page) + "\n</html>\n", encoding="utf-8")
