@@ -82,7 +82,8 @@ def load_weights(path):
         arrays, provenance = contents["model"], contents["provenance"]
         state = {name: torch.from_numpy(arrays.pop(detectron2_name(name))) for name in resnet50_shapes()}
     except Exception as error:  # a broken pickle can fail in any way
-        raise InputError(f"{path} is not a file of tools/convert_to_d2.py ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path} is not a file of tools/convert_to_d2.py ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:150]})") from None
     wrong = [name for name, shape in resnet50_shapes().items() if state[name].shape != shape]
     if wrong or arrays:
         raise InputError(f"{path}: {len(wrong)} tensors of a wrong shape, {len(arrays)} unknown: "

@@ -106,7 +106,7 @@ def load_tensors_only(path):
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the ways in which a broken file fails are torch's, zipfile's and pickle's
         raise InputError(f"{path} cannot be read as a PyTorch checkpoint: "
-                         f"{type(error).__name__}: {str(error).splitlines()[0][:150]}") from None
+                         f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from None
     if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):
         raise InputError(f"{path} does not hold a state dict but a {type(contents).__name__}")
     return contents

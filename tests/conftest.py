@@ -1,0 +1,79 @@
+"""Shared by the tests: the tools' command lines, small images on disk, and a ResNet-50 checkpoint of random weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.config import get_cfg
+
+ROOT = Path(__file__).resolve().parents[1]
+# A run of a second: ResNet-10, 32 px, the 24 images of ``image_folder`` in batches of 8, three epochs.
+TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE resnet10t MODEL.HIDDEN_DIM 32 "
+        "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
+        "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0").split()
+
+torch.set_num_threads(1)  # small tensors: more threads only wait for one another
+
+
+def tiny_cfg(image_folder, folder, *overrides):
+    """The configuration of :data:`TINY` on ``image_folder``, with its output in ``folder``/run."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATA.PATH", str(image_folder), "OUTPUT_DIR", str(folder / "run"), *TINY, *overrides])
+    return cfg
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        reasons = sorted({report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)})
+        terminalreporter.write_line(f"{len(skipped)} skipped: {'; '.join(reasons)}")
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """``tool("pretrain", "--data", ...)``: run a tool as a user does, from another folder if ``cwd`` is given."""
+
+    def run(name, *arguments, cwd=ROOT, **options):
+        return subprocess.run([sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)], cwd=cwd,
+                              capture_output=True, text=True, timeout=400, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """24 random images of various sizes in two classes, grayscale ones among them, with a val/ beside train/."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(24):
+            height, width = rng.integers(40, 90, 2)
+            pixels = rng.integers(0, 256, (height, width) if i % 5 == 0 else (height, width, 3), dtype=np.uint8)
+            path = root / split / ("a" if i % 2 else "b") / f"{i:02d}.{'png' if i % 3 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root / "train"
+
+
+@pytest.fixture(scope="session")
+def resnet50_checkpoint(tmp_path_factory):
+    """model_final.pth of an untrained ResNet-50 whose BatchNorm statistics are not the initial ones."""
+    from pretrain.networks import Networks, build_backbone
+    from pretrain.objectives import rsa
+
+    torch.manual_seed(0)
+    networks = Networks(build_backbone("resnet50"), 64, 16, rsa)
+    with torch.no_grad():
+        for name, tensor in networks.state_dict().items():
+            if "running_mean" in name or name.endswith("bias"):
+                tensor.normal_(0, 0.1)
+            elif "running_var" in name or name.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight")):
+                tensor.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("checkpoint") / "model_final.pth"
+    torch.save({"format": "rsa-pretraining", "method": "rsa", "step": 7, "config": "", "model": networks.state_dict()}, path)
+    return path

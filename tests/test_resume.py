@@ -1,0 +1,118 @@
+"""A run that was stopped, killed or moved, against one that was not: the same bits at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint, train_loop
+from pretrain.checkpoint import FINAL, LAST
+from pretrain.config import InputError
+from tests.conftest import ROOT, TINY
+from tests.conftest import tiny_cfg as tiny
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(image_folder, tmp_path_factory):
+    return train_loop.train(tiny(image_folder, tmp_path_factory.mktemp("whole")))
+
+
+def final_weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("after, workers", [(1, 0), (4, 1), (8, 0)])
+def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, monkeypatch, uninterrupted, after, workers):
+    """Stop in mid-epoch after some steps, resume with another number of workers."""
+    cfg = tiny(image_folder, tmp_path)
+    step, steps = train_loop.train_step, []
+
+    def counted(*arguments):
+        steps.append(1)
+        if len(steps) == after:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(train_loop, "train_step", counted)
+    with pytest.raises(train_loop.Interrupted, match=f"step {after} of 9"):
+        train_loop.train(cfg)
+    assert torch.load(Path(cfg.OUTPUT_DIR, LAST), weights_only=True)["step"] == after
+    final = train_loop.train(tiny(image_folder, tmp_path, "DATA.NUM_WORKERS", workers))
+    assert len(steps) == 9
+    assert_same(final_weights(final), final_weights(uninterrupted))
+    rows = [json.loads(line) for line in Path(cfg.OUTPUT_DIR, "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+    assert [row["step"] for row in rows if "knn_top1" in row] == [0, 9]
+
+
+def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted):
+    """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
+    cfg = tiny(image_folder, tmp_path)
+    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--data", str(image_folder), "--output-dir", cfg.OUTPUT_DIR,
+               *TINY]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    while not Path(cfg.OUTPUT_DIR, LAST).is_file() and first.poll() is None:
+        pass
+    first.kill()
+    first.communicate()
+    assert not Path(cfg.OUTPUT_DIR, FINAL).exists()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert again.returncode == 0 and "goes on after step" in again.stdout, again.stderr
+    assert_same(final_weights(Path(cfg.OUTPUT_DIR, FINAL)), final_weights(uninterrupted))
+
+
+def test_finished_run_is_left_alone(image_folder, uninterrupted, capsys):
+    before = Path(uninterrupted).stat().st_mtime_ns
+    assert train_loop.train(tiny(image_folder, Path(uninterrupted).parents[1])) == uninterrupted
+    assert Path(uninterrupted).stat().st_mtime_ns == before and "complete" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused(image_folder, uninterrupted):
+    with pytest.raises(InputError, match=r"MODEL.BETA: 0.4 -> 0.3; SEED: 0 -> 1"):
+        train_loop.train(tiny(image_folder, Path(uninterrupted).parents[1], "SEED", 1, "MODEL.BETA", 0.3))
+
+
+def test_kept_checkpoints(uninterrupted):
+    names = sorted(path.name for path in Path(uninterrupted).parent.glob("*.pth"))
+    assert names == ["checkpoint_0000003.pth", "checkpoint_0000006.pth", "checkpoint_0000009.pth", LAST, FINAL]
+
+
+def test_failed_write_keeps_the_checkpoint_before(tmp_path):
+    checkpoint.save(tmp_path / LAST, {"step": 1})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        checkpoint.write_atomically(tmp_path / LAST, fail)
+    assert checkpoint.load(tmp_path / LAST) == {"step": 1}
+
+
+def test_unreadable_checkpoint_is_named(tmp_path):
+    (tmp_path / LAST).write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(InputError, match=LAST):
+        checkpoint.load(tmp_path / LAST)
+
+
+@pytest.mark.parametrize("method", ["byol", "byol_aw"])
+def test_baselines_train_on_the_same_loop(image_folder, tmp_path, method):
+    final = train_loop.train(tiny(image_folder, tmp_path, "METHOD", method, "SOLVER.EPOCHS", 2, "SOLVER.AMP", "bf16",
+                                  "SOLVER.OPTIMIZER", "lars"))
+    assert torch.load(final, weights_only=True)["method"] == method
+
+
+def test_diverged_run_stops_with_one_line(image_folder, tmp_path):
+    with pytest.raises(InputError, match="loss is nan at step .*BASE_LR"):
+        train_loop.train(tiny(image_folder, tmp_path, "SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_EPOCHS", 0))
