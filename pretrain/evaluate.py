@@ -1,6 +1,6 @@
 """Frozen backbones judged by a classifier on their features: weighted kNN, and linear evaluation (paper, 4.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,10 +50,11 @@ class Features:
     """uint8 images [B, 3, S, S] -> float32 features [B, D] of a frozen backbone in eval mode."""
 
     def __init__(self, backbone, data, amp):
-        self.backbone, self.data, self.amp = backbone.eval(), data, amp
+        self.backbone, self.data, self.amp = backbone, data, amp
 
     @torch.no_grad()
     def __call__(self, images):
+        self.backbone.eval()  # here, because the training loop that shares it has set it back
         images = normalize(to_float(images.to(device(), non_blocking=True)), self.data.MEAN, self.data.STD)
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
@@ -104,6 +105,14 @@ LINEAR = {
     "small": LinearProtocol(epochs=100, lr=30.0, weight_decay=0.0, milestones=(60, 80), nesterov=True, standardize=False),
     "large": LinearProtocol(epochs=40, lr=0.01, weight_decay=1e-4, milestones=(15, 30), nesterov=False, standardize=True),
 }
+
+
+def shorten(protocol, epochs):
+    """The protocol over another number of epochs (None: its own), with the milestones in proportion."""
+    if epochs is None:
+        return protocol
+    milestones = tuple(round(m * epochs / protocol.epochs) for m in protocol.milestones)
+    return replace(protocol, epochs=epochs, milestones=milestones)
 
 
 def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):

@@ -55,6 +55,12 @@ def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, monkeypatch, un
     assert [row["step"] for row in rows if "knn_top1" in row] == [0, 9]
 
 
+def test_evaluating_on_the_way_changes_nothing(image_folder, tmp_path, uninterrupted):
+    """kNN after every epoch: BatchNorm's running statistics must not see the evaluation."""
+    final = train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
+    assert_same(final_weights(final), final_weights(uninterrupted))
+
+
 def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted):
     """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
     cfg = tiny(image_folder, tmp_path)

@@ -11,7 +11,6 @@ when every run was evaluated on COCO val2017.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def main():
         sections.append(("Curves", output / "curves.png"))
     try:
         test_set = test_sets[args.runs[0]]
-        annotations, images = locate_dataset(test_set, os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        annotations, images = locate_dataset(test_set)
         same_set = {name: folder for name, folder in folders.items() if test_sets[folder] == test_set}
         draw_detections(annotations, images, same_set, output / "detections.png")
         sections.append(("Detections", output / "detections.png"))

@@ -10,6 +10,7 @@ KEY VALUE pairs at the end override the config, as in Detectron2.
 
 import argparse
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def main():
         cfg = engine.get_cfg()
     else:
         from transfer import torchvision_engine as engine
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         cfg = torchvision_defaults()
         if args.num_gpus > 1:
             raise InputError(f"--num-gpus {args.num_gpus}: the torchvision engine trains on one device, "

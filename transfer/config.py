@@ -6,6 +6,7 @@ keys that it honours with Detectron2's default values; any other key is refused.
 """
 
 import json
+import os
 from pathlib import Path
 
 from fvcore.common.config import CfgNode as CN
@@ -27,11 +28,12 @@ def dataset_name(annotations, images):
     return f"{annotations}::{images}"
 
 
-def locate_dataset(name, root="datasets"):
+def locate_dataset(name):
     """Data set name -> (annotation file, image folder), both checked to exist.
 
     ``name`` is one of :data:`COCO_2017` or a :func:`dataset_name`. Raises InputError.
     """
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     if name in COCO_2017:
         annotations, images = (Path(root) / part for part in COCO_2017[name])
     elif "::" in name:
@@ -54,6 +56,15 @@ def read_categories(annotations):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{annotations} is not a COCO annotation file with categories "
                          f"({type(error).__name__}: {error})") from None
+
+
+def check_num_classes(name, num_classes):
+    """Raises InputError unless the model's ``num_classes`` is the number of categories of data set ``name``."""
+    annotations, _ = locate_dataset(name)
+    found = 80 if name in COCO_2017 else len(read_categories(annotations))  # COCO's file takes long to parse
+    if found != num_classes:
+        raise InputError(f"{annotations} has {found} categories, but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: "
+                         f"add MODEL.ROI_HEADS.NUM_CLASSES {found}")
 
 
 def torchvision_defaults():
@@ -83,6 +94,6 @@ def torchvision_defaults():
     cfg.DATALOADER = CN(dict(NUM_WORKERS=4))
     cfg.SOLVER = CN(dict(IMS_PER_BATCH=16, BASE_LR=0.001, MOMENTUM=0.9, WEIGHT_DECAY=0.0001, WEIGHT_DECAY_NORM=0.0,
                          STEPS=(30000,), GAMMA=0.1, MAX_ITER=40000, WARMUP_ITERS=1000, WARMUP_FACTOR=1.0 / 1000,
-                         CHECKPOINT_PERIOD=5000))
+                         CHECKPOINT_PERIOD=5000, AMP=dict(ENABLED=False)))
     cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
     return cfg

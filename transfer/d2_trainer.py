@@ -12,19 +12,31 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks, launch
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
 from detectron2.evaluation import COCOEvaluator
 from tqdm import tqdm
 
-from transfer.config import InputError, locate_dataset, read_categories
+from transfer.config import InputError, check_num_classes, locate_dataset
 from transfer.convert import detectron2_name, load_weights
-from transfer.report import write_results
+from transfer.report import load_results, write_results
 
 
 class Trainer(DefaultTrainer):
     """DefaultTrainer with COCO evaluation, a progress bar, and a backbone that is known to have arrived."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # Detectron2's own AMP is for CUDA only
+            self._trainer = SimpleTrainer(self.model, self.data_loader, self.optimizer)
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        return model
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -79,7 +91,10 @@ def assert_backbone_arrived(model, path):
 
 
 def train(cfg, num_gpus=1, resume=False, eval_only=False):
-    """Fine-tune and evaluate on ``num_gpus`` GPUs of this machine (0 or 1: this process). Writes results.json."""
+    """Fine-tune and evaluate on ``num_gpus`` GPUs of this machine (0 or 1: this process); writes results.json.
+
+    Returns its content. Raises InputError.
+    """
     register_datasets(cfg)
     if cfg.SOLVER.IMS_PER_BATCH % max(num_gpus, 1):
         raise InputError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide among {num_gpus} GPUs")
@@ -87,7 +102,8 @@ def train(cfg, num_gpus=1, resume=False, eval_only=False):
         raise InputError(f"--num-gpus {num_gpus}, but this machine shows {torch.cuda.device_count()}")
     if not torch.cuda.is_available():
         cfg.merge_from_list(["MODEL.DEVICE", "cpu"])
-    return launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only))
+    launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only))
+    return load_results(cfg.OUTPUT_DIR)
 
 
 def _train(cfg, resume, eval_only):
@@ -110,16 +126,13 @@ def _train(cfg, resume, eval_only):
     DetectionCheckpointer(model).load(final)
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
-        return write_results(cfg, "detectron2", ap, provenance, time.perf_counter() - start)
+        write_results(cfg, "detectron2", ap, provenance, time.perf_counter() - start)
 
 
 def register_datasets(cfg):
     """Make the data sets of ``cfg`` known to Detectron2, after checking that they exist and fit the model."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        annotations, images = locate_dataset(name, os.getenv("DETECTRON2_DATASETS", "datasets"))
+        annotations, images = locate_dataset(name)
+        check_num_classes(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         if name not in DatasetCatalog.list():
             register_coco_instances(name, {}, annotations, images)
-        classes = len(MetadataCatalog.get(name).get("thing_classes", ())) or len(read_categories(annotations))
-        if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            raise InputError(f"{annotations} has {classes} categories, but MODEL.ROI_HEADS.NUM_CLASSES is "
-                             f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}: add MODEL.ROI_HEADS.NUM_CLASSES {classes}")

@@ -1,0 +1,101 @@
+"""The tools as a user types them: the quick start, and what a wrong argument says."""
+
+import json
+import os
+import stat
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TINY
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_quickstart_fast(tool, tmp_path, engine):
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    folder = tmp_path / "quick start"
+    done = tool("quickstart", "--fast", "--engine", engine, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"detection engine: {engine}" in done.stderr
+    assert "| random |" in done.stdout and "| RSA    |" in done.stdout and "kNN top-1" in done.stdout
+    written = {path.name for path in folder.iterdir()}
+    assert {"report.md", "report.html", "table.csv", "views.png", "curves.png", "detections.png"} <= written
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3 and "box AP75" in page and "mask AP75" in page
+    runs = {name: json.loads((folder / f"mask_rcnn_{name}" / "results.json").read_text()) for name in ("random", "rsa")}
+    assert runs["random"]["weights"] is None and runs["rsa"]["weights"]["method"] == "rsa"
+    assert all(run["engine"] == engine and run["ap"]["bbox"]["AP"] is not None for run in runs.values())
+    configs = [yaml.safe_load(run["config"]) for run in runs.values()]
+    for config in configs:
+        del config["OUTPUT_DIR"], config["MODEL"]["WEIGHTS"]
+    assert configs[0] == configs[1]
+
+    before = (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns
+    again = tool("quickstart", "--fast", "--engine", engine, "--output-dir", folder)
+    assert again.returncode == 0 and (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_three_commands_chain(tool, tmp_path, image_folder):
+    """Pre-training without convertible ResNet-50 takes a second; the conversion then says why it refuses."""
+    done = tool("pretrain", "--data", image_folder, "--output-dir", "output/pretrain", *TINY, cwd=tmp_path)
+    assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50_200ep.yaml" in done.stdout, done.stderr
+    refused = tool("convert_to_d2", cwd=tmp_path)
+    assert refused.returncode == 2 and "of 265 tensors missing" in refused.stderr
+    judged = tool("evaluate", "knn", cwd=tmp_path)
+    assert judged.returncode == 0 and 0 <= json.loads(judged.stdout)["knn_top1"] <= 100, judged.stderr
+    linear = tool("evaluate", "linear", "--epochs", "2", cwd=tmp_path)
+    assert linear.returncode == 0 and json.loads(linear.stdout)["protocol"] == "small", linear.stderr
+
+
+@pytest.mark.parametrize("epochs, lr", [(100, 0.9), (200, 0.6)])
+def test_epochs_choose_the_recipe(tool, tmp_path, epochs, lr):
+    done = tool("pretrain", "--epochs", epochs, cwd=tmp_path)
+    assert f"imagenet_rsa_R50_{epochs}ep.yaml: base lr {lr}, batch 2048, {epochs} epochs, lars, rsa" in done.stdout
+
+
+COMMANDS = {
+    "no data": (["pretrain", "--epochs", "200"], "no image folder datasets/imagenet/train.*--data PATH.*quickstart.py"),
+    "no config": (["pretrain", "--config-file", "absent.yaml"], "no config file absent.yaml"),
+    "wrong key": (["pretrain", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
+    "wrong type": (["pretrain", "SOLVER.EPOCHS", "many"], "EPOCHS"),
+    "wrong value": (["pretrain", "SOLVER.OPTIMIZER", "adam"], "SOLVER.OPTIMIZER is 'adam': choose one of lars, sgd"),
+    "no value": (["pretrain", "SOLVER.EPOCHS"], "'SOLVER.EPOCHS' has no value"),
+    "short": (["pretrain", "--epochs", "5"], "warm-up of 10 epochs"),
+    "no backbone": (["pretrain", "MODEL.BACKBONE", "resnet999", "--data", "IMAGES", "--batch-size", "8"], "resnet999"),
+    "many gpus": (["pretrain", "--data", "IMAGES", "--num-gpus", "99"], "--num-gpus 99"),
+    "no checkpoint": (["convert_to_d2"], "no checkpoint output/pretrain/model_final.pth"),
+    "no fine-tuning config": (["train_net", "--config-file", "absent.yaml", "--engine", "torchvision"], "absent.yaml"),
+    "wrong detection key": (["train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "--engine", "torchvision",
+                             "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON"),
+    "no COCO": (["train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "--engine", "torchvision"],
+                "datasets/coco/annotations"),
+    "no evaluation": (["evaluate", "knn", "absent.pth"], "no checkpoint absent.pth"),
+    "no run": (["report", "absent"], "absent/results.json"),
+}
+
+
+@pytest.mark.parametrize("command, message", COMMANDS.values(), ids=COMMANDS)
+def test_wrong_arguments_are_one_line(tool, tmp_path, image_folder, command, message):
+    import re
+
+    done = tool(*[image_folder if word == "IMAGES" else word for word in command], cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(message, lines[0]), done.stderr
+
+
+def test_missing_detectron2_says_how_to_install_it(tool, tmp_path):
+    """A finder that hides the package stands for a machine without it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n")
+    done = tool("train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "wheels.astral.sh" in done.stderr and "--engine torchvision" in done.stderr
+
+
+def test_tools_run_as_programs():
+    for path in (ROOT / "tools").glob("[a-z]*.py"):
+        assert path.stat().st_mode & stat.S_IXUSR and path.read_text().startswith("#!/usr/bin/env python3\n"), path

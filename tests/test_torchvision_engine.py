@@ -1,0 +1,304 @@
+"""The embedded engine against Detectron2's own model, and what it promises: refusals, exact resume, category ids."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+from transfer import torchvision_engine as engine
+from transfer.config import InputError, dataset_name, torchvision_defaults
+from transfer.convert import detectron2_name
+
+BASE = os.path.join(os.path.dirname(__file__), "..", "configs", "transfer", "base_mask_rcnn_R50_FPN.yaml")
+CATEGORIES = [3, 7, 90]  # with gaps, as COCO's
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Data set name of five 80x64 images with a bright box of each category on noise; in the last, all are crowds."""
+    root = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(5):
+        pixels = rng.integers(0, 90, (64, 80, 3), dtype=np.uint8)
+        images.append({"id": 10 + i, "file_name": f"{i}.png", "height": 64, "width": 80})
+        for n, category in enumerate(CATEGORIES):
+            x, y, w, h = 4 + 24 * n, 6 + 3 * i, 20, 30
+            pixels[y:y + h, x:x + w, n] = 250
+            polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+            mask = np.zeros((64, 80), dtype=np.uint8, order="F")
+            mask[y:y + h, x:x + w] = 1
+            code = rle.encode(mask)
+            segmentation = [polygon] if n else {"size": code["size"], "counts": code["counts"].decode()}
+            annotations.append({"id": len(annotations) + 1, "image_id": 10 + i, "category_id": category,
+                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "segmentation": segmentation})
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    for annotation in annotations[12:]:
+        annotation.update(iscrowd=1, segmentation={"size": [64, 80], "counts": [64 * 80]})
+    (root / "a.json").write_text(json.dumps({
+        "images": images, "annotations": annotations,
+        "categories": [{"id": i, "name": str(i)} for i in reversed(CATEGORIES)]}))
+    return dataset_name(root / "a.json", root)
+
+
+def config(coco="", folder="", *overrides):
+    """The recipe, cut down to seconds: narrow heads, few proposals, sides of 64 to 80 pixels."""
+    cfg = torchvision_defaults()
+    cfg.merge_from_file(BASE)
+    cfg.merge_from_list([
+        "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_HEADS.NUM_CLASSES", 3,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32,
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [48], [64]], "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30, "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
+        "INPUT.MIN_SIZE_TRAIN", (64, 80), "INPUT.MIN_SIZE_TEST", 64,
+        "DATASETS.TRAIN", (coco,), "DATASETS.TEST", (coco,), "OUTPUT_DIR", str(folder),
+        "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 2,
+        "TEST.PRECISE_BN.ENABLED", False, *overrides])
+    return cfg
+
+
+@pytest.mark.parametrize("key, value", [
+    ("MODEL.RESNETS.DEPTH", 101), ("MODEL.BACKBONE.FREEZE_AT", 2), ("MODEL.RESNETS.STRIDE_IN_1X1", True),
+    ("INPUT.FORMAT", "BGR"), ("MODEL.FPN.NORM", "GN"), ("MODEL.RPN.IN_FEATURES", ["res4"]), ("DATASETS.TEST", ()),
+    ("MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64, 128, 256, 512]]), ("MODEL.ROI_BOX_HEAD.NUM_FC", 0),
+])
+def test_refuses_what_it_cannot_honour(key, value):
+    with pytest.raises(InputError, match=key) as error:
+        engine.train(config("", "", key, value))
+    assert repr(value) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_refuses_a_wrong_number_of_classes(coco, tmp_path):
+    with pytest.raises(InputError, match="NUM_CLASSES is 80.*3 categories"):
+        engine.train(config(coco, tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80))
+
+
+def test_refuses_an_image_of_another_size(coco):
+    data = CocoInstances(coco, config(coco).MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data.coco.imgs[10]["width"] = 81
+    with pytest.raises(InputError, match="0.png"):
+        data[0, False]
+
+
+def test_targets(coco):
+    data = CocoInstances(coco, config(coco).MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    assert data.ids == [10, 11, 12, 13] and data.categories == CATEGORIES
+    image, target = data[1, False]
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 80)
+    assert target["labels"].tolist() == [1, 2, 3] and target["boxes"][0].tolist() == [4, 9, 24, 39]
+    for label, box, mask in zip(target["labels"], target["boxes"].int(), target["masks"]):
+        inside = torch.zeros(64, 80, dtype=torch.bool)
+        inside[box[1]:box[3], box[0]:box[2]] = True
+        assert torch.equal(mask.bool(), inside)
+        assert torch.equal(image[label - 1] == 250, inside)
+
+    mirrored, flipped = data[1, True]
+    assert torch.equal(mirrored, image.flip(-1)) and torch.equal(flipped["masks"], target["masks"].flip(-1))
+    assert flipped["boxes"][0].tolist() == [56, 9, 76, 39]
+
+    first, second, third = data.coco.imgToAnns[10]
+    first["bbox"], second["segmentation"], third["bbox"] = [90, 0, 5, 5], [[1, 2, 3, 4]], [70, -5, 20, 30]
+    assert data.objects(10) == [([70, 0, 80, 25], third)]  # outside, no polygon, and clipped to the image
+
+
+def test_batches_are_a_function_of_seed_and_iteration(coco):
+    cfg = config(coco)
+    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+
+    def draw(start, stop):
+        batches = engine.training_batches(cfg, data, start, stop, "cpu")
+        return [(torch.stack(images), torch.rand(3)) for images, _ in batches]
+
+    whole = draw(0, 4)
+    for (images, noise), (images_again, noise_again) in zip(whole[2:], draw(2, 4)):
+        assert torch.equal(images, images_again) and torch.equal(noise, noise_again)
+    epoch = torch.cat([images for images, _ in whole[:2]])  # each of the four images once, flipped or not
+    assert len({image.sum().item() for image in epoch}) == 4
+    cfg.SEED = 5
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(whole, draw(0, 4)))
+
+
+def detectron2_model(cfg):
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    theirs = get_cfg()
+    theirs.merge_from_file(BASE)
+    theirs.MODEL.DEVICE, theirs.MODEL.ROI_HEADS.NUM_CLASSES = "cpu", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return build_model(theirs)
+
+
+def test_equals_detectron2_part_by_part():
+    cfg = torchvision_defaults()
+    cfg.merge_from_file(BASE)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes = 5
+    theirs, ours = detectron2_model(cfg).eval(), engine.build_model(cfg).eval()
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    fpn = count(theirs.backbone) - count(theirs.backbone.bottom_up)
+    assert count(ours.backbone.body) == count(theirs.backbone.bottom_up)
+    assert count(ours.backbone.fpn) == fpn
+    assert count(ours.rpn.head) == count(theirs.proposal_generator.rpn_head)
+    assert count(ours.roi_heads.box_head) == count(theirs.roi_heads.box_head)
+    # The background's own outputs: one box of 4 numbers from 1024 features, one mask from 256 channels, and biases.
+    assert count(ours.roi_heads.box_predictor) == count(theirs.roi_heads.box_predictor) + 4 * (1024 + 1)
+    masks = count(ours.roi_heads.mask_head) + count(ours.roi_heads.mask_predictor)
+    assert masks == count(theirs.roi_heads.mask_head) + 256 + 1
+
+    # The same initial spread in every layer that Detectron2 also has.
+    pairs = [(ours.roi_heads.box_predictor.cls_score, theirs.roi_heads.box_predictor.cls_score),
+             (ours.roi_heads.box_predictor.bbox_pred, theirs.roi_heads.box_predictor.bbox_pred),
+             (ours.roi_heads.mask_predictor.conv5_mask, theirs.roi_heads.mask_head.deconv),
+             (ours.roi_heads.mask_predictor.mask_fcn_logits, theirs.roi_heads.mask_head.predictor),
+             (ours.roi_heads.box_head[5], theirs.roi_heads.box_head.fc1),
+             (ours.roi_heads.box_head[0][0], theirs.roi_heads.box_head.conv1),
+             (ours.roi_heads.mask_head[0][0], theirs.roi_heads.mask_head.mask_fcn1),
+             (ours.backbone.fpn.inner_blocks[0][0], theirs.backbone.fpn_lateral2),
+             (ours.rpn.head.conv[0][0], theirs.proposal_generator.rpn_head.conv),
+             (ours.backbone.body.conv1, theirs.backbone.bottom_up.stem.conv1)]
+    for ours_layer, theirs_layer in pairs:
+        assert ours_layer.weight.std().item() == pytest.approx(theirs_layer.weight.std().item(), rel=0.15)
+        assert (ours_layer.bias is None) == (theirs_layer.bias is None)
+        assert ours_layer.bias is None or not ours_layer.bias.any()
+
+    # With the same weights, the same features on every level.
+    body = {detectron2_name(k): v for k, v in ours.backbone.body.state_dict().items() if "num_batches" not in k}
+    state = {f"bottom_up.{name}": tensor for name, tensor in body.items()}
+    for kind, name in (("inner_blocks", "fpn_lateral"), ("layer_blocks", "fpn_output")):
+        for i, (conv, norm) in enumerate(getattr(ours.backbone.fpn, kind)):
+            state[f"{name}{i + 2}.weight"] = conv.weight
+            state.update({f"{name}{i + 2}.norm.{key}": value for key, value in norm.state_dict().items()})
+    missing, unexpected = theirs.backbone.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        got, wanted = ours.backbone(image), theirs.backbone(image)
+    assert len(got) == len(wanted) == 5
+    for ours_map, theirs_map in zip(got.values(), wanted.values()):
+        assert (ours_map - theirs_map).norm() <= 1e-4 * theirs_map.norm()
+
+
+@pytest.mark.parametrize("max_iter, warmup", [(90, 10), (8, 1000)])
+def test_learning_rate_is_detectron2s(max_iter, warmup):
+    build = pytest.importorskip("detectron2.solver.build")
+    cfg = pytest.importorskip("detectron2.config").get_cfg()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = max_iter, warmup, (60, 80)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build.build_lr_scheduler(cfg, optimizer)
+    for i in range(max_iter):
+        assert engine.learning_rate(cfg.SOLVER, i) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_coco_ap(coco):
+    path = coco.split("::")[0]
+    with open(path) as file:
+        truth = [a for a in json.load(file)["annotations"] if not a["iscrowd"]]
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    found = [{key: a[key] for key in keys} | {"score": 0.9} for a in truth]
+    for d in found:
+        if isinstance(d["segmentation"], list):
+            d["segmentation"] = rle.merge(rle.frPyObjects(d["segmentation"], 64, 80))
+    before = json.dumps(found, default=str)
+    perfect, nothing = coco_ap(path, found), coco_ap(path, [])
+    assert json.dumps(found, default=str) == before
+    for task in ("bbox", "segm"):
+        assert list(perfect[task]) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+        assert perfect[task]["APs"] == pytest.approx(100)
+        assert perfect[task]["APl"] is None and nothing[task]["APl"] is None  # no object is that large
+        assert nothing[task]["AP"] == nothing[task]["APs"] == 0
+
+
+def test_resume_is_exact_and_category_ids_survive(coco, tmp_path):
+    def run(name, max_iter, **how):
+        cfg = config(coco, tmp_path / name, "SOLVER.MAX_ITER", max_iter, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
+                     "SOLVER.CHECKPOINT_PERIOD", 3 if name == "parts" else 99,
+                     "TEST.PRECISE_BN.ENABLED", name == "precise", "TEST.PRECISE_BN.NUM_ITER", 2)
+        return cfg, engine.train(cfg, **how)
+
+    def state(name, file="model_final.pth"):
+        return torch.load(tmp_path / name / file, weights_only=True)
+
+    run("whole", 6)
+    run("parts", 3)
+    run("parts", 6, resume=True)
+    whole, parts = state("whole"), state("parts")
+    assert whole["iteration"] == parts["iteration"] == 5
+    assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
+    momenta = [{n: s["momentum_buffer"] for n, s in saved["optimizer"]["state"].items()} for saved in (whole, parts)]
+    assert all(torch.equal(buffer, momenta[1][n]) for n, buffer in momenta[0].items())
+
+    folder = tmp_path / "parts"
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert {p.name for p in folder.glob("*.pth")} == {"model_0000002.pth", "model_0000005.pth", "model_final.pth"}
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [2, 5]
+    assert set(rows[0]) == {"iteration", "total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls",
+                            "loss_rpn_loc", "lr"}
+
+    # A finished run is not trained again, and its model evaluates to the same numbers from either place.
+    detections = (folder / "inference" / "coco_instances_results.json").read_text()
+    stamp = (folder / "model_final.pth").stat().st_mtime_ns
+    cfg, again = run("parts", 6, resume=True)
+    assert (folder / "model_final.pth").stat().st_mtime_ns == stamp
+    assert (folder / "inference" / "coco_instances_results.json").read_text() == detections
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(folder / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "evaluated")])
+    assert engine.train(cfg, eval_only=True)["ap"] == again["ap"]
+    cfg.MODEL.WEIGHTS = __file__
+    with pytest.raises(InputError, match="does not hold a model"):
+        engine.train(cfg, eval_only=True)
+
+    found = json.loads(detections)
+    assert {d["category_id"] for d in found} == set(CATEGORIES) and {d["image_id"] for d in found} == set(range(10, 15))
+    for d in found:
+        assert rle.decode(d["segmentation"]).shape == (64, 80) and d["bbox"][2] > 0 and 0 <= d["score"] <= 1
+
+    # Precise BN changes the statistics and nothing else.
+    run("precise", 6)
+    precise = state("precise")["model"]
+    changed = {name for name, tensor in precise.items() if not torch.equal(tensor, whole["model"][name])}
+    assert changed and all("running" in name or "num_batches" in name for name in changed)
+    shutil.rmtree(tmp_path)  # gigabytes
+
+
+def test_divergence_is_one_line(coco, tmp_path):
+    cfg = config(coco, tmp_path, "SOLVER.BASE_LR", 1e9, "SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 0)
+    with pytest.raises(InputError, match="iteration.*BASE_LR"):
+        engine.train(cfg)
+
+
+def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in engine.resnet50().state_dict().items()
+             if not name.startswith("fc") and not name.endswith("num_batches_tracked")}
+    assert len(state) == 265
+    cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "SOLVER.MAX_ITER", 0)
+    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    model = engine.build_model(cfg)
+    monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
+    engine.fit(cfg, model, data, resume=False)
+    assert all(torch.equal(model.backbone.body.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["weights"] == {"method": "rsa"}
+
+    del state["layer4.2.bn3.running_var"]
+    with pytest.raises(InputError, match="layer4.2.bn3.running_var"):
+        engine.fit(cfg, model, data, resume=False)
+    (tmp_path / "model_final.pth").unlink()
+
+
+def test_learns_two_images(coco, tmp_path):
+    cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 40, "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.RANDOM_FLIP", "none")
+    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data.ids = data.ids[:2]
+    engine.fit(cfg, engine.build_model(cfg), data, resume=False)
+    first, last = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert last < 0.75 * first
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""The whole chain on a machine with nothing but a CPU: pre-train, convert, fine-tune, compare, in minutes.
+
+    tools/quickstart.py           # about 8 minutes on 2 cores
+    tools/quickstart.py --fast    # the same in little, under 90 seconds
+
+Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA, converts it, fine-tunes Mask R-CNN FPN from
+random and from the RSA weights under one config, and writes report.html. Run again it goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+
+import pretrain.config  # noqa: E402
+import transfer.config  # noqa: E402
+from pretrain import train_loop  # noqa: E402
+from pretrain.augment import aggressive  # noqa: E402
+from pretrain.loader import ImageFolder, MultiStageViews  # noqa: E402
+from tools._cli import ROOT, merge_config, run  # noqa: E402
+from transfer import shapes  # noqa: E402
+from transfer.convert import convert  # noqa: E402
+from transfer.pictures import draw_detections, draw_views, plot_curves  # noqa: E402
+from transfer.report import ap_table, load_results, table_cells, to_markdown, write_csv, write_report  # noqa: E402
+
+PRETRAIN_CONFIG = ROOT / "configs" / "pretrain" / "quickstart_rsa_R50.yaml"
+TRANSFER_CONFIG = ROOT / "configs" / "transfer" / "quickstart_mask_rcnn_R50_FPN.yaml"
+
+# What --fast makes smaller: images per class and of the COCO-format set, and overrides of the two configs.
+SIZES = {"train": 192, "val": 48, "coco_train": 200, "coco_val": 50}
+FAST_SIZES = {"train": 32, "val": 16, "coco_train": 24, "coco_val": 8}
+FAST_PRETRAIN = "SOLVER.EPOCHS 2 SOLVER.WARMUP_EPOCHS 0 DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32".split()
+FAST_TRANSFER = ("SOLVER.MAX_ITER 12 SOLVER.STEPS (8,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 "
+                 "TEST.PRECISE_BN.NUM_ITER 3").split()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", help="one folder for everything (default output/quickstart[-fast])")
+    parser.add_argument("--fast", action="store_true", help="less of everything: shows that the chain holds")
+    parser.add_argument("--engine", choices=("detectron2", "torchvision"), help="default: detectron2 where it is installed")
+    args = parser.parse_args()
+    engine = args.engine or ("detectron2" if importlib.util.find_spec("detectron2") else "torchvision")
+    folder = Path(args.output_dir or "output/quickstart" + ("-fast" if args.fast else ""))
+    start = time.perf_counter()
+    warnings.simplefilter("ignore")  # the libraries' deprecations would bury the few lines that matter here
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+    say(f"everything goes to {folder}; detection engine: {engine}")
+    say("1/5 drawing the shapes")
+    sizes = FAST_SIZES if args.fast else SIZES
+    for seed, split in enumerate(("train", "val")):
+        shapes.write_image_folder(folder / "images" / split, sizes[split], 64, seed)
+        shapes.write_coco(folder / "coco", split, sizes["coco_" + split], 160, seed + 2)
+
+    say("2/5 pre-training a ResNet-50 with RSA")
+    cfg = pretrain.config.get_cfg()
+    merge_config(cfg, str(PRETRAIN_CONFIG), ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain"),
+                                             *(FAST_PRETRAIN if args.fast else ())], pretrain.config.InputError)
+    try:
+        final = train_loop.train(cfg)
+    except train_loop.Interrupted as interruption:
+        say(str(interruption))
+        return train_loop.REQUEUE
+
+    say("3/5 converting it")
+    weights, _ = convert(final, folder / "rsa_r50.pkl")
+
+    say("4/5 fine-tuning Mask R-CNN FPN, from random and from RSA weights")
+    runs = {"random": "", "RSA": str(weights)}
+    folders = {name: folder / f"mask_rcnn_{name.lower()}" for name in runs}
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):  # Detectron2 prints a page an iteration
+        results = {name: fine_tune(engine, path, folder, folders[name], args.fast) for name, path in runs.items()}
+
+    say("5/5 writing the report")
+    cells = table_cells(rows := ap_table(results))
+    write_csv(rows, folder / "table.csv")
+    knn = [row["knn_top1"] for row in map(json.loads, open(folder / "pretrain" / "metrics.jsonl")) if "knn_top1" in row]
+    minutes = (time.perf_counter() - start) / 60
+    summary = (f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training ({len(shapes.CLASSES)} classes). "
+               + compare(results))
+    note = ("These are small networks' figures on drawn shapes from one short run: they show that the chain holds, "
+            "and say nothing about COCO.")
+    coco = folder / "coco"
+    write_report(folder, "Quick start", [
+        ("What came out", f"{summary} {note} Engine: {engine}; {minutes:.1f} minutes in this call."),
+        ("AP (%)", cells),
+        ("Weak views beside their aggressive views", views_picture(cfg, folder / "views.png")),
+        ("Curves", plot_curves(folder / "pretrain", folders, folder / "curves.png")),
+        ("Detections", draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png"))])
+    print(f"\n{to_markdown(cells)}\n{summary}\n{note}\n{folder / 'report.html'}, after {minutes:.1f} minutes")
+
+
+def fine_tune(engine, weights, folder, output, fast):
+    """Fine-tune with ``engine`` into ``output``, unless that is done."""
+    if (output / "results.json").is_file():
+        return load_results(output)
+    if engine == "detectron2":
+        from transfer import d2_trainer as module
+        cfg = module.get_cfg()
+    else:
+        from transfer import torchvision_engine as module
+        cfg = transfer.config.torchvision_defaults()
+    names = [transfer.config.dataset_name(folder / "coco" / f"{split}.json", folder / "coco" / "images") for split in ("train", "val")]
+    merge_config(cfg, str(TRANSFER_CONFIG), ["DATASETS.TRAIN", (names[0],), "DATASETS.TEST", (names[1],), "MODEL.WEIGHTS", weights,
+                                             "OUTPUT_DIR", str(output), *(FAST_TRANSFER if fast else ())], transfer.config.InputError)
+    return module.train(cfg, resume=True)
+
+
+def compare(results):
+    """One sentence on what the RSA weights gave, better or not."""
+    parts = []
+    for task, word in (("bbox", "box"), ("segm", "mask")):
+        random, rsa = (results[name]["ap"][task]["AP"] or 0.0 for name in ("random", "RSA"))
+        parts.append(f"{word} AP {random:.1f} from random and {rsa:.1f} from RSA weights ({rsa - random:+.1f})")
+    return "; ".join(parts) + "."
+
+
+def views_picture(cfg, path, count=4):
+    """The four views of one image of each of the first ``count`` classes, as pre-training sees them."""
+    images = ImageFolder(cfg.DATA.PATH)
+    dataset = MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED)
+    samples = [dataset[0, int((images.labels == label).argmax())] for label in range(count)]
+    views, params = (torch.stack([sample[name] for sample in samples]) for name in ("views", "params"))
+    strong = aggressive(views, params).mul(255).round().byte()
+    order = torch.stack([views[:, 0], strong[:, 0], views[:, 1], strong[:, 1]], 1)
+    return draw_views(order.permute(0, 1, 3, 4, 2).numpy(), path)
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main, pretrain.config.InputError, transfer.config.InputError)
