@@ -36,7 +36,8 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the ways in which a broken file fails are torch's, zipfile's and pickle's
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): delete it to go on without it") from None
+        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
+                         f"{' '.join(str(error).split())[:150]}") from None
 
 
 def start_folder(cfg):

@@ -7,11 +7,16 @@ METHODS = ("rsa", "byol", "byol_aw")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Keys that change how fast or where a run goes, not what it computes: they may differ when it is resumed.
-FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD")
+FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD",
+             "KNN.PERIOD", "KNN.BANK")
 
 
 class InputError(ValueError):
     """Something the user can mend: one line that names the file or key and the fix."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything up to the last step is saved."""
 
 
 def get_cfg():
@@ -66,9 +71,12 @@ def check(cfg):
                                 ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off"))):
         if value not in choices:
             raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
-    for key in ("BATCH_SIZE", "EPOCHS"):
-        if cfg.SOLVER[key] < 1:
-            raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
+    for key, value, least in (("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1), ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
+                              ("LOG_PERIOD", cfg.LOG_PERIOD, 1), ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
+                              ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0), ("KNN.PERIOD", cfg.KNN.PERIOD, 0),
+                              ("SEED", cfg.SEED, 0)):
+        if value < least:
+            raise InputError(f"{key} is {value}: it must be at least {least}")
     if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS:
         raise InputError(f"the warm-up of {cfg.SOLVER.WARMUP_EPOCHS} epochs leaves nothing of {cfg.SOLVER.EPOCHS}: "
                          "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer")

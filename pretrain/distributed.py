@@ -5,31 +5,48 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pretrain.config import InputError
+from pretrain.config import InputError, Interrupted
 
 
-def launch(train, cfg, num_gpus=None):
-    """Run ``train(cfg)`` on ``num_gpus`` GPUs of this machine (default: all of them).
-
-    Under torchrun the processes are there already, and this one only joins them. Otherwise more than one GPU means
-    that this process starts one worker per GPU and waits. Returns what ``train`` returned (rank 0's).
-    """
+def num_processes(num_gpus=None):
+    """One process per GPU: ``num_gpus`` of them, by default all that this machine shows, or one on its CPU."""
     available = torch.cuda.device_count()
-    if num_gpus is not None and num_gpus > available:
-        raise InputError(f"--num-gpus {num_gpus}, but this machine shows {available}")
-    wanted = available if num_gpus is None else num_gpus
-    if "RANK" in os.environ or wanted <= 1:
+    if num_gpus is not None and not 1 <= num_gpus <= available:
+        raise InputError(f"--num-gpus {num_gpus}, but this machine shows {available}"
+                         + ("; leave the option out to train on the CPU" if not available else ""))
+    return num_gpus or max(1, available)
+
+
+def launch(train, cfg, processes):
+    """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
+
+    Under torchrun the processes are there already, and this one only joins them. Raises InputError or Interrupted
+    when a process did.
+    """
+    if launched() or processes == 1:
         return join_and_run(train, cfg)
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=wanted, rdzv_backend="c10d",
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0)
-    return elastic_launch(config, join_and_run)(train, cfg)[0]
+    try:
+        return elastic_launch(config, join_and_run)(train, cfg)[0]
+    except SignalException as stopped:
+        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from the last checkpoint") from None
+    except ChildFailedError as failure:
+        message = failure.get_first_failure()[1].message
+        name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
+        for kind in (InputError, Interrupted):
+            if name == kind.__name__:
+                raise kind(text) from None
+        raise
 
 
 def join_and_run(train, cfg):
     """Join the process group that the launcher's environment describes, if any, and run."""
-    if "RANK" not in os.environ:
+    if not launched():
         return train(cfg)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -38,6 +55,11 @@ def join_and_run(train, cfg):
         return train(cfg)
     finally:
         dist.destroy_process_group()
+
+
+def launched():
+    """Whether a launcher has started this process as one of several."""
+    return "RANK" in os.environ
 
 
 def is_first_process():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pretrain.augment import normalize, to_float, weak_view
 from pretrain.config import InputError
 from pretrain.distributed import device
-from pretrain.loader import StepBatches, build_loader, resolve_workers
+from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_workers
 
 
 class CenterCrops(Dataset):
@@ -42,7 +42,7 @@ class RandomCrops(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         return weak_view(self.images.read(index), rng, self.size, scale=(0.08, 1.0)), int(self.images.labels[index])
 
 
@@ -82,11 +82,16 @@ def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
     return 100 * correct / len(queries)
 
 
+def check_labelled(train, val):
+    """Raises InputError unless both ImageFolders have the same classes and a label for every image."""
+    if not train.classes or train.classes != val.classes or min(train.labels.min(), val.labels.min()) < 0:
+        raise InputError(f"{train.root} and {val.root} are not labelled alike: kNN and linear evaluation need the same "
+                         "class folders in both, and every image in one of them")
+
+
 def evaluate_knn(features, train, val, bank_size):
     """kNN top-1 in percent of ``val`` images against a bank of ``train`` images (two labelled ImageFolders)."""
-    if train.classes != val.classes:
-        raise InputError(f"{train.root} and {val.root} do not have the same class folders: kNN and linear evaluation "
-                         "need labels, one folder for each class")
+    check_labelled(train, val)
     return knn_top1(*features.of(train, "kNN bank", bank_size), *features.of(val, "kNN queries"))
 
 
@@ -117,8 +122,7 @@ def shorten(protocol, epochs):
 
 def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
     """Train a linear classifier on the frozen features of random crops; returns the val top-1 of each epoch (percent)."""
-    if train.classes != val.classes:
-        raise InputError(f"{train.root} and {val.root} do not have the same class folders")
+    check_labelled(train, val)
     batch_size = min(batch_size, len(train))
     val_features, val_labels = features.of(val, "validation features")
     prepare = lambda x: x  # noqa: E731

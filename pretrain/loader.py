@@ -6,6 +6,7 @@ ranks changes which pixels are seen.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from pretrain import distributed
 from pretrain.augment import draw_params, weak_view
 from pretrain.config import InputError
+
+
+# First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
+ORDER_STREAM, SAMPLE_STREAM = 0, 1
 
 
 class ImageFolder:
@@ -55,7 +60,8 @@ class ImageFolder:
 def read_image(path):
     """Any image file -> uint8 RGB [3, H, W]; raises InputError naming the file when it cannot be decoded."""
     try:
-        return decode_image(read_file(str(path)), ImageReadMode.RGB)
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        return image if image.dtype == torch.uint8 else (image.int() // 257).byte()  # a PNG of 16 bits
     except RuntimeError:
         pass  # a format that torchvision does not decode; PIL knows more of them, slower
     try:
@@ -74,7 +80,7 @@ class MultiStageViews(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         image = self.images.read(index)
         return {"views": torch.stack([weak_view(image, rng, self.size) for _ in range(2)]),
                 "params": torch.stack([draw_params(rng) for _ in range(2)]),
@@ -108,7 +114,7 @@ class StepBatches(Sampler):
         for step in range(self.start, self.total):
             if epoch != step // steps_per_epoch:
                 epoch = step // steps_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                order = np.random.default_rng((self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)
             first = step % steps_per_epoch * self.batch_size
             yield [(epoch, int(index)) for index in order[first:first + self.batch_size][self.part]]
 
@@ -116,7 +122,13 @@ class StepBatches(Sampler):
 def build_loader(dataset, batches, num_workers):
     """DataLoader over a map-style ``dataset`` that yields ``batches`` (lists of keys) collated into tensors."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=resolve_workers(num_workers),
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals)
+
+
+def ignore_stop_signals(_):
+    """A scheduler signals the whole process group: the workers must live until the main process has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resolve_workers(num_workers):

@@ -15,18 +15,14 @@ from tqdm import tqdm
 
 from pretrain import checkpoint, distributed, schedules
 from pretrain.augment import aggressive, normalize, to_float
-from pretrain.config import InputError
-from pretrain.evaluate import Features, evaluate_knn
+from pretrain.config import InputError, Interrupted
+from pretrain.evaluate import Features, check_labelled, evaluate_knn
 from pretrain.loader import ImageFolder, MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
 from pretrain.optim import build_optimizer
 
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to the last step is saved."""
 
 
 def train(cfg):
@@ -38,7 +34,7 @@ def train(cfg):
     device, main = distributed.device(), distributed.rank() == 0
     torch.backends.cudnn.benchmark = True
     images = ImageFolder(cfg.DATA.PATH)
-    val = find_val(cfg)
+    val = find_val(cfg, images)
     steps_per_epoch = len(images) // cfg.SOLVER.BATCH_SIZE
     K = cfg.SOLVER.EPOCHS * steps_per_epoch
     batch_slices = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED,
@@ -65,9 +61,13 @@ def train(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     start = 0
     if saved:
+        if saved["num_images"] != len(images):
+            raise InputError(f"{folder} holds a run on {saved['num_images']} images, but {images.root} has {len(images)} "
+                             "now: restore the data set, or give another --output-dir")
         networks.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
+            scaler.load_state_dict(saved["scaler"])
         start = batch_slices.start = saved["step"]
     model = networks
     if distributed.world_size() > 1:
@@ -86,8 +86,9 @@ def train(cfg):
             log.row({"step": 0, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
 
     def save(path, step, whole=True):
-        state = {"format": "rsa-pretraining", "method": cfg.METHOD, "step": step, "config": cfg.dump(),
-                 "model": networks.state_dict()}
+        assert_finite(figures["loss"], step)
+        state = {"format": "rsa-pretraining", "method": cfg.METHOD, "step": step, "num_images": len(images),
+                 "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         checkpoint.save(path, state)
@@ -119,8 +120,11 @@ def train(cfg):
             if ends_epoch and cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
         if asked and k < K:
+            stop.uninstall()
+            distributed.barrier()  # the launcher takes the first process that leaves for the end of all
             raise Interrupted(f"stopped at step {k} of {K}, saved; the same command goes on from there")
         before = time.perf_counter()
+    stop.uninstall()
     if main:
         save(final, K, whole=False)
         log.close()
@@ -153,29 +157,47 @@ def amp_dtype(name, device):
     return torch.float16 if name == "fp16" and device.type == "cuda" else torch.bfloat16
 
 
-def find_val(cfg):
-    """The labelled ImageFolder for kNN top-1: DATA.VAL, else val/ or test/ beside DATA.PATH, else None."""
+def find_val(cfg, images):
+    """The ImageFolder for kNN top-1: DATA.VAL; else val/ or test/ beside DATA.PATH if it is labelled as ``images`` are;
+    else None. Raises InputError for a DATA.VAL that does not fit."""
     if cfg.DATA.VAL:
-        return ImageFolder(cfg.DATA.VAL)
+        val = ImageFolder(cfg.DATA.VAL)
+        check_labelled(images, val)
+        return val
     for name in ("val", "test"):
-        folder = Path(cfg.DATA.PATH).absolute().parent / name
-        if folder.is_dir() and folder != Path(cfg.DATA.PATH).absolute():
-            return ImageFolder(folder)
+        try:
+            val = ImageFolder(Path(cfg.DATA.PATH).absolute().parent / name)
+            check_labelled(images, val)
+            return val
+        except InputError:
+            continue  # not there, or not meant for this
     return None
 
 
+def assert_finite(loss, step):
+    """Raises InputError for a loss of NaN or infinity, before anything is made of it."""
+    if not math.isfinite(loss):
+        raise InputError(f"the loss is {float(loss)} at step {step}: lower SOLVER.BASE_LR, or try --amp bf16 or off; "
+                         "the last checkpoint is kept")
+
+
 class StopSignals:
-    """``asked`` becomes true at SIGTERM, SIGUSR1 or SIGINT; the loop then ends after its step. A second SIGINT kills."""
+    """``asked`` becomes true at SIGTERM, SIGUSR1 or SIGINT; the loop then ends after its step. A second SIGINT kills,
+    except under a launcher, which hands one Ctrl-C on twice."""
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.handle)
+        self.previous = {number: signal.signal(number, self.handle)
+                         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def handle(self, number, frame):
-        if number == signal.SIGINT and self.asked:
+        if number == signal.SIGINT and self.asked and not distributed.launched():
             raise KeyboardInterrupt
         self.asked = True
+
+    def uninstall(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -208,9 +230,7 @@ class Log:
         if k % self.period and k != self.total:
             return
         means = {name: value.item() / self.count for name, value in self.sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss is {means['loss']} at step {k}: lower SOLVER.BASE_LR, or try --amp bf16 or off; "
-                             "the last checkpoint is kept")
+        assert_finite(means["loss"], k)
         seconds = time.perf_counter() - self.since
         self.row({"step": k, **means, **schedule, "images_per_s": self.images / seconds, "data_wait": self.waited / seconds})
         self.progress.set_postfix_str(f"loss {means['loss']:.3f} std {means['feature_std']:.2f} "
@@ -225,6 +245,7 @@ class Log:
                 self.tensorboard.add_scalar(name, value, row["step"])
         if "knn_top1" in row:
             self.progress.write(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
+            self.progress.unpause()  # the time left is that of the steps
             self.reset()
 
     def close(self):

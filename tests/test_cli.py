@@ -23,7 +23,7 @@ def test_quickstart_fast(tool, tmp_path, engine):
     assert {"report.md", "report.html", "table.csv", "views.png", "curves.png", "detections.png"} <= written
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64") == 3 and "box AP75" in page and "mask AP75" in page
-    runs = {name: json.loads((folder / f"mask_rcnn_{name}" / "results.json").read_text()) for name in ("random", "rsa")}
+    runs = {name: json.loads((folder / engine / name / "results.json").read_text()) for name in ("random", "rsa")}
     assert runs["random"]["weights"] is None and runs["rsa"]["weights"]["method"] == "rsa"
     assert all(run["engine"] == engine and run["ap"]["bbox"]["AP"] is not None for run in runs.values())
     configs = [yaml.safe_load(run["config"]) for run in runs.values()]
@@ -57,7 +57,10 @@ def test_epochs_choose_the_recipe(tool, tmp_path, epochs, lr):
 COMMANDS = {
     "no data": (["pretrain", "--epochs", "200"], "no image folder datasets/imagenet/train.*--data PATH.*quickstart.py"),
     "no config": (["pretrain", "--config-file", "absent.yaml"], "no config file absent.yaml"),
-    "wrong key": (["pretrain", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
+    "wrong key": (["pretrain", "--epochs", "200", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
+    "wrong seed": (["pretrain", "--seed", "-1"], "SEED is -1"),
+    "no GPU": (["pretrain", "--data", "IMAGES", "--num-gpus", "0"], "--num-gpus 0"),
+    "unwritable": (["pretrain", "--data", "IMAGES", "--batch-size", "8", "--output-dir", "/proc/run"], "/proc/run"),
     "wrong type": (["pretrain", "SOLVER.EPOCHS", "many"], "EPOCHS"),
     "wrong value": (["pretrain", "SOLVER.OPTIMIZER", "adam"], "SOLVER.OPTIMIZER is 'adam': choose one of lars, sgd"),
     "no value": (["pretrain", "SOLVER.EPOCHS"], "'SOLVER.EPOCHS' has no value"),

@@ -6,9 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, tiny_cfg
+
+def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
+    """Two processes started by this one, without torchrun; a worker's InputError stays one."""
+    from pretrain import distributed, train_loop
+    from pretrain.config import InputError
+
+    with pytest.raises(InputError, match="global batch of 9 does not divide among 2 processes: use 8"):
+        distributed.launch(train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), processes=2)
+
 
 def test_two_processes_train_one_model(image_folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

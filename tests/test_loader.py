@@ -76,6 +76,14 @@ def test_image_modes_are_read_as_rgb(tmp_path, mode, suffix):
     assert (image.float() - expected.float()).abs().mean() < 3
 
 
+def test_png_of_16_bits(tmp_path):
+    gradient = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(gradient).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png")
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+    assert np.abs(image[0].numpy() - gradient / 257).max() <= 1
+
+
 def test_what_cannot_be_loaded_is_named(image_folder, tmp_path):
     with pytest.raises(InputError, match="--data"):
         ImageFolder(tmp_path / "absent")

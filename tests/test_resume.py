@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from pretrain import checkpoint, train_loop
 from pretrain.checkpoint import FINAL, LAST
-from pretrain.config import InputError
+from pretrain.config import InputError, Interrupted
 from tests.conftest import ROOT, TINY
 from tests.conftest import tiny_cfg as tiny
 
@@ -44,7 +45,7 @@ def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, monkeypatch, un
         return step(*arguments)
 
     monkeypatch.setattr(train_loop, "train_step", counted)
-    with pytest.raises(train_loop.Interrupted, match=f"step {after} of 9"):
+    with pytest.raises(Interrupted, match=f"step {after} of 9"):
         train_loop.train(cfg)
     assert torch.load(Path(cfg.OUTPUT_DIR, LAST), weights_only=True)["step"] == after
     final = train_loop.train(tiny(image_folder, tmp_path, "DATA.NUM_WORKERS", workers))
@@ -76,6 +77,44 @@ def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupte
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert again.returncode == 0 and "goes on after step" in again.stdout, again.stderr
     assert_same(final_weights(Path(cfg.OUTPUT_DIR, FINAL)), final_weights(uninterrupted))
+
+
+def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
+    """A scheduler's SIGTERM reaches the loader's workers too; the command still saves, and says 75."""
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--data", str(image_folder), "--output-dir", str(folder),
+               *TINY, "DATA.NUM_WORKERS", "1"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = folder / "metrics.jsonl"
+    while first.poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
+        pass
+    os.killpg(first.pid, signal.SIGTERM)
+    _, errors = first.communicate(timeout=100)
+    assert first.returncode == 75 and "the same command goes on" in errors, errors
+    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
+
+
+def test_changed_data_set_is_refused(image_folder, tmp_path):
+    copy = shutil.copytree(image_folder, tmp_path / "train")
+    cfg = tiny(copy, tmp_path)
+    train_loop.train(cfg)
+    Path(cfg.OUTPUT_DIR, FINAL).unlink()
+    next(copy.glob("*/*.png")).unlink()
+    with pytest.raises(InputError, match="24 images, but .* has 23"):
+        train_loop.train(tiny(copy, tmp_path))
+
+
+def test_validation_folder_that_does_not_fit_is_left_alone(image_folder, tmp_path):
+    """Unlabelled images beside each other: a run without kNN, not an error; but an explicit DATA.VAL is one."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i, path in enumerate(sorted(image_folder.glob("*/*"))):
+            shutil.copy(path, tmp_path / split / f"{i}{path.suffix}")
+    final = train_loop.train(tiny(tmp_path / "train", tmp_path, "SOLVER.EPOCHS", 2))
+    assert "knn" not in Path(final).with_name("metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="not labelled alike"):
+        train_loop.train(tiny(tmp_path / "train", tmp_path / "other", "DATA.VAL", str(tmp_path / "val")))
 
 
 def test_finished_run_is_left_alone(image_folder, uninterrupted, capsys):

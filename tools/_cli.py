@@ -26,14 +26,16 @@ def merge_config(cfg, path, overrides, error):
         raise
     except Exception as problem:  # yacs raises KeyError, ValueError and AssertionError; PyYAML its own
         reason = " ".join(str(problem.args[0] if problem.args else problem).split())
-        raise error(f"config {path or ''} {' '.join(overrides)}: {reason}".replace("  ", " ")) from None
+        raise error(f"config {path or ''} {' '.join(map(str, overrides))}: {reason}".replace("  ", " ")) from None
     return cfg
 
 
 def run(main, *errors):
-    """``main()``, with the user's mistakes (``errors``) as one line on stderr and exit status 2."""
+    """``main()``, with the user's mistakes (``errors``) and the system's refusals as one line on stderr, status 2."""
     try:
         sys.exit(main())
-    except errors as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (*errors, OSError) as error:
+        # A loader's worker wraps the message in its traceback.
+        message = str(error).rsplit("InputError: ", 1)[-1]
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.config import METHODS, InputError, check, get_cfg  # noqa: E402
+from pretrain.config import METHODS, InputError, Interrupted, check, get_cfg  # noqa: E402
 from tools._cli import find_config, merge_config, run  # noqa: E402
 
 # The paper tuned the base learning rate for two lengths; others take the nearer one's.
@@ -29,14 +29,14 @@ def main():
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
     cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
     check(cfg)
-    print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, {cfg.SOLVER.EPOCHS} epochs, "
-          f"{cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}")
-
     from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
 
+    if distributed.is_first_process():
+        print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, {cfg.SOLVER.EPOCHS} epochs, "
+              f"{cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}", flush=True)
     try:
-        final = distributed.launch(train_loop.train, cfg, args.num_gpus)
-    except train_loop.Interrupted as interruption:
+        final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_gpus))
+    except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return train_loop.REQUEUE
     if distributed.is_first_process():

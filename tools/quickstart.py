@@ -10,7 +10,7 @@ random and from the RSA weights under one config, and writes report.html. Run ag
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import json
 import logging
 import sys
@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--fast", action="store_true", help="less of everything: shows that the chain holds")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), help="default: detectron2 where it is installed")
     args = parser.parse_args()
-    engine = args.engine or ("detectron2" if importlib.util.find_spec("detectron2") else "torchvision")
+    engine = args.engine or ("detectron2" if detectron2_works() else "torchvision")
     folder = Path(args.output_dir or "output/quickstart" + ("-fast" if args.fast else ""))
     start = time.perf_counter()
     warnings.simplefilter("ignore")  # the libraries' deprecations would bury the few lines that matter here
@@ -69,7 +69,7 @@ def main():
                                              *(FAST_PRETRAIN if args.fast else ())], pretrain.config.InputError)
     try:
         final = train_loop.train(cfg)
-    except train_loop.Interrupted as interruption:
+    except pretrain.config.Interrupted as interruption:
         say(str(interruption))
         return train_loop.REQUEUE
 
@@ -78,7 +78,7 @@ def main():
 
     say("4/5 fine-tuning Mask R-CNN FPN, from random and from RSA weights")
     runs = {"random": "", "RSA": str(weights)}
-    folders = {name: folder / f"mask_rcnn_{name.lower()}" for name in runs}
+    folders = {name: folder / engine / name.lower() for name in runs}
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):  # Detectron2 prints a page an iteration
         results = {name: fine_tune(engine, path, folder, folders[name], args.fast) for name, path in runs.items()}
 
@@ -99,6 +99,15 @@ def main():
         ("Curves", plot_curves(folder / "pretrain", folders, folder / "curves.png")),
         ("Detections", draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png"))])
     print(f"\n{to_markdown(cells)}\n{summary}\n{note}\n{folder / 'report.html'}, after {minutes:.1f} minutes")
+
+
+def detectron2_works():
+    """Whether Detectron2 is installed and loads: one built for another torch does not."""
+    try:
+        importlib.import_module("transfer.d2_trainer")
+    except ImportError:
+        return False
+    return True
 
 
 def fine_tune(engine, weights, folder, output, fast):

@@ -35,7 +35,11 @@ def main():
     if args.engine == "detectron2":
         if importlib.util.find_spec("detectron2") is None:
             raise InputError(INSTALL_DETECTRON2)
-        from transfer import d2_trainer as engine
+        try:
+            from transfer import d2_trainer as engine
+        except ImportError as error:  # most often built for another torch
+            raise InputError(f"Detectron2 is installed but cannot be imported ({error}): reinstall it for this torch, "
+                             "or run with --engine torchvision") from None
         cfg = engine.get_cfg()
     else:
         from transfer import torchvision_engine as engine

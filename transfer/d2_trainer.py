@@ -3,6 +3,7 @@
 The only file that imports detectron2.
 """
 
+import json
 import os
 import sys
 import time
@@ -21,6 +22,9 @@ from tqdm import tqdm
 from transfer.config import InputError, check_num_classes, locate_dataset
 from transfer.convert import detectron2_name, load_weights
 from transfer.report import load_results, write_results
+
+
+PROVENANCE = "weights.json"  # in OUTPUT_DIR: where the backbone of this run came from; null: random
 
 
 class Trainer(DefaultTrainer):
@@ -60,6 +64,8 @@ class Trainer(DefaultTrainer):
 class ProgressBar(HookBase):
     """Iterations done, loss and time left, beside Detectron2's own lines."""
 
+    bar = None
+
     def before_train(self):
         self.bar = tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, desc="fine-tuning", unit="it",
                         dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -71,7 +77,8 @@ class ProgressBar(HookBase):
         self.bar.update()
 
     def after_train(self):
-        self.bar.close()
+        if self.bar is not None:  # None when another hook has failed before
+            self.bar.close()
 
 
 def assert_backbone_arrived(model, path):
@@ -95,43 +102,63 @@ def train(cfg, num_gpus=1, resume=False, eval_only=False):
 
     Returns its content. Raises InputError.
     """
-    register_datasets(cfg)
+    register_datasets(cfg, eval_only)
     if cfg.SOLVER.IMS_PER_BATCH % max(num_gpus, 1):
         raise InputError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide among {num_gpus} GPUs")
     if num_gpus > torch.cuda.device_count() and num_gpus > 1:
         raise InputError(f"--num-gpus {num_gpus}, but this machine shows {torch.cuda.device_count()}")
     if not torch.cuda.is_available():
         cfg.merge_from_list(["MODEL.DEVICE", "cpu"])
-    launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only))
+    if eval_only and not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
+        raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
+    provenance = load_weights(cfg.MODEL.WEIGHTS)[1] if cfg.MODEL.WEIGHTS and not eval_only else None
+    launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only, provenance))
     return load_results(cfg.OUTPUT_DIR)
 
 
-def _train(cfg, resume, eval_only):
+def _train(cfg, resume, eval_only, provenance):
     start = time.perf_counter()
-    register_datasets(cfg)  # a process that launch has started knows of none
+    register_datasets(cfg, eval_only)  # a process that launch has started knows of none
     cfg.freeze()
     default_setup(cfg, None)
-    provenance = None
-    final = cfg.MODEL.WEIGHTS
     if not eval_only:
-        provenance = load_weights(cfg.MODEL.WEIGHTS)[1] if cfg.MODEL.WEIGHTS else None
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume)
+        if comm.is_main_process() and trainer.start_iter == 0:
+            Path(cfg.OUTPUT_DIR, PROVENANCE).write_text(json.dumps(provenance))
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
-        final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    elif not Path(final).is_file():
-        raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {final}")
+        comm.synchronize()  # only the main process writes the file that all read now
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(final)
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    final = cfg.MODEL.WEIGHTS if eval_only and not resume else checkpointer.get_checkpoint_file()
+    load_whole_model(checkpointer, final)
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
+        beside = Path(final).with_name(PROVENANCE)
+        provenance = json.loads(beside.read_text()) if beside.is_file() else {"source": str(final)}
         write_results(cfg, "detectron2", ap, provenance, time.perf_counter() - start)
 
 
-def register_datasets(cfg):
+def load_whole_model(checkpointer, path):
+    """Load a fine-tuned model, every tensor of it. Raises InputError, where Detectron2 would only warn."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except Exception as error:  # a broken or foreign file can fail in any way
+        raise InputError(f"{path} is not a model that Detectron2 has fine-tuned ({type(error).__name__})") from None
+    needed = checkpointer.model.state_dict()
+    wrong = [name for name, tensor in needed.items() if name not in saved or saved[name].shape != tensor.shape]
+    if wrong:
+        raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
+                         f"{', '.join(wrong[:3])}")
+    checkpointer.load(path)
+
+
+def register_datasets(cfg, eval_only=False):
     """Make the data sets of ``cfg`` known to Detectron2, after checking that they exist and fit the model."""
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    if len(cfg.DATASETS.TEST) != 1:
+        raise InputError(f"DATASETS.TEST is {cfg.DATASETS.TEST}: results are of one data set")
+    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         annotations, images = locate_dataset(name)
         check_num_classes(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         if name not in DatasetCatalog.list():
