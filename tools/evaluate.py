@@ -44,7 +44,8 @@ def main():
         raise InputError(f"{args.checkpoint} is not a checkpoint of tools/pretrain.py")
     cfg = CfgNode(yaml.safe_load(saved["config"]))
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
-    train, val = ImageFolder(cfg.DATA.PATH), train_loop.find_val(cfg, train)
+    train = ImageFolder(cfg.DATA.PATH)
+    val = train_loop.find_val(cfg, train)
     if val is None:
         raise InputError(f"no val/ or test/ with the same class folders beside {cfg.DATA.PATH}: give --val DIR")
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)

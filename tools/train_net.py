@@ -43,7 +43,7 @@ def main():
         cfg = engine.get_cfg()
     else:
         from transfer import torchvision_engine as engine
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         cfg = torchvision_defaults()
         if args.num_gpus > 1:
             raise InputError(f"--num-gpus {args.num_gpus}: the torchvision engine trains on one device, "

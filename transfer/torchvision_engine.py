@@ -270,23 +270,23 @@ def train(cfg, resume=False, eval_only=False):
     resume: go on from OUTPUT_DIR/last_checkpoint if there is one. eval_only: evaluate OUTPUT_DIR/model_final.pth with
     ``resume``, else MODEL.WEIGHTS, then a whole model of this engine. The AP is that of the saved file, read back.
     """
-    began, folder = time.time(), Path(cfg.OUTPUT_DIR)
+    began, folder, classes = time.time(), Path(cfg.OUTPUT_DIR), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    check(cfg)
+    val_set = CocoInstances(cfg.DATASETS.TEST[0], classes, training=False)
+    if not eval_only:
+        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], classes, training=True)
+        if train_set.categories != val_set.categories:
+            raise InputError(f"{train_set.annotations} and {val_set.annotations} have different category ids")
     torch.manual_seed(max(cfg.SEED, 0))
-    model = build_model(cfg)
     device = torch.device("cuda" if cfg.MODEL.DEVICE == "cuda" and torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model = build_model(cfg).to(device)
     if cfg.SOLVER.AMP.ENABLED:
         heads = model.roi_heads
         for part in (model.backbone, model.rpn.head, heads.box_head, heads.mask_head, heads.mask_predictor):
             bfloat16_inside(part, device)
     log.info("one %s device: SyncBN is BatchNorm over its batch", device.type)
-    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    val_set = CocoInstances(cfg.DATASETS.TEST[0], classes, training=False)
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     if not eval_only:
-        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], classes, training=True)
-        if train_set.categories != val_set.categories:
-            raise InputError(f"{train_set.annotations} and {val_set.annotations} have different category ids")
         fit(cfg, model, train_set, resume)
     saved = load_checkpoint(cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth", model)
     detections = detect(cfg, model, val_set)
