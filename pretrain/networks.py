@@ -41,7 +41,7 @@ class Branch(nn.Module):
         self.projector = projector
 
     def forward(self, images):
-        return self.projector(self.backbone(images))
+        return self.projector(self.backbone(images.contiguous(memory_format=torch.channels_last)))
 
 
 class Networks(nn.Module):
