@@ -121,6 +121,8 @@ def train(cfg):
                 save(folder / f"checkpoint_{k:07d}.pth", k)
         if asked and k < K:
             stop.uninstall()
+            if main:
+                log.close()
             distributed.barrier()  # the launcher takes the first process that leaves for the end of all
             raise Interrupted(f"stopped at step {k} of {K}, saved; the same command goes on from there")
         before = time.perf_counter()
