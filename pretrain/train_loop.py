@@ -86,7 +86,6 @@ def train(cfg):
             log.row({"step": 0, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
 
     def save(path, step, whole=True):
-        assert_finite(figures["loss"], step)
         state = {"format": "rsa-pretraining", "method": cfg.METHOD, "step": step, "num_images": len(images),
                  "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
@@ -105,13 +104,18 @@ def train(cfg):
 
         views = batch["views"].to(device, non_blocking=True)
         weak, strong = (normalize(x, cfg.DATA.MEAN, cfg.DATA.STD) for x in (to_float(views), aggressive(views, batch["params"])))
-        figures = train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau)
+        try:
+            figures = train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau)
+        except torch.OutOfMemoryError:
+            raise InputError(f"{len(views)} images of {cfg.DATA.IMAGE_SIZE} px a process do not fit into the memory of "
+                             f"{device}: use more GPUs, or lower --batch-size") from None
 
         if main:
             log.step(k, figures, waited, len(views) * distributed.world_size(), lr=lr, beta=beta, tau=tau)
         epoch, ends_epoch = k // steps_per_epoch, k % steps_per_epoch == 0
         asked = stop.asked if distributed.world_size() == 1 else k % cfg.LOG_PERIOD == 0 and distributed.any_rank(stop.asked)
-        if main:
+        if main and (asked or ends_epoch):
+            assert_finite(figures["loss"], k)  # before it is saved over a good checkpoint
             if val and (k == K or ends_epoch and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
                 log.row({"step": k, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
                 networks.train()

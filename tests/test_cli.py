@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import stat
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT, TINY
+from transfer.config import torchvision_defaults
+from transfer.convert import load_weights
 
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
@@ -31,21 +35,38 @@ def test_quickstart_fast(tool, tmp_path, engine):
         del config["OUTPUT_DIR"], config["MODEL"]["WEIGHTS"]
     assert configs[0] == configs[1]
 
+    model = folder / engine / "rsa" / "model_final.pth"
+    judged = tool("train_net", "--engine", engine, "--config-file", model.with_name("config.yaml"), "--eval-only",
+                  "MODEL.WEIGHTS", model, "OUTPUT_DIR", tmp_path / "judged")
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    results = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert results["ap"] == runs["rsa"]["ap"] and results["weights"] == runs["rsa"]["weights"]
+
     before = (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns
     again = tool("quickstart", "--fast", "--engine", engine, "--output-dir", folder)
     assert again.returncode == 0 and (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns == before
 
 
-def test_three_commands_chain(tool, tmp_path, image_folder):
-    """Pre-training without convertible ResNet-50 takes a second; the conversion then says why it refuses."""
-    done = tool("pretrain", "--data", image_folder, "--output-dir", "output/pretrain", *TINY, cwd=tmp_path)
+def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
+    """Each command, without an argument, finds what the one before leaves."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "imagenet").symlink_to(image_folder.parent)
+    done = tool("pretrain", *TINY, cwd=tmp_path)
     assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50_200ep.yaml" in done.stdout, done.stderr
-    refused = tool("convert_to_d2", cwd=tmp_path)
+    refused = tool("convert_to_d2", cwd=tmp_path)  # it was a smaller network
     assert refused.returncode == 2 and "of 265 tensors missing" in refused.stderr
     judged = tool("evaluate", "knn", cwd=tmp_path)
     assert judged.returncode == 0 and 0 <= json.loads(judged.stdout)["knn_top1"] <= 100, judged.stderr
     linear = tool("evaluate", "linear", "--epochs", "2", cwd=tmp_path)
     assert linear.returncode == 0 and json.loads(linear.stdout)["protocol"] == "small", linear.stderr
+
+    shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")
+    converted = tool("convert_to_d2", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    for schedule in ("1x", "2x"):
+        cfg = torchvision_defaults()
+        cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}.yaml"))
+        assert len(load_weights(tmp_path / cfg.MODEL.WEIGHTS)[0]) == 265
 
 
 @pytest.mark.parametrize("epochs, lr", [(100, 0.9), (200, 0.6)])
@@ -80,8 +101,6 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command, message", COMMANDS.values(), ids=COMMANDS)
 def test_wrong_arguments_are_one_line(tool, tmp_path, image_folder, command, message):
-    import re
-
     done = tool(*[image_folder if word == "IMAGES" else word for word in command], cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()

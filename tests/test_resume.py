@@ -123,6 +123,13 @@ def test_finished_run_is_left_alone(image_folder, uninterrupted, capsys):
     assert Path(uninterrupted).stat().st_mtime_ns == before and "complete" in capsys.readouterr().out
 
 
+def test_killed_before_the_final_file(image_folder, uninterrupted, tmp_path):
+    """The last checkpoint is there, model_final.pth is not: the same command only writes that."""
+    folder = shutil.copytree(Path(uninterrupted).parent, tmp_path / "run")
+    (folder / FINAL).unlink()
+    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
+
+
 def test_another_configuration_is_refused(image_folder, uninterrupted):
     with pytest.raises(InputError, match=r"MODEL.BETA: 0.4 -> 0.3; SEED: 0 -> 1"):
         train_loop.train(tiny(image_folder, Path(uninterrupted).parents[1], "SEED", 1, "MODEL.BETA", 0.3))

@@ -39,3 +39,6 @@ def run(main, *errors):
         message = str(error).rsplit("InputError: ", 1)[-1]
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -112,7 +112,10 @@ def train(cfg, num_gpus=1, resume=False, eval_only=False):
     if eval_only and not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
         raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
     provenance = load_weights(cfg.MODEL.WEIGHTS)[1] if cfg.MODEL.WEIGHTS and not eval_only else None
-    launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only, provenance))
+    try:
+        launch(_train, num_gpus, dist_url="auto", args=(cfg, resume, eval_only, provenance))
+    except FloatingPointError as error:  # Detectron2's own check of the losses
+        raise InputError(f"{error}: lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR})") from None
     return load_results(cfg.OUTPUT_DIR)
 
 

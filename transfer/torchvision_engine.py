@@ -286,6 +286,7 @@ def train(cfg, resume=False, eval_only=False):
             bfloat16_inside(part, device)
     log.info("one %s device: SyncBN is BatchNorm over its batch", device.type)
     (folder / "inference").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
         fit(cfg, model, train_set, resume)
     saved = load_checkpoint(cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth", model)
