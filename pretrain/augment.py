@@ -44,7 +44,7 @@ def weak_view(image, rng, size, scale=(0.2, 1.0)):
 
 
 def draw_params(rng):
-    """The draws of one t_a -> float32 [NUM_PARAMS]: ColorJitter(0.4, 0.4, 0.4, 0.1) with p 0.8, grayscale 0.2, blur 0.5."""
+    """One t_a's draws -> float32 [NUM_PARAMS]: ColorJitter(0.4, 0.4, 0.4, 0.1) p 0.8, grayscale p 0.2, blur p 0.5."""
     params = np.zeros(NUM_PARAMS, dtype=np.float32)
     params[0:3] = rng.uniform(0.6, 1.4, 3)
     params[3] = rng.uniform(-0.1, 0.1)
@@ -130,7 +130,7 @@ def adjust_hue(images, factor):
 
 
 def gaussian_blur(images, sigma):
-    """Separable Gaussian of its own sigma for each image: [N, 3, H, W], sigma [N] in pixels; the border is reflected."""
+    """Separable Gaussian, each image with its sigma: [N, 3, H, W], sigma [N] in pixels; the border is reflected."""
     count, channels, height, width = images.shape
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
@@ -143,5 +143,5 @@ def gaussian_blur(images, sigma):
 
 def normalize(images, mean, std):
     """[..., 3, H, W] -> (images - mean) / std, with mean and std of length 3."""
-    mean, std = (torch.tensor(values, device=images.device, dtype=images.dtype)[:, None, None] for values in (mean, std))
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     return (images - mean) / std

@@ -67,14 +67,15 @@ def get_cfg():
 
 def check(cfg):
     """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
-    for key, value, choices in (("METHOD", cfg.METHOD, METHODS), ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
+    for key, value, choices in (("METHOD", cfg.METHOD, METHODS),
+                                ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
                                 ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off"))):
         if value not in choices:
             raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
     for key, value, least in (("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1), ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
                               ("LOG_PERIOD", cfg.LOG_PERIOD, 1), ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
-                              ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0), ("KNN.PERIOD", cfg.KNN.PERIOD, 0),
-                              ("SEED", cfg.SEED, 0)):
+                              ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
+                              ("KNN.PERIOD", cfg.KNN.PERIOD, 0), ("SEED", cfg.SEED, 0)):
         if value < least:
             raise InputError(f"{key} is {value}: it must be at least {least}")
     if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS:

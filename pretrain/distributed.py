@@ -34,7 +34,7 @@ def launch(train, cfg, processes):
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
-        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from the last checkpoint") from None
+        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from there") from None
     except ChildFailedError as failure:
         message = failure.get_first_failure()[1].message
         name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")

@@ -17,7 +17,7 @@ from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_wo
 
 
 class CenterCrops(Dataset):
-    """The validation transform: index -> (uint8 [3, S, S], label): short side to ``resize``, centre crop of ``size``."""
+    """The validation transform, short side to ``resize`` and centre crop: index -> (uint8 [3, size, size], label)."""
 
     def __init__(self, images, indices, resize, size):
         self.images, self.indices, self.resize, self.size = images, indices, resize, size
@@ -60,13 +60,14 @@ class Features:
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
 
     def of(self, images, description, limit=None):
-        """Centre-crop features float32 [N, D] and labels [N] of an ImageFolder, at most ``limit`` evenly spaced ones."""
+        """Centre-crop features float32 [N, D] and labels [N] of an ImageFolder, at most ``limit``, evenly spaced."""
         count = min(len(images), limit or len(images))
         indices = np.arange(count) * len(images) // count
         crops = CenterCrops(images, indices, self.data.EVAL_RESIZE, self.data.IMAGE_SIZE)
         loader = DataLoader(crops, batch_size=128, num_workers=resolve_workers(self.data.NUM_WORKERS))
-        batches = [(self(batch), labels) for batch, labels in tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)]
-        return torch.cat([features for features, _ in batches]), torch.cat([labels for _, labels in batches]).to(device())
+        progress = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)
+        features, labels = zip(*[(self(batch), labels) for batch, labels in progress])
+        return torch.cat(features), torch.cat(labels).to(device())
 
 
 def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
@@ -107,8 +108,10 @@ class LinearProtocol:
 
 # The paper's: the small data sets', and for ImageNet that of Mean Shift (Koohpayegani et al. 2021).
 LINEAR = {
-    "small": LinearProtocol(epochs=100, lr=30.0, weight_decay=0.0, milestones=(60, 80), nesterov=True, standardize=False),
-    "large": LinearProtocol(epochs=40, lr=0.01, weight_decay=1e-4, milestones=(15, 30), nesterov=False, standardize=True),
+    "small": LinearProtocol(epochs=100, lr=30.0, weight_decay=0.0, milestones=(60, 80), nesterov=True,
+                            standardize=False),
+    "large": LinearProtocol(epochs=40, lr=0.01, weight_decay=1e-4, milestones=(15, 30), nesterov=False,
+                            standardize=True),
 }
 
 
@@ -121,7 +124,7 @@ def shorten(protocol, epochs):
 
 
 def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
-    """Train a linear classifier on the frozen features of random crops; returns the val top-1 of each epoch (percent)."""
+    """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent."""
     check_labelled(train, val)
     batch_size = min(batch_size, len(train))
     val_features, val_labels = features.of(val, "validation features")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def distance(q, z):
-    """d(q, z) = 2 - 2 cos(q, z) (eq. 2): [B, D] x 2 -> [B], in float32 at least whatever autocast made of the inputs."""
+    """d(q, z) = 2 - 2 cos(q, z) (eq. 2): [B, D] x 2 -> [B], in float32 at least, whatever autocast gave."""
     q, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, z))
     return 2 - 2 * F.cosine_similarity(q, z, dim=1)
 

@@ -62,8 +62,8 @@ def train(cfg):
     start = 0
     if saved:
         if saved["num_images"] != len(images):
-            raise InputError(f"{folder} holds a run on {saved['num_images']} images, but {images.root} has {len(images)} "
-                             "now: restore the data set, or give another --output-dir")
+            raise InputError(f"{folder} holds a run on {saved['num_images']} images, "
+                             f"but {images.root} has {len(images)}: restore the data set, or give another --output-dir")
         networks.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
@@ -78,9 +78,9 @@ def train(cfg):
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     log = Log(folder, K, start, cfg) if main else None
     if main:
-        batch = f"{cfg.SOLVER.BATCH_SIZE // distributed.world_size()} x {distributed.world_size()}"
+        batch = f"{cfg.SOLVER.BATCH_SIZE // distributed.world_size()} x {distributed.world_size()} on {device.type}"
         print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
-              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} ({batch} on {device.type}, {amp or 'float32'}), peak lr {peak_lr:g}"
+              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} ({batch}, {amp or 'float32'}), peak lr {peak_lr:g}"
               + (f"; goes on after step {start}" if start else ""))
         if val and not start:
             log.row({"step": 0, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
@@ -103,7 +103,8 @@ def train(cfg):
             group["lr"] = lr
 
         views = batch["views"].to(device, non_blocking=True)
-        weak, strong = (normalize(x, cfg.DATA.MEAN, cfg.DATA.STD) for x in (to_float(views), aggressive(views, batch["params"])))
+        weak = normalize(to_float(views), cfg.DATA.MEAN, cfg.DATA.STD)
+        strong = normalize(aggressive(views, batch["params"]), cfg.DATA.MEAN, cfg.DATA.STD)
         try:
             figures = train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau)
         except torch.OutOfMemoryError:
@@ -113,7 +114,9 @@ def train(cfg):
         if main:
             log.step(k, figures, waited, len(views) * distributed.world_size(), lr=lr, beta=beta, tau=tau)
         epoch, ends_epoch = k // steps_per_epoch, k % steps_per_epoch == 0
-        asked = stop.asked if distributed.world_size() == 1 else k % cfg.LOG_PERIOD == 0 and distributed.any_rank(stop.asked)
+        asked = stop.asked
+        if distributed.world_size() > 1:  # all must leave at the same step; agreeing costs a synchronisation
+            asked = k % cfg.LOG_PERIOD == 0 and distributed.any_rank(stop.asked)
         if main and (asked or ends_epoch):
             assert_finite(figures["loss"], k)  # before it is saved over a good checkpoint
             if val and (k == K or ends_epoch and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
@@ -238,9 +241,10 @@ class Log:
         means = {name: value.item() / self.count for name, value in self.sums.items()}
         assert_finite(means["loss"], k)
         seconds = time.perf_counter() - self.since
-        self.row({"step": k, **means, **schedule, "images_per_s": self.images / seconds, "data_wait": self.waited / seconds})
+        speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        self.row({"step": k, **means, **schedule, **speed})
         self.progress.set_postfix_str(f"loss {means['loss']:.3f} std {means['feature_std']:.2f} "
-                                      f"{self.images / seconds:.0f} img/s wait {self.waited / seconds:.0%}")
+                                      f"{speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}")
         self.reset()
 
     def row(self, row):

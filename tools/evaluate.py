@@ -33,7 +33,7 @@ def main():
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
     parser.add_argument("--train", metavar="DIR", help="labelled training images (default: what it was pre-trained on)")
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
-    parser.add_argument("--epochs", type=int, help="of linear evaluation, milestones in proportion (default: the protocol's)")
+    parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -58,7 +58,8 @@ def main():
         result["knn_top1"] = evaluate.evaluate_knn(features, train, val, cfg.KNN.BANK)
     else:
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
-        top1 = evaluate.evaluate_linear(features, train, val, evaluate.shorten(evaluate.LINEAR[name], args.epochs), args.seed)
+        protocol = evaluate.shorten(evaluate.LINEAR[name], args.epochs)
+        top1 = evaluate.evaluate_linear(features, train, val, protocol, args.seed)
         result |= {"protocol": name, "epochs": len(top1), "linear_top1_last": top1[-1], "linear_top1_best": max(top1)}
     print(json.dumps(result))
 

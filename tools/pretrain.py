@@ -32,8 +32,9 @@ def main():
     from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
 
     if distributed.is_first_process():
-        print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, {cfg.SOLVER.EPOCHS} epochs, "
-              f"{cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}", flush=True)
+        print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
+              f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
+              flush=True)
     try:
         final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_gpus))
     except Interrupted as interruption:

@@ -40,17 +40,20 @@ TRANSFER_CONFIG = ROOT / "configs" / "transfer" / "quickstart_mask_rcnn_R50_FPN.
 SIZES = {"train": 192, "val": 48, "coco_train": 200, "coco_val": 50}
 FAST_SIZES = {"train": 32, "val": 16, "coco_train": 24, "coco_val": 8}
 FAST_PRETRAIN = "SOLVER.EPOCHS 2 SOLVER.WARMUP_EPOCHS 0 DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32".split()
-FAST_TRANSFER = ("SOLVER.MAX_ITER 12 SOLVER.STEPS (8,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 "
-                 "TEST.PRECISE_BN.NUM_ITER 3").split()
+FAST_TRANSFER = ("SOLVER.MAX_ITER 12 SOLVER.STEPS (8,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) "
+                 "INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 3").split()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", help="one folder for everything (default output/quickstart[-fast])")
     parser.add_argument("--fast", action="store_true", help="less of everything: shows that the chain holds")
-    parser.add_argument("--engine", choices=("detectron2", "torchvision"), help="default: detectron2 where it is installed")
+    parser.add_argument("--engine", choices=("detectron2", "torchvision"), help="default: detectron2 if it works")
     args = parser.parse_args()
     engine = args.engine or ("detectron2" if detectron2_works() else "torchvision")
+    if args.engine == "detectron2" and not detectron2_works():
+        raise transfer.config.InputError("Detectron2 is not installed, or not for this torch: see the README, or leave "
+                                         "--engine out")
     folder = Path(args.output_dir or "output/quickstart" + ("-fast" if args.fast else ""))
     start = time.perf_counter()
     warnings.simplefilter("ignore")  # the libraries' deprecations would bury the few lines that matter here
@@ -64,9 +67,9 @@ def main():
         shapes.write_coco(folder / "coco", split, sizes["coco_" + split], 160, seed + 2)
 
     say("2/5 pre-training a ResNet-50 with RSA")
-    cfg = pretrain.config.get_cfg()
-    merge_config(cfg, str(PRETRAIN_CONFIG), ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain"),
-                                             *(FAST_PRETRAIN if args.fast else ())], pretrain.config.InputError)
+    options = ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain")]
+    cfg = merge_config(pretrain.config.get_cfg(), str(PRETRAIN_CONFIG), options + FAST_PRETRAIN * args.fast,
+                       pretrain.config.InputError)
     try:
         final = train_loop.train(cfg)
     except pretrain.config.Interrupted as interruption:
@@ -87,8 +90,8 @@ def main():
     write_csv(rows, folder / "table.csv")
     knn = [row["knn_top1"] for row in map(json.loads, open(folder / "pretrain" / "metrics.jsonl")) if "knn_top1" in row]
     minutes = (time.perf_counter() - start) / 60
-    summary = (f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training ({len(shapes.CLASSES)} classes). "
-               + compare(results))
+    summary = (f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training "
+               f"({len(shapes.CLASSES)} classes). {compare(results)}")
     note = ("These are small networks' figures on drawn shapes from one short run: they show that the chain holds, "
             "and say nothing about COCO.")
     coco = folder / "coco"
@@ -120,9 +123,10 @@ def fine_tune(engine, weights, folder, output, fast):
     else:
         from transfer import torchvision_engine as module
         cfg = transfer.config.torchvision_defaults()
-    names = [transfer.config.dataset_name(folder / "coco" / f"{split}.json", folder / "coco" / "images") for split in ("train", "val")]
-    merge_config(cfg, str(TRANSFER_CONFIG), ["DATASETS.TRAIN", (names[0],), "DATASETS.TEST", (names[1],), "MODEL.WEIGHTS", weights,
-                                             "OUTPUT_DIR", str(output), *(FAST_TRANSFER if fast else ())], transfer.config.InputError)
+    coco = folder / "coco"
+    train, val = ((transfer.config.dataset_name(coco / f"{name}.json", coco / "images"),) for name in ("train", "val"))
+    options = ["DATASETS.TRAIN", train, "DATASETS.TEST", val, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output)]
+    merge_config(cfg, str(TRANSFER_CONFIG), options + FAST_TRANSFER * fast, transfer.config.InputError)
     return module.train(cfg, resume=True)
 
 

@@ -3,7 +3,7 @@
 
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --train train.json images --val val.json images
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS output/.../model_final.pth
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
 KEY VALUE pairs at the end override the config, as in Detectron2.
 """
