@@ -32,19 +32,39 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def stop_after(monkeypatch):
+    """``stop_after(n)``: SIGTERM arrives during the n-th step; returns a list that grows with the steps."""
+
+    def install(n):
+        step, steps = train_loop.train_step, []
+
+        def counted(*arguments):
+            steps.append(1)
+            if len(steps) == n:
+                signal.raise_signal(signal.SIGTERM)
+            return step(*arguments)
+
+        monkeypatch.setattr(train_loop, "train_step", counted)
+        return steps
+
+    return install
+
+
+def test_lars_and_bfloat16_go_on_bit_for_bit(image_folder, tmp_path, stop_after):
+    recipe = ("SOLVER.OPTIMIZER", "lars", "SOLVER.AMP", "bf16", "SOLVER.EPOCHS", 2)
+    whole = train_loop.train(tiny(image_folder, tmp_path / "whole", *recipe))
+    stop_after(4)
+    with pytest.raises(Interrupted):
+        train_loop.train(tiny(image_folder, tmp_path, *recipe))
+    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path, *recipe))), final_weights(whole))
+
+
 @pytest.mark.parametrize("after, workers", [(1, 0), (4, 1), (8, 0)])
-def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, monkeypatch, uninterrupted, after, workers):
+def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, stop_after, uninterrupted, after, workers):
     """Stop in mid-epoch after some steps, resume with another number of workers."""
     cfg = tiny(image_folder, tmp_path)
-    step, steps = train_loop.train_step, []
-
-    def counted(*arguments):
-        steps.append(1)
-        if len(steps) == after:
-            signal.raise_signal(signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(train_loop, "train_step", counted)
+    steps = stop_after(after)
     with pytest.raises(Interrupted, match=f"step {after} of 9"):
         train_loop.train(cfg)
     assert torch.load(Path(cfg.OUTPUT_DIR, LAST), weights_only=True)["step"] == after

@@ -138,7 +138,7 @@ def test_equals_detectron2_part_by_part():
     cfg = torchvision_defaults()
     cfg.merge_from_file(BASE)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes = 5
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 5
     theirs, ours = detectron2_model(cfg).eval(), engine.build_model(cfg).eval()
 
     def count(module):
