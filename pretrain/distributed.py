@@ -83,6 +83,13 @@ def device():
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def amp_dtype(name):
+    """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
+    if name == "off":
+        return None
+    return torch.float16 if name == "fp16" and torch.cuda.is_available() else torch.bfloat16
+
+
 def any_rank(flag):
     """True on every rank if ``flag`` is true on one of them."""
     if not dist.is_initialized():

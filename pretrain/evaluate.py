@@ -1,6 +1,7 @@
 """Frozen backbones judged by a classifier on their features: weighted kNN, and linear evaluation (paper, 4.1)."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from pretrain.augment import normalize, to_float, weak_view
 from pretrain.config import InputError
 from pretrain.distributed import device
-from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_workers
+from pretrain.loader import SAMPLE_STREAM, ImageFolder, StepBatches, build_loader, resolve_workers
 
 
 class CenterCrops(Dataset):
@@ -88,6 +89,23 @@ def check_labelled(train, val):
     if not train.classes or train.classes != val.classes or min(train.labels.min(), val.labels.min()) < 0:
         raise InputError(f"{train.root} and {val.root} are not labelled alike: kNN and linear evaluation need the same "
                          "class folders in both, and every image in one of them")
+
+
+def find_val(cfg, images):
+    """The ImageFolder for kNN top-1: DATA.VAL; else val/ or test/ beside DATA.PATH if it is labelled as ``images`` are;
+    else None. Raises InputError for a DATA.VAL that does not fit."""
+    if cfg.DATA.VAL:
+        val = ImageFolder(cfg.DATA.VAL)
+        check_labelled(images, val)
+        return val
+    for name in ("val", "test"):
+        try:
+            val = ImageFolder(Path(cfg.DATA.PATH).absolute().parent / name)
+            check_labelled(images, val)
+            return val
+        except InputError:
+            continue  # not there, or not meant for this
+    return None
 
 
 def evaluate_knn(features, train, val, bank_size):

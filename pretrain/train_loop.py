@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pretrain import checkpoint, distributed, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
-from pretrain.evaluate import Features, check_labelled, evaluate_knn
+from pretrain.evaluate import Features, evaluate_knn, find_val
 from pretrain.loader import ImageFolder, MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
@@ -57,7 +57,7 @@ def train(cfg):
         networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
     optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
                                 cfg.SOLVER.TRUST_COEFFICIENT)
-    amp = amp_dtype(cfg.SOLVER.AMP, device)
+    amp = distributed.amp_dtype(cfg.SOLVER.AMP)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     start = 0
     if saved:
@@ -157,30 +157,6 @@ def train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau)
     if scaler.get_scale() >= scale:
         networks.update_target(tau)
     return {name: value.detach() for name, value in figures.items()}
-
-
-def amp_dtype(name, device):
-    """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
-    if name == "off":
-        return None
-    return torch.float16 if name == "fp16" and device.type == "cuda" else torch.bfloat16
-
-
-def find_val(cfg, images):
-    """The ImageFolder for kNN top-1: DATA.VAL; else val/ or test/ beside DATA.PATH if it is labelled as ``images`` are;
-    else None. Raises InputError for a DATA.VAL that does not fit."""
-    if cfg.DATA.VAL:
-        val = ImageFolder(cfg.DATA.VAL)
-        check_labelled(images, val)
-        return val
-    for name in ("val", "test"):
-        try:
-            val = ImageFolder(Path(cfg.DATA.PATH).absolute().parent / name)
-            check_labelled(images, val)
-            return val
-        except InputError:
-            continue  # not there, or not meant for this
-    return None
 
 
 def assert_finite(loss, step):

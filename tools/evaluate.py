@@ -18,9 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fvcore.common.config import CfgNode  # noqa: E402
 
-from pretrain import checkpoint, evaluate, networks, train_loop  # noqa: E402
+from pretrain import checkpoint, evaluate, networks  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
-from pretrain.distributed import device  # noqa: E402
+from pretrain.distributed import amp_dtype, device  # noqa: E402
 from pretrain.loader import ImageFolder  # noqa: E402
 from tools._cli import run  # noqa: E402
 
@@ -45,13 +45,13 @@ def main():
     cfg = CfgNode(yaml.safe_load(saved["config"]))
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
     train = ImageFolder(cfg.DATA.PATH)
-    val = train_loop.find_val(cfg, train)
+    val = evaluate.find_val(cfg, train)
     if val is None:
         raise InputError(f"no val/ or test/ with the same class folders beside {cfg.DATA.PATH}: give --val DIR")
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     backbone.load_state_dict({name.removeprefix(BRANCH): tensor for name, tensor in saved["model"].items()
                               if name.startswith(BRANCH)})
-    features = evaluate.Features(backbone.to(device()), cfg.DATA, train_loop.amp_dtype(cfg.SOLVER.AMP, device()))
+    features = evaluate.Features(backbone.to(device()), cfg.DATA, amp_dtype(cfg.SOLVER.AMP))
 
     result = {"checkpoint": args.checkpoint, "method": saved["method"], "step": saved["step"]}
     if args.protocol == "knn":
