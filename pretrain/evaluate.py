@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from pretrain.augment import normalize, to_float, weak_view
 from pretrain.config import InputError
+from pretrain.datasets import ImageFolder
 from pretrain.distributed import device
-from pretrain.loader import SAMPLE_STREAM, ImageFolder, StepBatches, build_loader, resolve_workers
+from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_workers
 
 
 class CenterCrops(Dataset):

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from pretrain import checkpoint, distributed, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
+from pretrain.datasets import ImageFolder
 from pretrain.evaluate import Features, evaluate_knn, find_val
-from pretrain.loader import ImageFolder, MultiStageViews, StepBatches, build_loader
+from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
 from pretrain.optim import build_optimizer

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from pretrain.config import InputError
-from pretrain.loader import ImageFolder, MultiStageViews, StepBatches, build_loader, read_image
+from pretrain.datasets import ImageFolder, read_image
+from pretrain.loader import MultiStageViews, StepBatches, build_loader
 
 
 def batches(image_folder, num_workers=0, seed=3, **slices):

@@ -20,8 +20,8 @@ from fvcore.common.config import CfgNode  # noqa: E402
 
 from pretrain import checkpoint, evaluate, networks  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
+from pretrain.datasets import ImageFolder  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
-from pretrain.loader import ImageFolder  # noqa: E402
 from tools._cli import run  # noqa: E402
 
 BRANCH = "online.backbone."

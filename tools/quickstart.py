@@ -26,7 +26,8 @@ import pretrain.config  # noqa: E402
 import transfer.config  # noqa: E402
 from pretrain import train_loop  # noqa: E402
 from pretrain.augment import aggressive  # noqa: E402
-from pretrain.loader import ImageFolder, MultiStageViews  # noqa: E402
+from pretrain.datasets import ImageFolder  # noqa: E402
+from pretrain.loader import MultiStageViews  # noqa: E402
 from tools._cli import ROOT, merge_config, run  # noqa: E402
 from transfer import shapes  # noqa: E402
 from transfer.convert import convert  # noqa: E402
