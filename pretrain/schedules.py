@@ -8,14 +8,14 @@ def half_cosine(k, K):
     return 0.5 * (cos(pi * k / K) + 1)
 
 
-def beta(k, K, base):
-    """Weight of the aggressive-aggressive part (paper, eq. 6): from ``base`` down to 0."""
-    return base * half_cosine(k, K)
+def beta(k, K, base, schedule="cosine"):
+    """Weight of the aggressive-aggressive part (paper, eq. 6): from ``base`` down to 0, or ``base`` if fixed."""
+    return base if schedule == "fixed" else base * half_cosine(k, K)
 
 
-def tau(k, K, base):
-    """EMA coefficient of the target network: from ``base`` up to 1."""
-    return 1 - (1 - base) * half_cosine(k, K)
+def tau(k, K, base, schedule="cosine"):
+    """EMA coefficient of the target network: from ``base`` up to 1, or ``base`` if fixed."""
+    return base if schedule == "fixed" else 1 - (1 - base) * half_cosine(k, K)
 
 
 def learning_rate(k, K, peak, warmup):

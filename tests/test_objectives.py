@@ -1,4 +1,4 @@
-"""The objective and a whole training run against derivations that share no code with the package."""
+"""The objectives and a whole training run against derivations that share no code with the package."""
 
 import copy
 import math
@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from pretrain import schedules
-from pretrain.networks import Networks, build_backbone
-from pretrain.objectives import byol, byol_aw, distance, rsa
+from pretrain.networks import KeyQueue, Networks, build_backbone
+from pretrain.objectives import METHODS, byol, byol_aw, distance, moco, rsa, simclr, simsiam, simsiam_rsa
 from pretrain.optim import build_optimizer
 from pretrain.train_loop import train_step
 
 
 class Lookup:
-    """Stands for the networks: the "views" are the network's outputs themselves, [B, 2, D]."""
+    """Stands for the networks: the "views" are the projections themselves, [B, 2, D], and the predictor a matrix."""
+
+    def __init__(self, predictor=None, temperature=None, queue=None):
+        self.predictor = (lambda z: z) if predictor is None else (lambda z: z @ predictor)
+        self.temperature, self.queue = temperature, queue
+
+    def online(self, view):
+        return view
 
     def predict(self, view):
-        return view
+        return self.predictor(self.online(view))
 
     def project_target(self, view):
         return view.detach()
@@ -41,8 +48,8 @@ def outputs():
 def test_rsa_equals_equation_5(outputs, beta):
     weak, strong = outputs
     w, a = weak.numpy(), strong.detach().numpy()
-    expected = sum((1 - beta) * reference_distance(a[:, i], w[:, 1 - i]) + beta * reference_distance(a[:, i], a[:, 1 - i])
-                   for i in (0, 1)).mean()
+    expected = sum((1 - beta) * reference_distance(a[:, i], w[:, 1 - i])
+                   + beta * reference_distance(a[:, i], a[:, 1 - i]) for i in (0, 1)).mean()
     figures = rsa(Lookup(), weak, strong, beta)
     assert figures["loss"].item() == pytest.approx(expected, abs=1e-12)
     assert figures["loss_aw"].item() == pytest.approx(rsa(Lookup(), weak, strong, 0.0)["loss"].item(), abs=1e-12)
@@ -76,11 +83,104 @@ def test_byol_pairs_the_right_views(outputs):
         2 * reference_distance(a[:, 0], w[:, 1]).mean(), abs=1e-12)
 
 
+def negative_cosine(p, z):
+    """Its values and their gradient with respect to p, in numpy: -z/|z| + cos p/|p|, all over |p|."""
+    length = np.linalg.norm(p, axis=1, keepdims=True)
+    p, z = p / length, z / np.linalg.norm(z, axis=1, keepdims=True)
+    cosine = (p * z).sum(1, keepdims=True)
+    return -cosine[:, 0], (cosine * p - z) / length
+
+
+@pytest.mark.parametrize("beta", [None, 0.0, 0.3, 1.0])
+def test_simsiam_and_its_rsa_with_their_stop_gradients(outputs, beta):
+    """beta None is SimSiam itself. The projections are the leaves: a gradient that leaked into a target would show."""
+    weak, strong = outputs
+    matrix = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    networks = Lookup(matrix)
+    figures = simsiam(networks, weak, strong, None) if beta is None else simsiam_rsa(networks, weak, strong, beta)
+    figures["loss"].backward()
+    w, a, m = weak.numpy(), strong.detach().numpy(), matrix.numpy()
+    loss, gradient = 0, np.zeros_like(a)
+    for i in (0, 1):
+        targets = [(1, a[:, 1 - i])] if beta is None else [(1 - beta, w[:, 1 - i]), (beta, a[:, 1 - i] @ m)]
+        for weight, target in targets:
+            value, slope = negative_cosine(a[:, i] @ m, target)
+            loss += weight * value.mean() / 2
+            gradient[:, i] += weight * slope @ m.T / len(a) / 2
+    assert figures["loss"].item() == pytest.approx(loss, abs=1e-12)
+    np.testing.assert_allclose(strong.grad.numpy(), gradient, atol=1e-12)
+    assert -1 <= figures["cos_aa"] <= 1 and figures["cos_aa"].item() == -figures["loss_aa"].item()
+
+
+def test_simclr_equals_the_textbook_double_loop(outputs):
+    """NT-Xent as the SimCLR paper's equation 1 has it, pair by pair; gradients through both sides of each pair."""
+    _, strong = outputs
+    temperature = 0.3
+    simclr(Lookup(temperature=temperature), None, strong, None)["loss"].backward()
+    gradient, strong.grad = strong.grad, None
+
+    z = [strong[k, view] for view in (0, 1) for k in range(5)]
+    similarity = lambda i, j: z[i] @ z[j] / (z[i] @ z[i]).sqrt() / (z[j] @ z[j]).sqrt()  # noqa: E731
+    terms = []
+    for i in range(10):
+        j = (i + 5) % 10
+        others = sum((similarity(i, k) / temperature).exp() for k in range(10) if k != i)
+        terms.append(-((similarity(i, j) / temperature).exp() / others).log())
+    loss = sum(terms) / 10
+    loss.backward()
+    figures = simclr(Lookup(temperature=temperature), None, strong, None)
+    assert figures["loss"].item() == pytest.approx(loss.item(), abs=1e-12)
+    assert figures["cos_aa"].item() == pytest.approx(sum(similarity(i, i + 5).item() for i in range(5)) / 5, abs=1e-12)
+    torch.testing.assert_close(gradient, strong.grad)
+
+
+def test_moco_against_a_list_of_keys():
+    """Steps of one or two micro-batches, past the end of the ring; negatives are the keys of earlier steps only."""
+    torch.manual_seed(3)
+    temperature, size = 0.2, 9
+    queue = KeyQueue(size, 7).double()
+    networks = Lookup(torch.randn(7, 7, dtype=torch.float64), temperature, queue)
+    held = [key.clone() for key in queue.keys]
+    for sizes in [(2,), (3,), (1, 2), (4,), (2, 2)]:
+        entering = []
+        for batch in sizes:
+            strong = torch.randn(batch, 2, 7, dtype=torch.float64, requires_grad=True)
+            figures = moco(networks, None, strong, None)
+            figures["loss"].backward()
+            gradient, strong.grad = strong.grad, None
+            loss = 0
+            for i in (0, 1):
+                for view in strong:
+                    query, key = view[i] @ networks.predictor(torch.eye(7).double()), view[1 - i].detach()
+                    query, key = query / query.norm(), key / key.norm()
+                    scores = torch.stack([query @ other for other in [key, *held]]) / temperature
+                    loss = loss - (scores[0].exp() / scores.exp().sum()).log() / batch
+            loss.backward()
+            assert figures["loss"].item() == pytest.approx(loss.item(), abs=1e-12)
+            torch.testing.assert_close(gradient, strong.grad)
+            entering += [view[i].detach() / view[i].detach().norm() for i in (0, 1) for view in strong]
+        queue.end_step(skipped=False)
+        held = (held + entering)[-size:]
+    torch.testing.assert_close(queue.keys.roll(-int(queue.oldest), 0), torch.stack(held))
+
+
 def test_distance_is_float32_under_autocast():
     q = torch.randn(4, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert distance(q, q).dtype == torch.float32
     assert distance(q, q).abs().max() < 1e-5 and distance(q, -q).sub(4).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_float32_under_autocast(method):
+    """The networks give bfloat16; from there on the loss is that of the same numbers in float64."""
+    weak, strong = torch.randn(2, 4, 2, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(4))
+    queue = KeyQueue(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = METHODS[method].objective(Lookup(None, 0.1, queue), weak, strong, 0.3)["loss"]
+    exact = METHODS[method].objective(Lookup(None, 0.1, queue.double()), weak.double(), strong.double(), 0.3)["loss"]
+    assert loss.dtype == torch.float32 and exact.dtype == torch.float64
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_feature_std_tells_collapse_from_health():
@@ -98,6 +198,13 @@ def test_beta_and_tau(k, beta, tau):
         assert schedules.tau(k, 1000, 0.99) == pytest.approx(tau, abs=1e-15)
     else:
         assert 0.99 < schedules.tau(k, 1000, 0.99) < 0.99 + 1e-7
+
+
+@pytest.mark.parametrize("k", [1, 500, 1000])
+def test_fixed_beta_and_tau(k):
+    assert schedules.beta(k, 1000, 0.4, "fixed") == 0.4 and schedules.tau(k, 1000, 0.99, "fixed") == 0.99
+    assert schedules.beta(k, 1000, 0.4, "cosine") == schedules.beta(k, 1000, 0.4)
+    assert schedules.tau(k, 1000, 0.99, "cosine") == schedules.tau(k, 1000, 0.99)
 
 
 def test_learning_rate():
@@ -151,7 +258,7 @@ def test_five_steps_equal_algorithm_1():
     networks.train()
     for k, (weak, strong) in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = schedules.learning_rate(k, K, lr, 0)
-        train_step(networks, networks, optimizer, scaler, None, weak, strong,
+        train_step(networks, optimizer, scaler, None, [(weak, strong)], 1,
                    schedules.beta(k, K, 0.4), schedules.tau(k, K, 0.9))
     for name, tensor in networks.state_dict().items():
         expected = reference.state_dict()[name]
@@ -168,7 +275,7 @@ def test_step_that_overflows_leaves_weights_and_target():
     optimizer.param_groups[0]["lr"] = 0.1
     before = {name: p.clone() for name, p in networks.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    train_step(networks.train(), networks, optimizer, scaler, None, *torch.randn(2, 4, 2, 3, 8, 8), 0.4, 0.5)
+    train_step(networks.train(), optimizer, scaler, None, [torch.randn(2, 4, 2, 3, 8, 8)], 1, 0.4, 0.5)
     assert all(torch.equal(p, before[name]) for name, p in networks.named_parameters())
     assert scaler.get_scale() == 8.0
 

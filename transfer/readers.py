@@ -29,7 +29,7 @@ class Format:
 
 FORMATS = (
     Format("this project's pre-training", {"online": "online.backbone.", "target": "target.backbone."},
-           drops=("online.projector.", "target.projector.", "predictor.")),
+           drops=("online.projector.", "target.projector.", "predictor.", "queue.")),
     Format("the authors' RSA", {"online": "encoder_q.", "target": "encoder_k."},
            drops=("encoder_q_head.", "encoder_k_head.", "pred.")),
 )
