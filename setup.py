@@ -22,5 +22,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest"]},
+    extras_require={"hf": ["datasets"], "dev": ["pytest", "datasets"]},
 )

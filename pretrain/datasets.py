@@ -1,58 +1,316 @@
-"""Where images come from: a folder, or a data set in its own format, read one image at a time as uint8 RGB."""
+"""Where images come from: :func:`open_images` recognises what lies at a path and returns a source of images.
 
+A source has ``len(images)``; ``images.read(index)``, uint8 RGB [3, H, W], which raises UnreadableImage;
+``images.name(index)``, text that names one image; ``images.labels`` int64 [N], -1 where unlabelled; ``images.classes``,
+their names; ``images.root``, its folder; ``images.own_val``, whether ``root`` holds its validation images as well,
+which else lie in a folder beside it. Sources hold arrays, not long lists: a million strings would be copied into every
+worker as soon as their reference counts are touched.
+"""
+
+import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from pretrain.config import InputError
 
+VAL_NAMES = ("val", "validation", "valid", "test")  # of a folder or of Parquet shards, the first that is there
+STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
+TRIES = 100  # images in a row that may be unreadable ...
+MAX_BAD = 0.001  # ... and share of all
 
-class ImageFolder:
-    """All images below ``root``, in the order of their paths.
 
-    ``labels`` int64 [N]: the index in ``classes`` of the first-level folder that holds the image, -1 for an image
-    that lies in ``root`` itself. Paths are kept as one array of bytes: a list of a million strings would be copied
-    into every worker as soon as their reference counts are touched.
+class UnreadableImage(InputError):
+    """One image cannot be decoded; the message names it."""
+
+
+def open_images(path, split="pretrain", classes_file=""):
+    """What lies at ``path``: its images to pre-train on ("pretrain"), or its labelled ones ("train", "val").
+
+    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet shards of the Hugging Face hub, or what
+    ``datasets.save_to_disk`` wrote; Tiny ImageNet; a folder with train/ and val/ or test/; else ``path`` itself is the
+    folder of images, whatever the split. ``classes_file`` lists the class folders to keep. Raises InputError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.get(path.name.lower().replace("-", ""))
+        raise InputError(f"no image folder {path}: " + (_download(kind, path) if kind else
+                         "give one with --data PATH, or try tools/quickstart.py, which makes its own images"))
+    source = _open_data_set(path, split)
+    if source:  # and it is not empty
+        if classes_file:
+            raise InputError(f"DATA.CLASSES {classes_file} keeps folders of classes; {path} has none: leave it empty")
+        return source
+
+    classes = read_classes(classes_file) if classes_file else None
+    tiny = path.parent if path.name in ("train", "val") else path
+    if (tiny / "wnids.txt").is_file():
+        return tiny_imagenet(tiny, split, classes)
+    inside = {entry.name for entry in os.scandir(path)}
+    if "train" in inside and inside.intersection(VAL_NAMES) and not any(map(_is_image, inside)):
+        path = path / _pick(inside, split, path)
+    return ImageFolder(path, classes)
+
+
+def _open_data_set(path, split):
+    """The source at ``path`` unless it is a folder of images: None."""
+    for kind in (CIFAR10, CIFAR100, STL10):
+        root = path.parent if path.name == kind.base_folder else path
+        if (root / kind.base_folder).is_dir():
+            return ArrayImages(kind, root, split)
+    if (path / "dataset_dict.json").is_file():
+        return HuggingFace(path / _pick(os.listdir(path), split, path))
+    if (path / "state.json").is_file():
+        return HuggingFace(path)
+    shards = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
+    if not shards:
+        return None
+    parsed = [re.match(r"(.+?)(?:-\d+-of-(\d+).*)?\.parquet", shard.name).groups() for shard in shards]
+    name = _pick({name for name, _ in parsed}, split, path)
+    shards = [shard for shard, (of, _) in zip(shards, parsed) if of == name]
+    count = int(dict(parsed)[name] or len(shards))
+    if len(shards) != count:
+        raise InputError(f"{shards[0].parent} has {len(shards)} of the {count} shards of {name}: complete the download")
+    return HuggingFace(path, shards)
+
+
+def _pick(available, split, path):
+    names = VAL_NAMES if split == "val" else ("train",)
+    for name in names:
+        if name in available:
+            return name
+    raise InputError(f"{path} has no {' or '.join(names)}, only {', '.join(sorted(available))}: give another folder")
+
+
+def _download(kind, root):
+    name = kind.__name__
+    return f"download it with python3 -c \"from torchvision.datasets import {name}; {name}('{root}', download=True)\""
+
+
+def _is_image(name):
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def read_classes(path):
+    """The first word of every line of a file, without comments (#); looked up as given, then under configs/."""
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    file = next((file for file in (Path(path), configs / path) if file.is_file()), None)
+    if file is None:
+        raise InputError(f"no file of classes (DATA.CLASSES) {path}: looked in {Path.cwd()} and in {configs}")
+    classes = [word for line in file.read_text().splitlines() for word in line.split("#")[0].split()[:1]]
+    if not classes:
+        raise InputError(f"{file} (DATA.CLASSES) names no class: write one a line")
+    return classes
+
+
+class Source:
+    """What the sources have in common."""
+
+    own_val = False
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class ImageFolder(Source):
+    """All images below ``root``, in the order of their paths; with ``classes``, those in these folders only.
+
+    The label of an image is the index in ``self.classes`` of the first-level folder that holds it, -1 for an image that
+    lies in ``root`` itself.
     """
 
-    def __init__(self, root):
+    def __init__(self, root, classes=None):
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise InputError(f"no image folder {root}: give one with --data PATH, or try tools/quickstart.py, "
-                             "which makes its own images")
+        tops = [self.root] if classes is None else [self.root / name for name in set(classes)]
         names = sorted(os.path.relpath(os.path.join(folder, name), root)
-                       for folder, _, files in os.walk(root, followlinks=True) for name in files
-                       if name.lower().endswith(IMG_EXTENSIONS))
-        if not names:
-            raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
+                       for top in tops for folder, _, files in os.walk(top, followlinks=True) for name in files
+                       if _is_image(name))
         folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
         self.classes = sorted({folder for folder in folders if folder})
+        missing = sorted(set(classes or ()) - set(self.classes))
+        if missing:
+            raise InputError(f"{root} has no images of {len(missing)} of the classes asked for, {missing[0]} first: "
+                             "complete it, or correct DATA.CLASSES")
+        if not names:
+            raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
         index = {folder: i for i, folder in enumerate(self.classes)}
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array([index.get(folder, -1) for folder in folders])
 
-    def __len__(self):
-        return len(self.names)
+    def name(self, index):
+        return str(self.root / os.fsdecode(self.names[index]))
 
     def read(self, index):
-        """Image ``index`` as uint8 RGB [3, H, W]."""
-        return read_image(self.root / os.fsdecode(self.names[index]))
+        return read_image(self.name(index))
+
+
+def tiny_imagenet(root, split, classes=None):
+    """An ImageFolder of Tiny ImageNet; the validation images lie in one folder, their labels in a table."""
+    classes, table = sorted(classes or (root / "wnids.txt").read_text().split()), root / "val/val_annotations.txt"
+    if split != "val" or not table.is_file():
+        return ImageFolder(root / ("val" if split == "val" else "train"), classes)
+    images = ImageFolder(root / "val")
+    wnids = {os.fsencode(row[0]): row[1] for row in map(str.split, table.read_text().splitlines())}
+    found = [wnids.get(os.path.basename(name)) for name in images.names]
+    if None in found:
+        raise InputError(f"{table} has no class for {images.name(found.index(None))}: restore both")
+    keep = np.isin(found, classes)
+    images.classes, images.names = classes, images.names[keep]
+    images.labels = np.searchsorted(classes, np.array(found)[keep])
+    return images
+
+
+class ArrayImages(Source):
+    """CIFAR-10/100 or STL-10, ``kind`` of torchvision.datasets, below ``root``; held in memory."""
+
+    own_val = True
+
+    def __init__(self, kind, root, split):
+        stl10 = kind is STL10
+        part = STL10_SPLITS[split] if stl10 else "test" if split == "val" else "train"
+        self.root, self.part = root, f"{kind.base_folder} {part}"
+        try:
+            data = STL10(root, part) if stl10 else kind(root, train=part == "train")
+        except RuntimeError:  # a file lacks or has another check sum
+            raise InputError(f"{root / kind.base_folder} is incomplete or damaged: remove it, then "
+                             + _download(kind, root)) from None
+        # A tensor, because workers share its memory even where they are not forked.
+        self.pixels = torch.from_numpy(data.data if stl10 else data.data.transpose(0, 3, 1, 2))
+        self.labels = np.array(data.labels if stl10 else data.targets).astype(np.int64)
+        self.classes = data.classes
+
+    def name(self, index):
+        return f"{self.part}:{index}"
+
+    def read(self, index):
+        return self.pixels[index].contiguous()
+
+
+class HuggingFace(Source):
+    """A table of the ``datasets`` library: what ``save_to_disk`` wrote to ``root``, or Parquet ``shards``, which the
+    library first copies to its cache (HF_HOME) in a form that can be read in any order."""
+
+    def __init__(self, root, shards=()):
+        self.root, self.shards, self.own_val = root, shards, bool(shards)
+        try:
+            from datasets import ClassLabel, Dataset, Image as ImageFeature, Value, load_from_disk
+            from datasets.exceptions import DatasetsError
+            from pyarrow.parquet import read_metadata
+        except ImportError:
+            raise InputError(f"{root} holds a Hugging Face data set, which needs one more library: "
+                             "python3 -m pip install -c constraints.txt -e '.[hf]'") from None
+        try:
+            self.starts = np.cumsum([0, *(read_metadata(shard).num_rows for shard in shards[:-1])])  # rows, by shard
+            table = Dataset.from_parquet(list(map(str, shards))) if shards else load_from_disk(str(root))
+        except (DatasetsError, OSError, ValueError) as error:
+            raise InputError(f"{root} cannot be read as a Hugging Face data set: {error}") from None
+        kinds = table.features
+        self.column = next((name for name, kind in kinds.items() if isinstance(kind, ImageFeature)), None)
+        if self.column is None:
+            raise InputError(f"{root} has no column of images, only {', '.join(kinds)}: give another --data")
+        self.images = table.select_columns([self.column]).cast_column(self.column, ImageFeature(decode=False))
+        label = next((name for name, kind in kinds.items() if isinstance(kind, ClassLabel)),
+                     next((name for name in ("label", "labels") if isinstance(kinds.get(name), Value)), None))
+        self.classes, self.labels = [], np.full(len(table), -1)
+        if label:
+            values = table.select_columns([label]).with_format("arrow")[:][label].to_pylist()
+            named = isinstance(kinds[label], ClassLabel)
+            known = range(kinds[label].num_classes) if named else sorted({*values} - {None, -1})
+            self.classes = kinds[label].names if named else list(map(str, known))
+            index = {value: i for i, value in enumerate(known)}
+            self.labels = np.array([index.get(value, -1) for value in values])
+
+    def name(self, index):
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.shards[shard].name if self.shards else self.root}:{index - self.starts[shard]}"
+
+    def read(self, index):
+        image = self.images[int(index)][self.column] or {"bytes": b"", "path": None}
+        if image["bytes"] is None and image["path"]:
+            return read_image(image["path"])
+        return decode(torch.from_numpy(np.array(bytearray(image["bytes"] or b""), dtype=np.uint8)), self.name(index))
 
 
 def read_image(path):
-    """Any image file -> uint8 RGB [3, H, W]; raises InputError naming the file when it cannot be decoded."""
+    """Any image file -> uint8 RGB [3, H, W]; raises UnreadableImage."""
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        data = read_file(str(path))
+    except RuntimeError as error:  # absent or empty
+        raise UnreadableImage(f"{path} cannot be read ({error}): restore or replace it") from None
+    return decode(data, path)
+
+
+def decode(data, name):
+    """An encoded image, uint8 [bytes] -> uint8 RGB [3, H, W], without its EXIF rotation (PIL applies that of a TIFF).
+    Raises UnreadableImage with ``name``."""
+    try:
+        image = decode_image(data, ImageReadMode.RGB)
+        image = image[0] if image.dim() == 4 else image  # the first of an animation
         return image if image.dtype == torch.uint8 else (image.int() // 257).byte()  # a PNG of 16 bits
     except RuntimeError:
         pass  # a format that torchvision does not decode; PIL knows more of them, slower
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be decoded as an image ({error}): remove or replace it") from None
+        with Image.open(io.BytesIO(data.numpy())) as image:
+            return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+    except Exception as error:  # PIL raises errors of almost any type for a damaged file
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UnreadableImage(f"{name} cannot be decoded as an image ({reason}): remove or replace it") from None
+
+
+def _rgb(image):
+    """uint8 [H, W, 3] of a PIL image. PIL clips what has more than 8 bits: here 16 bits are scaled, and other ranges
+    stretched."""
+    if image.mode[0] not in "IF":
+        return np.array(image.convert("RGB"))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = values.min(), values.max()
+    if image.mode[0] == "I" and 0 <= low and high <= 65535:
+        low, high = 0, 65535
+    gray = (values - low) * 255 / max(high - low, 1e-12)
+    return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def read_or_next(images, index):
+    """(image, skipped): image ``index``, or the first after it that can be decoded (round the end), and how many could
+    not be. Raises InputError after 100."""
+    for skipped in range(min(TRIES, len(images))):
+        try:
+            return images.read((index + skipped) % len(images)), skipped
+        except UnreadableImage as error:
+            last = error
+    raise InputError(f"{skipped + 1} images in a row cannot be decoded, the last: {last}")
+
+
+class BadImages:
+    """``path``, a list of the images of a source that could not be decoded, one name a line; any process may add."""
+
+    def __init__(self, path, images):
+        self.path, self.images = Path(path), images
+
+    def __len__(self):
+        return len(self.listed())
+
+    def listed(self):
+        return set(os.fsdecode(self.path.read_bytes()).splitlines()) if self.path.is_file() else set()
+
+    def add(self, indices):
+        """List those that are not yet. Raises InputError when too large a share of the data set is listed."""
+        listed = self.listed()
+        new = sorted({self.images.name(index) for index in indices} - listed)
+        if not new:
+            return
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.write(file, os.fsencode("".join(f"{name}\n" for name in new)))
+        os.close(file)
+        count = len(listed) + len(new)
+        if count > MAX_BAD * len(self.images):
+            first = os.fsdecode(self.path.read_bytes()).splitlines()[0]
+            raise InputError(f"{self.path} lists {count} of {len(self.images)} images as unreadable, over "
+                             f"{MAX_BAD:.1%}, {first} first: replace them, delete the list, and start again")

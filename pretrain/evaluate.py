@@ -1,7 +1,6 @@
 """Frozen backbones judged by a classifier on their features: weighted kNN, and linear evaluation (paper, 4.1)."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,26 +12,30 @@ from tqdm import tqdm
 
 from pretrain.augment import normalize, to_float, weak_view
 from pretrain.config import InputError
-from pretrain.datasets import ImageFolder
+from pretrain.datasets import VAL_NAMES, open_images, read_or_next
 from pretrain.distributed import device
 from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_workers
 
 
 class CenterCrops(Dataset):
-    """The validation transform, short side to ``resize`` and centre crop: index -> (uint8 [3, size, size], label)."""
+    """The validation transform, short side to ``resize`` and centre crop: index -> (uint8 [3, size, size], label).
 
-    def __init__(self, images, indices, resize, size):
-        self.images, self.indices, self.resize, self.size = images, indices, resize, size
+    With ``replace`` the next image stands in for one that cannot be decoded; without, as befits what a figure is
+    reported on, UnreadableImage is raised.
+    """
+
+    def __init__(self, images, indices, resize, size, replace=False):
+        self.images, self.indices, self.resize, self.size, self.replace = images, indices, resize, size, replace
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
         index = self.indices[i]
-        image = self.images.read(index)
+        image, skipped = read_or_next(self.images, index) if self.replace else (self.images.read(index), 0)
         if min(image.shape[-2:]) != self.resize:
             image = TF.resize(image, [self.resize], antialias=True)
-        return TF.center_crop(image, [self.size, self.size]), int(self.images.labels[index])
+        return TF.center_crop(image, [self.size, self.size]), label_of(self.images, index + skipped)
 
 
 class RandomCrops(Dataset):
@@ -45,7 +48,12 @@ class RandomCrops(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
-        return weak_view(self.images.read(index), rng, self.size, scale=(0.08, 1.0)), int(self.images.labels[index])
+        image, skipped = read_or_next(self.images, index)
+        return weak_view(image, rng, self.size, scale=(0.08, 1.0)), label_of(self.images, index + skipped)
+
+
+def label_of(images, index):
+    return int(images.labels[index % len(images)])
 
 
 class Features:
@@ -61,11 +69,12 @@ class Features:
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
 
-    def of(self, images, description, limit=None):
-        """Centre-crop features float32 [N, D] and labels [N] of an ImageFolder, at most ``limit``, evenly spaced."""
+    def of(self, images, description, limit=None, replace=False):
+        """Centre-crop features float32 [N, D] and labels [N] of a source, at most ``limit``, evenly spaced; ``replace``
+        as in CenterCrops."""
         count = min(len(images), limit or len(images))
         indices = np.arange(count) * len(images) // count
-        crops = CenterCrops(images, indices, self.data.EVAL_RESIZE, self.data.IMAGE_SIZE)
+        crops = CenterCrops(images, indices, self.data.EVAL_RESIZE, self.data.IMAGE_SIZE, replace)
         loader = DataLoader(crops, batch_size=128, num_workers=resolve_workers(self.data.NUM_WORKERS))
         progress = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)
         features, labels = zip(*[(self(batch), labels) for batch, labels in progress])
@@ -86,33 +95,42 @@ def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
 
 
 def check_labelled(train, val):
-    """Raises InputError unless both ImageFolders have the same classes and a label for every image."""
+    """Raises InputError unless both sources have the same classes and a label for every image."""
     if not train.classes or train.classes != val.classes or min(train.labels.min(), val.labels.min()) < 0:
         raise InputError(f"{train.root} and {val.root} are not labelled alike: kNN and linear evaluation need the same "
-                         "class folders in both, and every image in one of them")
+                         "classes in both, and every image in one of them")
 
 
-def find_val(cfg, images):
-    """The ImageFolder for kNN top-1: DATA.VAL; else val/ or test/ beside DATA.PATH if it is labelled as ``images`` are;
-    else None. Raises InputError for a DATA.VAL that does not fit."""
+def find_labelled(cfg, images):
+    """(bank, val), the labelled training images and those to classify, for the ``images`` of pre-training.
+
+    val is DATA.VAL; else the data set's own validation images, or those beside its folder, if they are labelled as the
+    bank is; else None. (None, None) where nothing is labelled. Raises InputError for a DATA.VAL that does not fit.
+    """
+    bank = images
+    if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labelled
+        bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
     if cfg.DATA.VAL:
-        val = ImageFolder(cfg.DATA.VAL)
-        check_labelled(images, val)
-        return val
-    for name in ("val", "test"):
+        val = open_images(cfg.DATA.VAL, "val", cfg.DATA.CLASSES)
+        check_labelled(bank, val)
+        return bank, val
+    if not bank.classes or bank.labels.min() < 0:
+        return None, None
+    root = bank.root.absolute()
+    for place in [cfg.DATA.PATH] if bank.own_val else [root.parent / name for name in VAL_NAMES if name != root.name]:
         try:
-            val = ImageFolder(Path(cfg.DATA.PATH).absolute().parent / name)
-            check_labelled(images, val)
-            return val
+            val = open_images(place, "val", cfg.DATA.CLASSES)
+            check_labelled(bank, val)
+            return bank, val
         except InputError:
             continue  # not there, or not meant for this
-    return None
+    return bank, None
 
 
 def evaluate_knn(features, train, val, bank_size):
-    """kNN top-1 in percent of ``val`` images against a bank of ``train`` images (two labelled ImageFolders)."""
+    """kNN top-1 in percent of ``val`` images against a bank of ``train`` images (two labelled sources)."""
     check_labelled(train, val)
-    return knn_top1(*features.of(train, "kNN bank", bank_size), *features.of(val, "kNN queries"))
+    return knn_top1(*features.of(train, "kNN bank", bank_size, replace=True), *features.of(val, "kNN queries"))
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,7 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
     val_features, val_labels = features.of(val, "validation features")
     prepare = lambda x: x  # noqa: E731
     if protocol.standardize:
-        var, mean = torch.var_mean(F.normalize(features.of(train, "feature statistics")[0], dim=1), dim=0)
+        var, mean = torch.var_mean(F.normalize(features.of(train, "feature statistics", replace=True)[0], dim=1), dim=0)
         prepare = lambda x: (F.normalize(x, dim=1) - mean) / (var + 1e-5).sqrt()  # noqa: E731
 
     torch.manual_seed(seed)

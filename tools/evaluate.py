@@ -19,8 +19,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from fvcore.common.config import CfgNode  # noqa: E402
 
 from pretrain import checkpoint, evaluate, networks  # noqa: E402
-from pretrain.config import InputError  # noqa: E402
-from pretrain.datasets import ImageFolder  # noqa: E402
+from pretrain.config import InputError, get_cfg  # noqa: E402
+from pretrain.datasets import open_images  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
 from tools._cli import run  # noqa: E402
 
@@ -32,6 +32,8 @@ def main():
     parser.add_argument("protocol", choices=("knn", "linear"))
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
     parser.add_argument("--train", metavar="DIR", help="labelled training images (default: what it was pre-trained on)")
+    parser.add_argument("--classes", metavar="FILE",
+                        help="class folders to keep (default: all of --train, or those of pre-training)")
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,12 +44,13 @@ def main():
     saved = checkpoint.load(args.checkpoint)
     if not isinstance(saved, dict) or saved.get("format") != "rsa-pretraining":
         raise InputError(f"{args.checkpoint} is not a checkpoint of tools/pretrain.py")
-    cfg = CfgNode(yaml.safe_load(saved["config"]))
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
-    train = ImageFolder(cfg.DATA.PATH)
-    val = evaluate.find_val(cfg, train)
+    cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
+    train, val = evaluate.find_labelled(cfg, open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES))
     if val is None:
-        raise InputError(f"no val/ or test/ with the same class folders beside {cfg.DATA.PATH}: give --val DIR")
+        raise InputError(f"no validation images with the same classes in or beside {cfg.DATA.PATH}: give --val DIR")
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     backbone.load_state_dict({name.removeprefix(BRANCH): tensor for name, tensor in saved["model"].items()
                               if name.startswith(BRANCH)})
