@@ -1,6 +1,7 @@
 """One process per GPU, by torch.distributed.elastic; everything here also works in a single process."""
 
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -11,24 +12,29 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pretrain.config import InputError, Interrupted
 
+TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
 
-def num_processes(num_gpus=None):
-    """One process per GPU: ``num_gpus`` of them, by default all that this machine shows, or one on its CPU."""
+
+def num_processes(wanted=None):
+    """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given; without a GPU, one or
+    ``wanted`` on the CPU."""
     available = torch.cuda.device_count()
-    if num_gpus is not None and not 1 <= num_gpus <= available:
-        raise InputError(f"--num-gpus {num_gpus}, but this machine shows {available}"
-                         + ("; leave the option out to train on the CPU" if not available else ""))
-    return num_gpus or max(1, available)
+    if wanted is not None and (wanted < 1 or available and wanted > available):
+        raise InputError(f"--num-processes {wanted}: "
+                         + (f"this machine shows {available} GPUs" if available else "it must be at least 1"))
+    return wanted or max(1, available)
 
 
 def launch(train, cfg, processes):
     """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
 
-    Under torchrun the processes are there already, and this one only joins them. Raises InputError or Interrupted
-    when a process did.
+    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and this one only joins
+    them. Raises InputError or Interrupted when a process did.
     """
     if launched() or processes == 1:
         return join_and_run(train, cfg)
+    # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0)
     try:
@@ -44,13 +50,33 @@ def launch(train, cfg, processes):
         raise
 
 
+def adopt_slurm(environment):
+    """Describe a task of srun in torchrun's words, so that ``srun tools/pretrain.py`` needs no launcher.
+
+    SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool directly is a
+    single process, whatever the size of its allocation.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environment or tasks == 1:
+        return
+    host, number = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"]).groups()
+    on_this_node = environment["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]  # "4(x2),3": 4 on the first
+    environment.update({
+        "RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": on_this_node, "MASTER_ADDR": host + (number or ""),
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)})
+
+
 def join_and_run(train, cfg):
     """Join the process group that the launcher's environment describes, if any, and run."""
     if not launched():
         return train(cfg)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # srun may show each task one
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         return train(cfg)
     finally:
@@ -91,14 +117,31 @@ def amp_dtype(name):
 
 
 def any_rank(flag):
-    """True on every rank if ``flag`` is true on one of them."""
+    """True on every rank if ``flag`` is true on one of them; also a barrier."""
+    return -least(-int(flag)) > 0
+
+
+def least(number):
+    """The smallest of the ranks' integers, on every rank."""
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag), device=device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return flags.item() > 0
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return numbers.item()
 
 
-def barrier():
+def mean(values):
+    """Mean over the ranks of a tensor on the device, in place."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def from_first(value):
+    """Rank 0's ``value`` (anything that pickles) on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]

@@ -1,8 +1,8 @@
 """Global batches as a pure function of (seed, step).
 
 The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a sample are drawn from
-(seed, epoch, index). So a run can stop anywhere and go on bit for bit, and neither the number of workers nor that of
-ranks changes which pixels are seen.
+(seed, epoch, index). So a run can stop anywhere and go on bit for bit, and neither the number of workers, nor that of
+ranks or accumulation steps, changes which pixels are seen.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pretrain import distributed
 from pretrain.augment import draw_params, weak_view
 from pretrain.config import InputError
-
+from pretrain.datasets import read_or_next
 
 # First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
@@ -23,7 +23,8 @@ ORDER_STREAM, SAMPLE_STREAM = 0, 1
 
 class MultiStageViews(Dataset):
     """(epoch, index) -> ``views`` uint8 [2, 3, S, S], the two weak views, and ``params`` float32 [2, P] for their
-    aggressive stage."""
+    aggressive stage. ``skipped`` counts the images from ``index`` on that cannot be decoded: the next one that can
+    stands in for them."""
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
@@ -31,32 +32,32 @@ class MultiStageViews(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
-        image = self.images.read(index)
+        image, skipped = read_or_next(self.images, index)
         return {"views": torch.stack([weak_view(image, rng, self.size) for _ in range(2)]),
                 "params": torch.stack([draw_params(rng) for _ in range(2)]),
-                "index": index}
+                "index": index, "skipped": skipped}
 
 
 class StepBatches(Sampler):
-    """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index).
+    """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index);
+    a part that is larger than ``micro_batch`` comes in several lists, one after the other.
 
     An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches.
     """
 
-    def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1):
-        if batch_size % world_size:
-            raise InputError(f"a global batch of {batch_size} does not divide among {world_size} processes: "
-                             f"use {batch_size - batch_size % world_size or world_size}")
+    def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1, micro_batch=None):
         if num_images < batch_size:
             raise InputError(f"the data set has {num_images} images, fewer than the global batch of {batch_size}: "
                              "lower it with --batch-size")
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.total = start, total
         local = batch_size // world_size
-        self.part = slice(rank * local, (rank + 1) * local)
+        micro_batch = micro_batch or local
+        self.slices = [slice(first, first + micro_batch)
+                       for first in range(rank * local, (rank + 1) * local, micro_batch)]
 
     def __len__(self):
-        return self.total - self.start
+        return (self.total - self.start) * len(self.slices)
 
     def __iter__(self):
         steps_per_epoch = self.num_images // self.batch_size
@@ -66,13 +67,17 @@ class StepBatches(Sampler):
                 epoch = step // steps_per_epoch
                 order = np.random.default_rng((self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)
             first = step % steps_per_epoch * self.batch_size
-            yield [(epoch, int(index)) for index in order[first:first + self.batch_size][self.part]]
+            batch = [(epoch, int(index)) for index in order[first:first + self.batch_size]]
+            for part in self.slices:
+                yield batch[part]
 
 
 def build_loader(dataset, batches, num_workers):
     """DataLoader over a map-style ``dataset`` that yields ``batches`` (lists of keys) collated into tensors."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=resolve_workers(num_workers),
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals)
+    workers = resolve_workers(num_workers)
+    # fork, because the workers of a fork server, Python 3.14's default, outlive a process that was killed.
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=ignore_stop_signals, multiprocessing_context="fork" if workers else None)
 
 
 def ignore_stop_signals(_):

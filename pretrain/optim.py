@@ -4,15 +4,27 @@ import torch
 from timm.optim import Lars
 
 
-def build_optimizer(networks, name, momentum, weight_decay, trust_coefficient):
-    """Optimizer over the online network and the predictor; the learning rate is set before each step.
+def build_optimizer(networks, name, momentum, weight_decay, trust_coefficient, fix_predictor_lr=False):
+    """Optimizer over the online network and the predictor; :func:`set_lr` gives it the learning rate of each step.
 
     LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling; timm's Lars leaves a
     group unscaled when its weight decay is 0. SGD: weight decay on everything, as in the authors' small recipes.
     """
-    parameters = [p for p in networks.parameters() if p.requires_grad]
+    groups = []
+    for fixed, module in ((False, networks.online), (fix_predictor_lr, networks.predictor)):
+        parameters = list(module.parameters())
+        if name == "sgd":
+            groups.append({"params": parameters, "weight_decay": weight_decay, "fixed": fixed})
+        else:
+            groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "fixed": fixed})
+            groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "fixed": fixed})
+    groups = [group for group in groups if group["params"]]  # not every method has a predictor
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
     return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=trust_coefficient)
+
+
+def set_lr(optimizer, lr, peak):
+    """The step's learning rate; ``peak`` for parameters whose rate is fixed."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak if group["fixed"] else lr

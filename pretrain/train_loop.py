@@ -1,27 +1,23 @@
 """Composes the pre-training: data, networks, objective, optimizer and schedules into the loop over global batches."""
 
-import json
-import math
-import signal
-import sys
+import contextlib
+import os
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from pretrain import checkpoint, distributed, schedules
+from pretrain import checkpoint, distributed, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
-from pretrain.datasets import ImageFolder
-from pretrain.evaluate import Features, evaluate_knn, find_val
+from pretrain.datasets import BadImages, open_images
+from pretrain.evaluate import Features, evaluate_knn, find_labelled
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
-from pretrain.optim import build_optimizer
+from pretrain.optim import build_optimizer, set_lr
+from pretrain.watch import Alarms, Log, Meter, StopSignals, assert_finite
 
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 
@@ -32,210 +28,202 @@ def train(cfg):
     Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after SIGTERM, SIGUSR1 or
     SIGINT once the state is saved.
     """
-    device, main = distributed.device(), distributed.rank() == 0
-    torch.backends.cudnn.benchmark = True
-    images = ImageFolder(cfg.DATA.PATH)
-    val = find_val(cfg, images)
-    steps_per_epoch = len(images) // cfg.SOLVER.BATCH_SIZE
-    K = cfg.SOLVER.EPOCHS * steps_per_epoch
-    batch_slices = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED,
-                               rank=distributed.rank(), world_size=distributed.world_size())
+    with checkpoint.locked(Path(cfg.OUTPUT_DIR)) if distributed.rank() == 0 else contextlib.nullcontext():
+        return _train(cfg)
 
-    folder = Path(cfg.OUTPUT_DIR)
-    saved = checkpoint.start_folder(cfg) if main else None
-    distributed.barrier()
-    if not main:
-        saved = checkpoint.start_folder(cfg)
+
+def _train(cfg):
+    folder, device = Path(cfg.OUTPUT_DIR), distributed.device()
+    rank, ranks = distributed.rank(), distributed.world_size()
+    main = rank == 0
+    if cfg.SOLVER.DETERMINISTIC:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.SOLVER.DETERMINISTIC
+    amp = distributed.amp_dtype(cfg.SOLVER.AMP)
+
+    # ---- what the run goes on from ----
+    path = distributed.from_first(checkpoint.newest(folder) if main else None)
+    saved = checkpoint.load(path) if path else None
+    kept = checkpoint.take_up(cfg, saved)
     final = folder / checkpoint.FINAL
-    if final.is_file():
+    if distributed.from_first(final.is_file()):
         if main:
             print(f"{final} is already there: this run is complete")
         return str(final)
+    images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
+    if saved and saved["num_images"] != len(images):
+        raise InputError(f"{folder} holds a run on {saved['num_images']} images, but {images.root} has {len(images)}: "
+                         "restore the data set, or give another --output-dir")
+    bank, val = find_labelled(cfg, images)
 
+    # ---- networks ----
     torch.manual_seed(cfg.SEED)
-    networks = build_networks(cfg, METHODS[cfg.METHOD]).to(device)
-    if cfg.MODEL.SYNC_BN and distributed.world_size() > 1 and device.type == "cuda":
+    networks = build_networks(cfg, METHODS[cfg.METHOD])
+    share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
+    size = micro_batch.resolve(cfg.SOLVER.MICRO_BATCH, share,
+                               lambda: kept or micro_batch.room(networks, cfg.DATA.IMAGE_SIZE, amp))
+    cfg.SOLVER.MICRO_BATCH = size
+    networks = networks.to(device)
+    sync_bn = cfg.MODEL.SYNC_BN and ranks > 1 and device.type == "cuda"
+    if sync_bn:
         networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
+    normalised = size * ranks if sync_bn else size  # images that BatchNorm sees at once
+    if cfg.SOLVER.COMPILE:
+        for branch in filter(None, (networks.online, networks.target)):
+            branch.backbone.compile()
     optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
-                                cfg.SOLVER.TRUST_COEFFICIENT)
-    amp = distributed.amp_dtype(cfg.SOLVER.AMP)
+                                cfg.SOLVER.TRUST_COEFFICIENT, METHODS[cfg.METHOD].fix_predictor_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     start = 0
     if saved:
-        if saved["num_images"] != len(images):
-            raise InputError(f"{folder} holds a run on {saved['num_images']} images, "
-                             f"but {images.root} has {len(images)}: restore the data set, or give another --output-dir")
         networks.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
             scaler.load_state_dict(saved["scaler"])
-        start = batch_slices.start = saved["step"]
+        start = saved["step"]
     model = networks
-    if distributed.world_size() > 1:
-        model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None)
+    if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
+        model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    loader = build_loader(MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED), batch_slices, cfg.DATA.NUM_WORKERS)
-    features = Features(networks.online.backbone, cfg.DATA, amp)
+    # ---- data and schedules ----
+    steps_per_epoch = len(images) // cfg.SOLVER.BATCH_SIZE
+    K = cfg.SOLVER.EPOCHS * steps_per_epoch
+    parts = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED, start, rank, ranks, size)
+    loader = build_loader(MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED), parts, cfg.DATA.NUM_WORKERS)
+    bad_images = BadImages(folder / "bad_images.txt", images)
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
-    log = Log(folder, K, start, cfg) if main else None
+    features = Features(networks.online.backbone, cfg.DATA, amp)
+    meter, alarms = Meter(), Alarms(cfg.ALARM)
+    log = None
     if main:
-        batch = f"{cfg.SOLVER.BATCH_SIZE // distributed.world_size()} x {distributed.world_size()} on {device.type}"
         print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
-              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} ({batch}, {amp or 'float32'}), peak lr {peak_lr:g}"
-              + (f"; goes on after step {start}" if start else ""))
+              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
+              f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
+        if cfg.MODEL.SYNC_BN and ranks > 1 and not sync_bn:
+            print("warning: SyncBatchNorm needs GPUs; each process normalises over its own micro-batch")
+        if saved and saved["normalised"] != normalised:
+            print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
+                  "goes on with the same samples, but not bit for bit")
+        if cfg.METHOD == "simclr" and size < share:
+            print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
+        if not val:
+            print(f"no labelled images in val/ or test/ beside {images.root}: kNN top-1 is left out")
+        log = Log(folder, K, start)
         if val and not start:
-            log.row({"step": 0, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
+            log.row({"step": 0, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK)})
+        checkpoint.write_config(cfg)
 
-    def save(path, step, whole=True):
-        state = {"format": "rsa-pretraining", "method": cfg.METHOD, "step": step, "num_images": len(images),
-                 "config": cfg.dump(), "model": networks.state_dict()}
+    def prepare(batch):
+        """A micro-batch's weak and aggressive views, float32 [B, 2, 3, S, S], normalised, on the device."""
+        if batch["skipped"].any():
+            bad_images.add([(index + i) % len(images) for index, skipped in
+                            zip(batch["index"].tolist(), batch["skipped"].tolist()) for i in range(skipped)])
+        views = batch["views"].to(device, non_blocking=True)
+        return (normalize(to_float(views), cfg.DATA.MEAN, cfg.DATA.STD),
+                normalize(aggressive(views, batch["params"]), cfg.DATA.MEAN, cfg.DATA.STD))
+
+    def save(path, step, whole=True, previous=None):
+        """Whether the disk took it: a run goes on without, and tries again at the next interval."""
+        assert_finite(networks, step)
+        state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step, "num_images": len(images),
+                 "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        checkpoint.save(path, state)
+        try:
+            checkpoint.save(path, state, previous)
+            return True
+        except OSError as error:
+            log.say(f"warning: cannot write {path} ({error.strerror or error}); the run goes on, "
+                    f"with the checkpoint before, and tries again")
+            return False
 
+    # ---- the loop over global batches ----
     stop = StopSignals()
     networks.train()
-    before = time.perf_counter()
-    for k, batch in enumerate(loader, start=start + 1):
-        waited = time.perf_counter() - before
-        lr = schedules.learning_rate(k, K, peak_lr, cfg.SOLVER.WARMUP_EPOCHS * steps_per_epoch)
-        beta, tau = schedules.beta(k, K, cfg.MODEL.BETA), schedules.tau(k, K, cfg.MODEL.TAU)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    batches = iter(loader)
+    meter.reset()
+    for k in range(start + 1, K + 1):
+        waited = 0.0
 
-        views = batch["views"].to(device, non_blocking=True)
-        weak = normalize(to_float(views), cfg.DATA.MEAN, cfg.DATA.STD)
-        strong = normalize(aggressive(views, batch["params"]), cfg.DATA.MEAN, cfg.DATA.STD)
+        def micro_batches():
+            nonlocal waited
+            for _ in range(share // size):
+                before = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - before
+                yield prepare(batch)
+
+        lr = schedules.learning_rate(k, K, peak_lr, cfg.SOLVER.WARMUP_EPOCHS * steps_per_epoch)
+        beta = schedules.beta(k, K, cfg.MODEL.BETA, cfg.MODEL.BETA_SCHEDULE)
+        tau = schedules.tau(k, K, cfg.MODEL.TAU, cfg.MODEL.TAU_SCHEDULE)
+        set_lr(optimizer, lr, peak_lr)
         try:
-            figures = train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau)
+            figures = train_step(model, optimizer, scaler, amp, micro_batches(), share // size, beta, tau)
         except torch.OutOfMemoryError:
-            raise InputError(f"{len(views)} images of {cfg.DATA.IMAGE_SIZE} px a process do not fit into the memory of "
-                             f"{device}: use more GPUs, or lower --batch-size") from None
+            raise InputError(f"{size} images of {cfg.DATA.IMAGE_SIZE} px at once do not fit into the memory of {device}: "
+                             f"give --micro-batch {max(1, size // 2)}") from None
+        meter.add(figures, waited, cfg.SOLVER.BATCH_SIZE)
 
         if main:
-            log.step(k, figures, waited, len(views) * distributed.world_size(), lr=lr, beta=beta, tau=tau)
+            log.progress.update()
+        if k % cfg.LOG_PERIOD == 0 or k == K:
+            steps, row = meter.steps, meter.read()
+            if main:
+                log.row({"step": k, "lr": lr, "beta": beta, "tau": tau, "bad_images": len(bad_images), **row})
+                alarms.check(k, row, steps)
+        asked = distributed.any_rank(stop.asked)  # all leave at the same step
         epoch, ends_epoch = k // steps_per_epoch, k % steps_per_epoch == 0
-        asked = stop.asked
-        if distributed.world_size() > 1:  # all must leave at the same step; agreeing costs a synchronisation
-            asked = k % cfg.LOG_PERIOD == 0 and distributed.any_rank(stop.asked)
-        if main and (asked or ends_epoch):
-            assert_finite(figures["loss"], k)  # before it is saved over a good checkpoint
-            if val and (k == K or ends_epoch and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
-                log.row({"step": k, "knn_top1": evaluate_knn(features, images, val, cfg.KNN.BANK)})
+        if main and ends_epoch:
+            if val and (k == K or cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
+                assert_finite(networks, k)
+                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK)})
                 networks.train()
-            if asked or ends_epoch and (k == K or epoch % cfg.CHECKPOINT.PERIOD == 0):
-                save(folder / checkpoint.LAST, k)
-            if ends_epoch and cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0:
+                meter.reset()
+            # Features that have collapsed may recover; they must not push out the checkpoint from before.
+            if k == K or epoch % cfg.CHECKPOINT.PERIOD == 0 and not alarms.collapsed and not asked:
+                save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
+            if cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0 and not alarms.collapsed:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
         if asked and k < K:
             stop.uninstall()
+            outcome = "saved"
             if main:
+                if not save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS):
+                    outcome = "NOT saved, the steps since the last checkpoint will be repeated"
                 log.close()
-            distributed.barrier()  # the launcher takes the first process that leaves for the end of all
-            raise Interrupted(f"stopped at step {k} of {K}, saved; the same command goes on from there")
-        before = time.perf_counter()
+            distributed.any_rank(False)  # the launcher takes the first process that leaves for the end of all
+            raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
     stop.uninstall()
     if main:
-        save(final, K, whole=False)
+        written = save(final, K, whole=False)
         log.close()
-    distributed.barrier()
+        if not written:
+            raise InputError(f"{final} could not be written: make room, and run the same command again")
+    distributed.any_rank(False)
     return str(final)
 
 
-def train_step(model, networks, optimizer, scaler, amp, weak, strong, beta, tau):
-    """One optimizer step on a batch of normalised views float32 [B, 2, 3, S, S]; returns the objective's figures.
+def train_step(model, optimizer, scaler, amp, micro_batches, count, beta, tau):
+    """One optimizer step on ``count`` ``micro_batches``, pairs of normalised views float32 [B, 2, 3, S, S]; returns the
+    objective's figures, averaged over them.
 
-    ``model`` is ``networks`` or its DistributedDataParallel. A step that the scaler skips because a gradient
-    overflowed leaves the target untouched as well.
+    ``model`` is Networks or its DistributedDataParallel, whose processes exchange gradients after the last micro-batch
+    only. A step that the scaler skips because a gradient overflowed leaves the target untouched as well.
     """
-    with torch.autocast(weak.device.type, amp or torch.bfloat16, enabled=amp is not None):
-        figures = model(weak, strong, beta)
+    networks = getattr(model, "module", model)
+    figures = {}
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(figures["loss"]).backward()
+    for i, (weak, strong) in enumerate(micro_batches, start=1):
+        with contextlib.nullcontext() if i == count or model is networks else model.no_sync():
+            with torch.autocast(weak.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                part = model(weak, strong, beta)
+            scaler.scale(part["loss"] / count).backward()
+        for name, value in part.items():
+            figures[name] = figures.get(name, 0) + value.detach() / count
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() >= scale:
-        networks.update_target(tau)
-    return {name: value.detach() for name, value in figures.items()}
-
-
-def assert_finite(loss, step):
-    """Raises InputError for a loss of NaN or infinity, before anything is made of it."""
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is {float(loss)} at step {step}: lower SOLVER.BASE_LR, or try --amp bf16 or off; "
-                         "the last checkpoint is kept")
-
-
-class StopSignals:
-    """``asked`` becomes true at SIGTERM, SIGUSR1 or SIGINT; the loop then ends after its step. A second SIGINT kills,
-    except under a launcher, which hands one Ctrl-C on twice."""
-
-    def __init__(self):
-        self.asked = False
-        self.previous = {number: signal.signal(number, self.handle)
-                         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-
-    def handle(self, number, frame):
-        if number == signal.SIGINT and self.asked and not distributed.launched():
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def uninstall(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``, which a killed run
-    wrote and the resumed one will write again, are dropped."""
-
-    def __init__(self, folder, total, start, cfg):
-        path = folder / "metrics.jsonl"
-        rows = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
-        rows = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= start]
-        checkpoint.write_atomically(path, lambda file: file.writelines(row.encode() for row in rows))
-        self.file = open(path, "a", buffering=1)
-        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
-        self.period, self.total = cfg.LOG_PERIOD, total
-        self.progress = tqdm(total=total, initial=start, desc="pre-training", unit="step", dynamic_ncols=True,
-                             mininterval=0.1 if sys.stderr.isatty() else 10)
-        self.reset()
-
-    def reset(self):
-        self.sums, self.count, self.images, self.waited = defaultdict(float), 0, 0, 0.0
-        self.since = time.perf_counter()
-
-    def step(self, k, figures, waited, images, **schedule):
-        """Add a step's figures (0-dim tensors); every LOG_PERIOD steps their means make a row. Reading them only then
-        spares the device a synchronisation per step."""
-        for name, value in figures.items():
-            self.sums[name] += value
-        self.count, self.images, self.waited = self.count + 1, self.images + images, self.waited + waited
-        self.progress.update()
-        if k % self.period and k != self.total:
-            return
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
-        assert_finite(means["loss"], k)
-        seconds = time.perf_counter() - self.since
-        speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
-        self.row({"step": k, **means, **schedule, **speed})
-        self.progress.set_postfix_str(f"loss {means['loss']:.3f} std {means['feature_std']:.2f} "
-                                      f"{speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}")
-        self.reset()
-
-    def row(self, row):
-        """One row {"step": k, name: number}."""
-        self.file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, row["step"])
-        if "knn_top1" in row:
-            self.progress.write(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
-            self.progress.unpause()  # the time left is that of the steps
-            self.reset()
-
-    def close(self):
-        self.progress.close()
-        self.tensorboard.close()
-        self.file.close()
+    networks.end_step(tau, skipped=scaler.get_scale() < scale)
+    return figures

@@ -12,8 +12,8 @@ from PIL import Image
 from pretrain.config import get_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
-# A run of a second: ResNet-10, 32 px, the 24 images of ``image_folder`` in batches of 8, three epochs.
-TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE resnet10t MODEL.HIDDEN_DIM 32 "
+# A run of a second: timm's smallest ResNet, 32 px, the 24 images of ``image_folder`` in batches of 8, three epochs.
+TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 "
         "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
         "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0").split()
 
@@ -25,6 +25,15 @@ def tiny_cfg(image_folder, folder, *overrides):
     cfg = get_cfg()
     cfg.merge_from_list(["DATA.PATH", str(image_folder), "OUTPUT_DIR", str(folder / "run"), *TINY, *overrides])
     return cfg
+
+
+def final_weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def pytest_terminal_summary(terminalreporter):

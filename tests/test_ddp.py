@@ -1,33 +1,139 @@
-"""Two gloo processes under torchrun: the same tool joins them, and they learn one model."""
+"""Several processes (gloo, on the CPU): however they are started, they learn one model."""
 
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, tiny_cfg
+from pretrain import distributed, train_loop
+from pretrain.config import InputError
+from tests.conftest import ROOT, TINY, assert_same, final_weights, tiny_cfg
+
+TOOL = str(ROOT / "tools" / "pretrain.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(image_folder, folder, *more):
+    return ["--data", str(image_folder), "--output-dir", str(folder / "run"), *TINY, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(image_folder, tmp_path_factory):
+    """Final file of a run of 12 steps in two processes that this one started."""
+    cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("two"), "SOLVER.EPOCHS", 4, "KNN.PERIOD", 1)
+    return distributed.launch(train_loop.train, cfg, processes=2)
+
+
+def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_processes):
+    """Parameters of online network, predictor and target after 12 steps, to 1e-5 of each tensor's largest."""
+    cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", 4, "SOLVER.MICRO_BATCH", 4)
+    one, two = final_weights(train_loop.train(cfg)), final_weights(two_processes)
+    checked = 0
+    for name, tensor in one.items():
+        if "running_" not in name and "num_batches" not in name:  # those are rank 0's own
+            assert (tensor - two[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+            checked += 1
+    assert checked > 60
+    rows = [[json.loads(line) for line in open(os.path.join(os.path.dirname(final), "metrics.jsonl"))]
+            for final in (two_processes, str(tmp_path / "run" / "model_final.pth"))]
+    losses = [[row["loss"] for row in part if "loss" in row] for part in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 12  # both are the global batch's mean
+
 
 def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
-    """Two processes started by this one, without torchrun; a worker's InputError stays one."""
-    from pretrain import distributed, train_loop
-    from pretrain.config import InputError
-
-    with pytest.raises(InputError, match="global batch of 9 does not divide among 2 processes: use 8"):
+    with pytest.raises(InputError, match="global batch of 9 does not divide among 2 processes: use --batch-size 8 or 10"):
         distributed.launch(train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), processes=2)
 
 
-def test_two_processes_train_one_model(image_folder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tools" / "pretrain.py"), "--data", str(image_folder), "--output-dir", str(tmp_path / "run"),
-               *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_torchrun(image_folder, tmp_path, two_processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TOOL,
+               *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done:") == 1 and "4 x 2 on cpu" in done.stdout
-    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
-    assert final["step"] == 9
-    rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+    assert done.stdout.count("done:") == 1 and "2 cpu x 1 accumulated x 4" in done.stdout
+    assert done.stdout.count("SyncBatchNorm needs GPUs") == 1
+    assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))
+
+
+def slurm(rank):
+    return {**ENVIRONMENT, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
+
+
+def test_tasks_of_srun_need_no_launcher(image_folder, tmp_path, two_processes):
+    """The tool with the variables that srun sets; a warning before the time limit on the way."""
+    command = [sys.executable, TOOL, *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]
+
+    def both():
+        return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=slurm(rank))
+                for rank in (0, 1)]
+
+    tasks = both()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while tasks[0].poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
+        time.sleep(0.01)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    errors = [task.communicate(timeout=200)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [75, 75], errors
+    assert sum("saved; the same command goes on" in text for text in errors) == 1
+    tasks = both()
+    outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "goes on after step" in outputs[0] and not outputs[1]
+    assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))
+
+
+@pytest.mark.parametrize("nodes, per_node, first, local", [
+    ("node[003-006,9]", "8(x4),4", "node003", "8"), ("gpu7", "2", "gpu7", "2"), ("a1,b[2-3]", "4,8(x2)", "a1", "4"),
+    ("rack1-node05.local,rack2", "1(x2)", "rack1-node05.local", "1")])
+def test_slurm_in_torchruns_words(nodes, per_node, first, local):
+    environment = {"SLURM_STEP_NUM_TASKS": "36", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": nodes,
+                   "SLURM_STEP_TASKS_PER_NODE": per_node, "SLURM_JOB_ID": "123456"}
+    distributed.adopt_slurm(environment)
+    assert environment["MASTER_ADDR"] == first and environment["LOCAL_WORLD_SIZE"] == local
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("9", "1", "36")
+    assert 1024 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_slurm_batch_script_is_one_process():
+    """SLURM_NTASKS and SLURM_PROCID are set there as well, but nobody started the other tasks."""
+    environment = {"SLURM_NTASKS": "32", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
+    distributed.adopt_slurm(environment)
+    assert "RANK" not in environment
+
+
+@pytest.mark.parametrize("status, requeued", [(75, True), (0, False), (2, False)])
+def test_sbatch_file_requeues_itself(tmp_path, status, requeued):
+    for name, body in {"srun": f'echo "$@" > {tmp_path}/srun.txt; exit {status}',
+                       "scontrol": f'echo "$@" > {tmp_path}/scontrol.txt'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    done = subprocess.run(["bash", str(ROOT / "tools" / "pretrain.sbatch"), "--epochs", "200", "--data", "a b"], timeout=60,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"})
+    assert done.returncode == status
+    assert (tmp_path / "srun.txt").read_text().strip().endswith("python3 tools/pretrain.py --epochs 200 --data a b")
+    assert (tmp_path / "scontrol.txt").is_file() == requeued
+    assert not requeued or (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_to_the_launcher_reaches_its_processes(image_folder, tmp_path, two_processes, number):
+    command = [sys.executable, TOOL, *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4), "--num-processes", "2"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while first.poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
+        time.sleep(0.01)
+    first.send_signal(number)
+    _, errors = first.communicate(timeout=100)
+    assert first.returncode == 75 and "the same command goes on" in errors, errors
+    step = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)["step"]
+    again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert again.returncode == 0 and f"goes on after step {step}" in again.stdout, again.stderr
+    assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))

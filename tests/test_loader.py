@@ -1,12 +1,10 @@
 """The global batch of a step is a pure function of (seed, step), whoever loads it."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pretrain.config import InputError
-from pretrain.datasets import ImageFolder, read_image
+from pretrain.datasets import ImageFolder
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
 
 
@@ -59,41 +57,6 @@ def test_another_seed_is_another_run(image_folder, whole):
     assert not same(batches(image_folder, seed=4)[0], whole[0])
 
 
-def test_labels_and_unlabelled_images(image_folder, tmp_path):
-    images = ImageFolder(image_folder)
-    assert images.classes == ["a", "b"] and len(images) == 24 and sorted(np.bincount(images.labels)) == [12, 12]
-    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
-    assert ImageFolder(tmp_path).labels.tolist() == [-1]
-
-
-@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"),
-                                          ("L", "bmp")])
-def test_image_modes_are_read_as_rgb(tmp_path, mode, suffix):
-    gradient = np.linspace(0, 255, 40 * 30, dtype=np.uint8).reshape(30, 40)
-    Image.fromarray(np.stack([gradient, gradient[::-1], gradient // 2], 2)).convert(mode).save(tmp_path / f"x.{suffix}")
-    image = read_image(tmp_path / f"x.{suffix}")
-    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
-    expected = torch.from_numpy(np.array(Image.open(tmp_path / f"x.{suffix}").convert("RGB"))).permute(2, 0, 1)
-    assert (image.float() - expected.float()).abs().mean() < 3
-
-
-def test_png_of_16_bits(tmp_path):
-    gradient = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
-    Image.fromarray(gradient).save(tmp_path / "x.png")
-    image = read_image(tmp_path / "x.png")
-    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
-    assert np.abs(image[0].numpy() - gradient / 257).max() <= 1
-
-
-def test_what_cannot_be_loaded_is_named(image_folder, tmp_path):
-    with pytest.raises(InputError, match="--data"):
-        ImageFolder(tmp_path / "absent")
-    with pytest.raises(InputError, match="no images"):
-        ImageFolder(tmp_path)
-    (tmp_path / "broken.jpg").write_bytes(b"not an image")
-    with pytest.raises(InputError, match="broken.jpg"):
-        read_image(tmp_path / "broken.jpg")
+def test_batches_that_do_not_fit():
     with pytest.raises(InputError, match="--batch-size"):
         StepBatches(24, 25, 5, 0)
-    with pytest.raises(InputError, match="use 6"):
-        StepBatches(24, 8, 5, 0, world_size=3)

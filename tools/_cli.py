@@ -36,7 +36,7 @@ def run(main, *errors):
         sys.exit(main())
     except (*errors, OSError) as error:
         # A loader's worker wraps the message in its traceback.
-        message = str(error).rsplit("InputError: ", 1)[-1]
+        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

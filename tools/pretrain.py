@@ -9,6 +9,7 @@ Run again it goes on from its last checkpoint. KEY VALUE pairs at the end overri
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,20 +26,23 @@ def main():
     args = parse()
     recipe = args.config_file or IMAGENET_RECIPES[100 if args.epochs and args.epochs < 150 else 200]
     options = {"SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
-               "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed}
+               "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed,
+               "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
     cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
     check(cfg)
     from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
 
+    distributed.adopt_slurm(os.environ)
     if distributed.is_first_process():
         print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
               f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
               flush=True)
     try:
-        final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_gpus))
+        final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_processes))
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        if distributed.is_first_process():
+            print(interruption, file=sys.stderr)
         return train_loop.REQUEUE
     if distributed.is_first_process():
         print(f"done: {final}; next: tools/convert_to_d2.py {final}")
@@ -52,7 +56,11 @@ def parse():
     parser.add_argument("--data", help="folder of training images")
     parser.add_argument("--output-dir")
     parser.add_argument("--method", choices=METHODS)
-    parser.add_argument("--num-gpus", type=int, help="default: all of this machine's")
+    parser.add_argument("--micro-batch", type=int, metavar="N",
+                        help="images at once in a process, the rest of its share is accumulated (default: by free memory)")
+    parser.add_argument("--num-processes", type=int, metavar="N",
+                        help="default: one per GPU of this machine; without a GPU, one on the CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. DATA.NUM_WORKERS 8")

@@ -1,0 +1,148 @@
+"""What a run shows of itself, and when it must stop: figures, alarms, signals."""
+
+import json
+import math
+import signal
+import sys
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pretrain import checkpoint, distributed
+from pretrain.config import InputError
+
+
+class StopSignals:
+    """``asked`` becomes true at SIGTERM, SIGUSR1 or SIGINT; the loop then ends after its step. A second SIGINT kills,
+    except under a launcher, which hands one Ctrl-C on twice."""
+
+    def __init__(self):
+        self.asked = False
+        self.previous = {number: signal.signal(number, self.handle)
+                         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def handle(self, number, frame):
+        if number == signal.SIGINT and self.asked and not distributed.launched():
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def uninstall(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Meter:
+    """Sums the figures of the steps since its last reading. They stay on the device until then, which spares it a
+    synchronisation per step."""
+
+    def __init__(self):
+        self.streak = torch.zeros((), device=distributed.device())  # steps in a row without a finite loss, up to now
+        self.reset()
+
+    def reset(self):
+        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
+        self.since = time.perf_counter()
+        self.longest = self.streak
+
+    def add(self, figures, waited, images):
+        """A step's figures {name: 0-dim tensor}, the seconds it waited for data, and the images of its global batch."""
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.streak = torch.where(figures["loss"].isfinite(), 0, self.streak + 1)
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.steps, self.images, self.waited = self.steps + 1, self.images + images, self.waited + waited
+
+    def read(self):
+        """Means over the steps and the ranks, with ``nonfinite_steps``, the longest streak; starts anew."""
+        means = distributed.mean(torch.stack(list(self.sums.values())).float() / self.steps)
+        row = dict(zip(self.sums, means.tolist()))
+        row["nonfinite_steps"] = -distributed.least(-int(self.longest))
+        seconds = time.perf_counter() - self.since
+        row |= {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        self.reset()
+        return row
+
+
+class Alarms:
+    """Stop a run that has failed before it burns days. The thresholds are the configuration's ALARM."""
+
+    def __init__(self, thresholds):
+        self.thresholds = thresholds
+        self.collapsed = 0  # steps in a row
+
+    def check(self, step, row, steps):
+        """Raises InputError on a row of :meth:`Meter.read` over ``steps`` steps that shows divergence or collapse."""
+        if row["nonfinite_steps"] >= self.thresholds.NONFINITE_STEPS:
+            raise InputError(f"the loss is {row['loss']} at step {step}, not finite for "
+                             f"{row['nonfinite_steps']} steps: {DIVERGED}")
+        self.collapsed = self.collapsed + steps if row["feature_std"] < self.thresholds.FEATURE_STD else 0
+        if self.collapsed >= self.thresholds.COLLAPSE_STEPS:
+            raise InputError(f"the features have collapsed: their standard deviation is {row['feature_std']:.4f} at step "
+                             f"{step}, below ALARM.FEATURE_STD for {self.collapsed} steps; lower SOLVER.BASE_LR or raise "
+                             "MODEL.TAU; the checkpoint from before is kept")
+
+
+DIVERGED = "lower SOLVER.BASE_LR, or try --amp bf16 or off; the last checkpoint is kept"
+
+
+def assert_finite(networks, step):
+    """Raises InputError when a weight is NaN or infinite, before it is saved over a good checkpoint."""
+    sums = torch.stack([parameter.detach().float().sum() for parameter in networks.parameters()])
+    if not math.isfinite(sums.sum()):
+        raise InputError(f"weights are not finite at step {step}: {DIVERGED}")
+
+
+class Log:
+    """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``, which a killed run
+    wrote and the resumed one will write again, are dropped."""
+
+    def __init__(self, folder, total, start):
+        path = folder / "metrics.jsonl"
+        rows = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
+        rows = [row for row in rows if _step(row) <= start]
+        checkpoint.write_atomically(path, lambda file: file.writelines(row.encode() for row in rows))
+        self.file = open(path, "a", buffering=1)
+        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
+        self.complained = False
+        self.progress = tqdm(total=total, initial=start, desc="pre-training", unit="step", dynamic_ncols=True,
+                             mininterval=0.1 if sys.stderr.isatty() else 10)
+
+    def row(self, row):
+        """One row {"step": k, name: number}."""
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(name, value, row["step"])
+        except OSError as error:  # a full disk loses rows, not the run
+            if not self.complained:
+                self.say(f"warning: cannot write metrics ({error.strerror}); the run goes on without them")
+            self.complained = True
+        if "loss" in row:
+            self.progress.set_postfix_str(f"loss {row['loss']:.3f} std {row['feature_std']:.2f} "
+                                          f"{row['images_per_s']:.0f} img/s wait {row['data_wait']:.0%}")
+        if "knn_top1" in row:
+            self.say(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
+            self.progress.unpause()  # the time left is that of the steps
+
+    def say(self, line):
+        """A line that the progress bar does not overwrite."""
+        self.progress.write(line, file=sys.stderr)
+
+    def close(self):
+        self.progress.close()
+        for writer in (self.tensorboard, self.file):
+            try:
+                writer.close()
+            except OSError:
+                pass  # said by row()
+
+
+def _step(row):
+    """Step of a line of metrics.jsonl; infinite for one that a kill or a full disk cut short."""
+    try:
+        return json.loads(row)["step"] if row.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
