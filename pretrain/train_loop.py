@@ -120,7 +120,7 @@ def _train(cfg):
         if batch["skipped"].any():
             bad_images.add([(index + i) % len(images) for index, skipped in
                             zip(batch["index"].tolist(), batch["skipped"].tolist()) for i in range(skipped)])
-        views = batch["views"].to(device, non_blocking=True)
+        views = batch["views"]
         return (normalize(to_float(views), cfg.DATA.MEAN, cfg.DATA.STD),
                 normalize(aggressive(views, batch["params"]), cfg.DATA.MEAN, cfg.DATA.STD))
 
@@ -142,7 +142,7 @@ def _train(cfg):
     # ---- the loop over global batches ----
     stop = StopSignals()
     networks.train()
-    batches = iter(loader)
+    batches = ahead(loader, device)
     meter.reset()
     for k in range(start + 1, K + 1):
         waited = 0.0
@@ -222,8 +222,34 @@ def train_step(model, optimizer, scaler, amp, micro_batches, count, beta, tau):
             scaler.scale(part["loss"] / count).backward()
         for name, value in part.items():
             figures[name] = figures.get(name, 0) + value.detach() / count
-    scale = scaler.get_scale()
+    stepped = []
+    hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))  # comparing the scales would synchronise
     scaler.step(optimizer)
+    hook.remove()
     scaler.update()
-    networks.end_step(tau, skipped=scaler.get_scale() < scale)
+    networks.end_step(tau, skipped=not stepped)
     return figures
+
+
+def ahead(loader, device):
+    """The loader's batches with ``views`` on the device. On a GPU a side stream copies them while the step before runs."""
+    if device.type == "cpu":
+        yield from loader
+        return
+    stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
+    batches = iter(loader)
+
+    def copied():
+        batch = next(batches, None)
+        if batch:
+            with torch.cuda.stream(stream):
+                batch["views"] = batch["views"].to(device, non_blocking=True)
+        return batch
+
+    batch = copied()
+    while batch:
+        compute.wait_stream(stream)
+        batch["views"].record_stream(compute)  # its memory is the side stream's, which must not reuse it too soon
+        following = copied()
+        yield batch
+        batch = following

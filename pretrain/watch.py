@@ -94,6 +94,13 @@ def assert_finite(networks, step):
         raise InputError(f"weights are not finite at step {step}: {DIVERGED}")
 
 
+# Figures on the progress bar: their short names and forms. The most telling come first, for a narrow terminal cuts it.
+PROGRESS = {"loss": ("loss", ".3f"), "feature_std": ("std", ".2f"), "knn_top1": ("kNN", ".1f"),
+            "images_per_s": ("img/s", ".0f"), "data_wait": ("wait", ".0%"), "cos_aw": ("cos aw", ".2f"),
+            "cos_aa": ("aa", ".2f"), "loss_aw": ("loss aw", ".3f"), "loss_aa": ("aa", ".3f"), "beta": ("β", ".3f"),
+            "tau": ("τ", ".4f"), "lr": ("lr", ".3g"), "bad_images": ("bad", "d")}
+
+
 class Log:
     """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``, which a killed run
     wrote and the resumed one will write again, are dropped."""
@@ -105,7 +112,7 @@ class Log:
         checkpoint.write_atomically(path, lambda file: file.writelines(row.encode() for row in rows))
         self.file = open(path, "a", buffering=1)
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
-        self.complained = False
+        self.complained, self.latest = False, {}
         self.progress = tqdm(total=total, initial=start, desc="pre-training", unit="step", dynamic_ncols=True,
                              mininterval=0.1 if sys.stderr.isatty() else 10)
 
@@ -120,9 +127,9 @@ class Log:
             if not self.complained:
                 self.say(f"warning: cannot write metrics ({error.strerror}); the run goes on without them")
             self.complained = True
-        if "loss" in row:
-            self.progress.set_postfix_str(f"loss {row['loss']:.3f} std {row['feature_std']:.2f} "
-                                          f"{row['images_per_s']:.0f} img/s wait {row['data_wait']:.0%}")
+        self.latest |= row
+        self.progress.set_postfix_str(" ".join(f"{short} {self.latest[name]:{form}}"
+                                               for name, (short, form) in PROGRESS.items() if name in self.latest))
         if "knn_top1" in row:
             self.say(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
             self.progress.unpause()  # the time left is that of the steps

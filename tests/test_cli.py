@@ -75,6 +75,13 @@ def test_epochs_choose_the_recipe(tool, tmp_path, epochs, lr):
     assert f"imagenet_rsa_R50_{epochs}ep.yaml: base lr {lr}, batch 2048, {epochs} epochs, lars, rsa" in done.stdout
 
 
+@pytest.mark.parametrize("method, recipe", [("byol", "imagenet_byol_R50_100ep.yaml: base lr 0.9, batch 2048"),
+                                            ("simsiam", "imagenet_simsiam_R50_200ep.yaml: base lr 0.05, batch 512")])
+def test_method_chooses_its_recipe(tool, tmp_path, method, recipe):
+    done = tool("pretrain", "--method", method, "--epochs", 90, cwd=tmp_path)
+    assert f"recipe pretrain/{recipe}, 90 epochs" in done.stdout and f" {method};" in done.stdout
+
+
 COMMANDS = {
     "no data": (["pretrain", "--epochs", "200"], "no image folder datasets/imagenet/train.*--data PATH.*quickstart.py"),
     "no config": (["pretrain", "--config-file", "absent.yaml"], "no config file absent.yaml"),
@@ -85,6 +92,7 @@ COMMANDS = {
     "wrong type": (["pretrain", "SOLVER.EPOCHS", "many"], "EPOCHS"),
     "wrong value": (["pretrain", "SOLVER.OPTIMIZER", "adam"], "SOLVER.OPTIMIZER is 'adam': choose one of lars, sgd"),
     "no value": (["pretrain", "SOLVER.EPOCHS"], "'SOLVER.EPOCHS' has no value"),
+    "no recipe": (["pretrain", "--method", "byol_aw"], "byol_aw has no ImageNet-1K recipe: give --config-file"),
     "short": (["pretrain", "--epochs", "5"], "warm-up of 10 epochs"),
     "no backbone": (["pretrain", "MODEL.BACKBONE", "resnet999", "--data", "IMAGES", "--batch-size", "8"], "resnet999"),
     "micro-batch": (["pretrain", "--data", "IMAGES", "--batch-size", "24", "--micro-batch", "5", "--amp", "off"],

@@ -16,15 +16,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import METHODS, InputError, Interrupted, check, get_cfg  # noqa: E402
-from tools._cli import find_config, merge_config, run  # noqa: E402
-
-# The paper tuned the base learning rate for two lengths; others take the nearer one's.
-IMAGENET_RECIPES = {100: "pretrain/imagenet_rsa_R50_100ep.yaml", 200: "pretrain/imagenet_rsa_R50_200ep.yaml"}
+from tools._cli import ROOT, find_config, merge_config, run  # noqa: E402
 
 
 def main():
     args = parse()
-    recipe = args.config_file or IMAGENET_RECIPES[100 if args.epochs and args.epochs < 150 else 200]
+    recipe = args.config_file or imagenet_recipe(args.method or "rsa", args.epochs or 200)
     options = {"SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
                "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed,
                "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
@@ -48,9 +45,19 @@ def main():
         print(f"done: {final}; next: tools/convert_to_d2.py {final}")
 
 
+def imagenet_recipe(method, epochs):
+    """Of the lengths that there is a recipe for, the one nearest to ``epochs``: the learning rate was tuned for each."""
+    recipes = {int(path.stem.split("_")[-1].removesuffix("ep")): f"pretrain/{path.name}"
+               for path in (ROOT / "configs" / "pretrain").glob(f"imagenet_{method}_R50_*ep.yaml")}
+    if not recipes:
+        raise InputError(f"--method {method} has no ImageNet-1K recipe: give --config-file, one of configs/pretrain")
+    return recipes[min(sorted(recipes), key=lambda length: abs(length - epochs))]
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", help="recipe, looked up here and under configs/ (default: ImageNet-1K)")
+    parser.add_argument("--config-file", help="recipe, looked up here and under configs/ (default: the method's on "
+                                              "ImageNet-1K, of that many epochs)")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="global batch, over all GPUs")
     parser.add_argument("--data", help="folder of training images")
