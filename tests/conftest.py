@@ -1,7 +1,12 @@
 """Shared by the tests: the tools' command lines, small images on disk, and a ResNet-50 checkpoint of random weights."""
 
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 "
         "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
         "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0").split()
+
+# Processes of tests are children of a server that has imported torch already: a start costs that of a run, not of Python.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.preload"])
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for one another
 
@@ -43,15 +52,48 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{len(skipped)} skipped: {'; '.join(reasons)}")
 
 
+class Program:
+    """``python3 tools/<name>.py arguments...`` in a session of its own, started at once; its stdout and stderr go to new
+    files in ``folder``. The environment is what the server was started with, and ``environment``."""
+
+    def __init__(self, folder, name, *arguments, cwd=ROOT, environment=None):
+        self.command = [str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+        self.streams = [Path(tempfile.mkstemp(dir=folder)[1]) for _ in range(2)]
+        self.process = processes.Process(target=run_program,
+                                         args=(self.command, cwd, environment or {}, self.streams))
+        self.process.start()
+
+    def wait_for(self, path, text=""):
+        """Until the file holds the text, or the program has ended."""
+        while self.process.is_alive() and not (path.is_file() and text.encode() in path.read_bytes()):
+            time.sleep(0.1)
+
+    def finish(self):
+        """Wait for its end: a CompletedProcess."""
+        self.process.join(400)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(" ".join(self.command))
+        return subprocess.CompletedProcess(self.command, self.process.exitcode,
+                                           *(stream.read_text() for stream in self.streams))
+
+
+def run_program(command, cwd, environment, streams):
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY), number)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
 @pytest.fixture(scope="session")
-def tool():
+def tool(tmp_path_factory):
     """``tool("pretrain", "--data", ...)``: run a tool as a user does, from another folder if ``cwd`` is given."""
-
-    def run(name, *arguments, cwd=ROOT, **options):
-        return subprocess.run([sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)], cwd=cwd,
-                              capture_output=True, text=True, timeout=400, **options)
-
-    return run
+    folder = tmp_path_factory.mktemp("tools")
+    return lambda name, *arguments, cwd=ROOT: Program(folder, name, *arguments, cwd=cwd).finish()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -121,8 +123,9 @@ def test_missing_detectron2_says_how_to_install_it(tool, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n")
-    done = tool("train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    command = [sys.executable, ROOT / "tools" / "train_net.py", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+                          text=True, timeout=400)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "wheels.astral.sh" in done.stderr and "--engine torchvision" in done.stderr
 

@@ -6,17 +6,15 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from pretrain import distributed, train_loop
 from pretrain.config import InputError
-from tests.conftest import ROOT, TINY, assert_same, final_weights, tiny_cfg
+from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
 TOOL = str(ROOT / "tools" / "pretrain.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def arguments(image_folder, folder, *more):
@@ -54,7 +52,8 @@ def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
 def test_torchrun(image_folder, tmp_path, two_processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TOOL,
                *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done:") == 1 and "2 cpu x 1 accumulated x 4" in done.stdout
     assert done.stdout.count("SyncBatchNorm needs GPUs") == 1
@@ -62,31 +61,26 @@ def test_torchrun(image_folder, tmp_path, two_processes):
 
 
 def slurm(rank):
-    return {**ENVIRONMENT, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+    return {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
             "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
 
 
 def test_tasks_of_srun_need_no_launcher(image_folder, tmp_path, two_processes):
     """The tool with the variables that srun sets; a warning before the time limit on the way."""
-    command = [sys.executable, TOOL, *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]
-
     def both():
-        return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=slurm(rank))
-                for rank in (0, 1)]
+        return [Program(tmp_path, "pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4),
+                        environment=slurm(rank)) for rank in (0, 1)]
 
     tasks = both()
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while tasks[0].poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
-        time.sleep(0.01)
+    tasks[0].wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
     for task in tasks:
-        task.send_signal(signal.SIGUSR1)
-    errors = [task.communicate(timeout=200)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [75, 75], errors
-    assert sum("saved; the same command goes on" in text for text in errors) == 1
-    tasks = both()
-    outputs = [task.communicate(timeout=200)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0]
-    assert "goes on after step" in outputs[0] and not outputs[1]
+        os.kill(task.process.pid, signal.SIGUSR1)
+    done = [task.finish() for task in tasks]
+    assert [task.returncode for task in done] == [75, 75], done
+    assert sum("saved; the same command goes on" in task.stderr for task in done) == 1
+    done = [task.finish() for task in both()]
+    assert [task.returncode for task in done] == [0, 0], done
+    assert "goes on after step" in done[0].stdout and not done[1].stdout
     assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))
 
 
@@ -124,16 +118,14 @@ def test_sbatch_file_requeues_itself(tmp_path, status, requeued):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_signal_to_the_launcher_reaches_its_processes(image_folder, tmp_path, two_processes, number):
-    command = [sys.executable, TOOL, *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4), "--num-processes", "2"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while first.poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
-        time.sleep(0.01)
-    first.send_signal(number)
-    _, errors = first.communicate(timeout=100)
-    assert first.returncode == 75 and "the same command goes on" in errors, errors
+def test_signal_to_the_launcher_reaches_its_processes(image_folder, tmp_path, two_processes, tool, number):
+    command = ["pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4), "--num-processes", "2"]
+    first = Program(tmp_path, *command)
+    first.wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
+    os.kill(first.process.pid, number)
+    stopped = first.finish()
+    assert stopped.returncode == 75 and "the same command goes on" in stopped.stderr, stopped.stderr
     step = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)["step"]
-    again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    again = tool(*command)
     assert again.returncode == 0 and f"goes on after step {step}" in again.stdout, again.stderr
     assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from pretrain import train_loop
 from pretrain.checkpoint import FINAL, LAST, PREVIOUS
 from pretrain.config import METHODS, InputError, Interrupted
-from tests.conftest import ROOT, TINY, assert_same, final_weights
+from tests.conftest import TINY, Program, assert_same, final_weights
 from tests.conftest import tiny_cfg as tiny
 
 
@@ -73,19 +71,16 @@ def test_evaluating_on_the_way_changes_nothing(image_folder, tmp_path, uninterru
     assert_same(final_weights(final), final_weights(uninterrupted))
 
 
-def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted):
+def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted, tool):
     """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
     cfg = tiny(image_folder, tmp_path)
-    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--data", str(image_folder), "--output-dir", cfg.OUTPUT_DIR,
-               *TINY]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    while not Path(cfg.OUTPUT_DIR, LAST).is_file() and first.poll() is None:
-        pass
-    first.kill()
-    first.communicate()
+    command = ["pretrain", "--data", image_folder, "--output-dir", cfg.OUTPUT_DIR, *TINY]
+    first = Program(tmp_path, *command)
+    first.wait_for(Path(cfg.OUTPUT_DIR, LAST))
+    first.process.kill()
+    first.finish()
     assert not Path(cfg.OUTPUT_DIR, FINAL).exists()
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    again = tool(*command)
     assert again.returncode == 0 and "goes on after step" in again.stdout, again.stderr
     assert_same(final_weights(Path(cfg.OUTPUT_DIR, FINAL)), final_weights(uninterrupted))
 
@@ -93,16 +88,11 @@ def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupte
 def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
     """A scheduler's SIGTERM reaches the loader's workers too; the command still saves, and says 75."""
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--data", str(image_folder), "--output-dir", str(folder),
-               *TINY, "DATA.NUM_WORKERS", "1"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    metrics = folder / "metrics.jsonl"
-    while first.poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
-        pass
-    os.killpg(first.pid, signal.SIGTERM)
-    _, errors = first.communicate(timeout=100)
-    assert first.returncode == 75 and "the same command goes on" in errors, errors
+    first = Program(tmp_path, "pretrain", "--data", image_folder, "--output-dir", folder, *TINY, "DATA.NUM_WORKERS", 1)
+    first.wait_for(folder / "metrics.jsonl", '"loss"')
+    os.killpg(first.process.pid, signal.SIGTERM)
+    done = first.finish()
+    assert done.returncode == 75 and "the same command goes on" in done.stderr, done.stderr
     assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
 
 

@@ -1,6 +1,5 @@
 """A run that is killed again and again, at any moment, against one that was not: the same bits at the end."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,12 +10,9 @@ import pytest
 
 from pretrain import checkpoint, train_loop
 from pretrain.config import InputError, Interrupted
-from tests.conftest import assert_same, final_weights, tiny_cfg
+from tests.conftest import assert_same, final_weights, processes, tiny_cfg
 
 LONG = ("SOLVER.EPOCHS", 100, "CHECKPOINT.KEEP_PERIOD", 0)
-# Children of a server that has imported torch already: a kill costs the start of a run, not that of Python.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.test_survival"])
 
 
 def run(cfg):
@@ -28,7 +24,7 @@ def run(cfg):
 
 
 def start(cfg):
-    process = context.Process(target=run, args=(cfg,))
+    process = processes.Process(target=run, args=(cfg,))
     process.start()
     return process
 
