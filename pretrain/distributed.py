@@ -33,10 +33,11 @@ def launch(train, cfg, processes):
     """
     if launched() or processes == 1:
         return join_and_run(train, cfg)
-    # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0)
+    # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does. Recent versions of
+    # torch take the list from the config, earlier ones from the environment.
+    config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
