@@ -1,0 +1,465 @@
+"""Each family's checkpoint, in its real layout, gives back the features of the network that it was written from.
+
+The layouts are built from the modules and names of each family's public code, which the comments name; weights are
+random. Where a family writes objects of its own libraries beside the tensors, classes of those names stand in for them.
+The ResNet-50 is an eighth as wide inside its blocks, for speed: 265 tensors of the same names, 2048 features.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from pretrain import networks as own
+from pretrain.config import get_cfg
+from transfer import readers
+from transfer.config import InputError
+from transfer.readers import OURS, read_checkpoint
+
+def resnet50():
+    return ResNet(Bottleneck, [3, 4, 6, 3], width_per_group=8)
+
+
+with torch.device("meta"):
+    CHILDREN = [name for name, _ in resnet50().named_children()]
+    SHAPES = {name: tensor.shape for name, tensor in resnet50().state_dict().items()
+              if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def randomise(network, seed):
+    """Random BatchNorm weights and statistics too, so that a swapped pair of tensors changes the features."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+                module.weight.uniform_(0.5, 1, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+    return network.eval()
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    assert SHAPES.keys() == readers.resnet50_shapes().keys()
+    monkeypatch.setattr(readers, "resnet50_shapes", lambda: SHAPES)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Online and target network."""
+    return {"online": randomise(resnet50(), 1), "target": randomise(resnet50(), 2)}
+
+
+def with_fc(network, fc):
+    """The same backbone, not a copy, with another fc."""
+    other = copy.copy(network)
+    other._modules = {**network._modules, "fc": fc}
+    return other
+
+
+def trunk(network):
+    """Convolutions and pooling in an nn.Sequential, without fc: images -> [B, 2048, 1, 1]."""
+    return nn.Sequential(*list(network.children())[:-1])
+
+
+def net(**parts):
+    """A module of these children, and of these tensors as buffers."""
+    module = nn.Module()
+    for name, part in parts.items():
+        module.register_buffer(name, part) if isinstance(part, torch.Tensor) else module.add_module(name, part)
+    return module
+
+
+def parallel(**parts):
+    return nn.DataParallel(net(**parts)).state_dict()
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+
+
+STAND_INS = {}
+
+
+def foreign(module, name, **state):
+    """An instance of a class that only the process that writes the file has."""
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        parent = STAND_INS.setdefault(".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    kind = type(name, (), {"__module__": module})
+    setattr(parent, name, kind)
+    instance = kind()
+    instance.__dict__.update(state)
+    return instance
+
+
+def save(contents, path, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in STAND_INS.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save(contents, path, **options)
+    return path
+
+
+class SwavResNet(nn.Module):
+    """facebookresearch/swav src/resnet50.py: padding on its own, heads inside the same module."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._modules.update(network._modules)
+        del self.fc
+        self.projection_head, self.prototypes = mlp(), nn.Linear(4, 4, bias=False)
+
+    def forward(self, images):
+        padded = nn.functional.pad(images, (1, 1, 1, 1))
+        x = nn.functional.conv2d(padded, self.conv1.weight, stride=2, padding=2)
+        x = self.maxpool(self.relu(self.bn1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+
+def vissl_trunk(network):
+    """facebookresearch/vissl models/trunks/resnext.py."""
+    blocks = nn.ModuleDict([("conv1", network.conv1), ("bn1", network.bn1), ("conv1_relu", network.relu),
+                            ("maxpool", network.maxpool), *((f"layer{i}", getattr(network, f"layer{i}")) for i in range(1, 5)),
+                            ("avgpool", network.avgpool), ("flatten", nn.Flatten(1))])
+    return net(_feature_blocks=blocks)
+
+
+def ours(heads, queue=0, target=True, config=""):
+    """pretrain/networks.py, and what pretrain/train_loop.py saves of it."""
+    backbone = timm.create_model("resnet50", num_classes=0, base_width=8)
+    model = own.Networks(randomise(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
+    backbones = {"online": model.online.backbone}
+    if target:
+        backbones["target"] = randomise(model.target.backbone, 4)
+    return {"format": "rsa-pretraining", "method": "rsa", "step": 70, "config": config,
+            "model": model.state_dict()}, backbones
+
+
+def layouts(pair):
+    """{family: function that gives (content of the file, {branch: source network})}."""
+    q, k = pair["online"], pair["target"]
+    both = {"online": with_fc(q, nn.Identity()), "target": with_fc(k, nn.Identity())}
+    only_q = {"online": both["online"]}
+    trunks = {"online": trunk(q), "target": trunk(k)}
+    neck = nn.Sequential(nn.Linear(4, 4))  # stands for any head: the names count
+    swav = SwavResNet(q).eval()
+    queue, step = torch.zeros(4, 8), torch.zeros(1, dtype=torch.long)
+
+    def lightning(**parts):
+        return {"epoch": 9, "global_step": 123, "pytorch-lightning_version": "2.1.0", "loops": {"fit_loop": {}},
+                "optimizer_states": [torch.optim.SGD(neck.parameters(), 0.1).state_dict()],
+                "hyper_parameters": {"cfg": foreign("omegaconf.dictconfig", "DictConfig", _content={"lr": np.float64(0.1)})},
+                "state_dict": net(**parts).state_dict()}
+
+    def mm(**parts):  # mmcv's and mmengine's runner
+        return {"meta": {"epoch": 200, "mmselfsup_version": "1.0"}, "state_dict": net(**parts).state_dict(),
+                "message_hub": {"log_scalars": OrderedDict(
+                    loss=foreign("mmengine.logging.history_buffer", "HistoryBuffer", _log_history=np.ones(3)))}}
+
+    simple = {"epoch": 200, "arch": "resnet50", "optimizer": torch.optim.SGD(neck.parameters(), 0.1).state_dict()}
+    return {
+        "ours": lambda: ours(own.byol_heads),
+        # tmllab/RSA methods/BYOL.py; train_multi.py saves the bare state dict
+        "the authors' RSA": lambda: (parallel(
+            encoder_q=both["online"], encoder_k=both["target"], encoder_q_head=mlp(), encoder_k_head=mlp(), pred=mlp()), both),
+        # facebookresearch/moco moco/builder.py, main_moco.py
+        "MoCo v2": lambda: ({**simple, "state_dict": parallel(
+            encoder_q=with_fc(q, mlp()), encoder_k=with_fc(k, mlp()), queue=queue, queue_ptr=step)}, both),
+        # facebookresearch/moco-v3 moco/builder.py
+        "MoCo v3": lambda: ({**simple, "scaler": {"scale": 65536.0}, "state_dict": parallel(
+            base_encoder=with_fc(q, mlp()), momentum_encoder=with_fc(k, mlp()), predictor=mlp())}, both),
+        # facebookresearch/simsiam simsiam/builder.py
+        "SimSiam": lambda: ({**simple, "state_dict": parallel(encoder=with_fc(q, mlp()), predictor=mlp())}, only_q),
+        # HobbitLong/PyContrast learning/contrast_trainer.py: DDP around the model, none around its moving average
+        "InfoMin": lambda: ({
+            "model": parallel(encoder=both["online"], head=mlp(), head_jig=net(fc1=mlp(), fc2=neck)),
+            "model_ema": net(encoder=both["target"], head=mlp(), head_jig=net(fc1=mlp(), fc2=neck)).state_dict(),
+            "contrast": {"memory": queue}, "epoch": 200, "opt": argparse.Namespace(method="InfoMin")}, both),
+        # WXinlong/DenseCL openselfsup/models/densecl.py: backbone is encoder_q[0] again
+        "DenseCL": lambda: (mm(
+            encoder_q=nn.Sequential(both["online"], net(mlp=mlp(), mlp2=nn.Conv2d(4, 4, 1))),
+            encoder_k=nn.Sequential(both["target"], net(mlp=mlp(), mlp2=nn.Conv2d(4, 4, 1))), backbone=both["online"],
+            queue=queue, queue_ptr=step, queue2=queue, queue2_ptr=step), both),
+        # open-mmlab/mmselfsup 1.x models/algorithms/byol.py, models/utils/ema.py
+        "MMSelfSup BYOL": lambda: (mm(
+            backbone=both["online"], neck=mlp(), head=net(predictor=mlp()),
+            target_net=net(steps=step, module=nn.Sequential(both["target"], mlp()))), both),
+        # sthalles/PyTorch-BYOL trainer.py, models/resnet_base_network.py
+        "BYOL sthalles": lambda: ({
+            "online_network_state_dict": net(encoder=trunk(q), projetion=net(net=mlp())).state_dict(),
+            "target_network_state_dict": net(encoder=trunk(k), projetion=net(net=mlp())).state_dict(),
+            "optimizer_state_dict": {}}, trunks),
+        # lucidrains/byol-pytorch byol_pytorch.py, examples/lightning: the online encoder's net is net again
+        "BYOL lucidrains": lambda: (lightning(learner=net(
+            net=q, online_encoder=net(net=q, projector=mlp()), target_encoder=net(net=k, projector=mlp()),
+            online_predictor=mlp())), both),
+        "SwAV": lambda: ({**simple, "state_dict": nn.DataParallel(swav).state_dict()}, {"online": swav}),
+        # facebookresearch/barlowtwins main.py
+        "Barlow Twins": lambda: ({"epoch": 1000, "optimizer": {}, "model": parallel(
+            backbone=both["online"], projector=mlp(), bn=nn.BatchNorm1d(4, affine=False))}, only_q),
+        # lightly-ai/lightly examples/pytorch_lightning/byol.py
+        "lightly": lambda: (lightning(
+            backbone=trunk(q), backbone_momentum=trunk(k), projection_head=net(layers=mlp()),
+            prediction_head=net(layers=mlp()), projection_head_momentum=net(layers=mlp())), trunks),
+        # vturrisi/solo-learn solo/methods/base.py, mocov2plus.py
+        "solo-learn": lambda: (lightning(
+            backbone=both["online"], momentum_backbone=both["target"], classifier=neck, momentum_classifier=neck,
+            projector=mlp(), momentum_projector=mlp(), queue=queue, queue_ptr=step), both),
+        # facebookresearch/vissl models/base_ssl_model.py, losses/moco_loss.py
+        "VISSL": lambda: ({"phase_idx": 1, "iteration": 5, "type": "consolidated", "classy_state_dict": {
+            "train": True, "optimizer": {"optim": {}}, "meters": [], "hooks": {},
+            "base_model": {"model": {"trunk": vissl_trunk(q).state_dict(), "heads": nn.ModuleList([net(clf=mlp())]).state_dict()},
+                           "meta": {"trunk": {}, "heads": []}},
+            "loss": net(queue=queue, queue_ptr=step, moco_encoder=net(trunk=vissl_trunk(k), heads=nn.ModuleList([mlp()])))
+            .state_dict()}}, {"online": vissl_trunk(q)._feature_blocks, "target": vissl_trunk(k)._feature_blocks}),
+        "torchvision": lambda: (q.state_dict(), only_q),
+    }
+
+
+# Family: the format that must be found, and how torch.save writes the file.
+FAMILIES = {
+    "ours": OURS, "the authors' RSA": "the authors' RSA", "MoCo v2": "MoCo v1, v2", "MoCo v3": "MoCo v3",
+    "SimSiam": "SimSiam", "InfoMin": "InstDis, PIRL, InfoMin (PyContrast)",
+    "DenseCL": "DenseCL, OpenSelfSup, MMSelfSup 0.x", "MMSelfSup BYOL": "MMSelfSup 1.x, OpenSelfSup",
+    "BYOL sthalles": "BYOL (sthalles/PyTorch-BYOL)", "BYOL lucidrains": "BYOL (lucidrains/byol-pytorch)",
+    "SwAV": "SwAV, DeepCluster v2", "Barlow Twins": "Barlow Twins", "lightly": "lightly", "solo-learn": "solo-learn",
+    "VISSL": "VISSL", "torchvision": "torchvision, timm",
+}
+LEGACY = {"InfoMin", "DenseCL", "torchvision"}  # written before torch 1.6, or as then
+
+
+def features(network):
+    """The last block's output [2, 2048, 2, 2] and the pooled features [2, 2048] of :data:`IMAGES`."""
+    layer4 = []
+    last = [module for module in network.modules() if hasattr(module, "conv3")][-1]
+    hook = last.register_forward_hook(lambda module, inputs, output: layer4.append(output))
+    with torch.no_grad():
+        pooled = IMAGES
+        for part in network.values() if isinstance(network, nn.ModuleDict) else [network]:
+            pooled = part(pooled)
+    hook.remove()
+    return layer4[0], pooled.flatten(1)
+
+
+def assert_same_features(state, source):
+    network = resnet50()
+    result = network.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert all(name.startswith("fc.") or name.endswith("num_batches_tracked") for name in result.missing_keys)
+    network.fc = nn.Identity()
+    for found, expected in zip(features(network.eval()), features(source)):
+        assert expected.std() > 0.01
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_sources(pair, tmp_path, family):
+    contents, sources = layouts(pair)[family]()
+    path = save(contents, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=family not in LEGACY)
+    for branch in ("online", "target"):
+        if branch not in sources:
+            with pytest.raises(InputError, match=f"without the {branch} branch"):
+                read_checkpoint(path, branch)
+            continue
+        state, provenance = read_checkpoint(path, branch)
+        assert (provenance["format"], provenance["branch"]) == (FAMILIES[family], branch)
+        assert list(state) == list(SHAPES)
+        assert_same_features(state, sources[branch])
+        assert json.loads(json.dumps(provenance)) == provenance
+    path.unlink()
+
+
+def test_timm_safetensors(tmp_path):
+    """As on the Hugging Face hub."""
+    network = randomise(timm.create_model("resnet50", base_width=8), 5)
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path, metadata={"format": "pt"})
+    network.reset_classifier(0)
+    state, provenance = read_checkpoint(path)
+    assert provenance["format"] == "torchvision, timm"
+    assert_same_features(state, network)
+
+
+def small(*prefixes, rename=lambda name: name):
+    """Names of a ResNet-50 below each prefix; each tensor holds one number, its place, and takes as little of a file."""
+    return {prefix + rename(name): torch.tensor(float(1000 * block + place)).expand(shape)
+            for block, prefix in enumerate(prefixes) for place, (name, shape) in enumerate(SHAPES.items())}
+
+
+def by_number(name):
+    """torchvision's name -> that of nn.Sequential(*resnet.children())."""
+    first, _, rest = name.partition(".")
+    return f"{CHILDREN.index(first)}.{rest}"
+
+
+def heads(*names):
+    return {name + "0.weight": torch.zeros(4) for name in names}
+
+
+# Other layouts: the content of the file, the format that must be found, and whether it has a target.
+VARIANTS = {
+    "ours, without target": ({"format": "rsa-pretraining", "model": small("online.backbone.") | heads("predictor.")}, OURS, 0),
+    "MoCo v1": ({"state_dict": small("module.encoder_q.", "module.encoder_k.") | heads(
+        "module.encoder_q.fc.", "module.encoder_k.fc.", "module.queue")}, "MoCo v1, v2", 1),
+    "MoCo v3, linear": ({"state_dict": small("module.") | heads("module.fc.")}, "torchvision, timm", 0),
+    "Barlow Twins, resnet50.pth": (small(""), "torchvision, timm", 0),
+    "SwAV, released": (small("module.") | heads("module.projection_head.", "module.prototypes."),
+                       "SwAV, DeepCluster v2", 0),
+    "DeepCluster v2": ({"state_dict": small("module.") | heads("module.projection_head.", "module.prototypes.prototypes0.")},
+                       "SwAV, DeepCluster v2", 0),
+    "InstDis": ({"model": small("module.encoder.") | heads("module.head."), "contrast": heads("memory")},
+                "InstDis, PIRL, InfoMin (PyContrast)", 0),
+    "OpenSelfSup BYOL": ({"state_dict": small("online_net.0.", "target_net.0.", "backbone.") | heads(
+        "online_net.1.", "target_net.1.", "head.predictor.")}, "DenseCL, OpenSelfSup, MMSelfSup 0.x", 1),
+    "OpenSelfSup SimCLR": ({"state_dict": small("backbone.") | heads("neck.")}, "MMSelfSup 1.x, OpenSelfSup", 0),
+    "OpenSelfSup NPID": ({"state_dict": small("backbone.") | heads("neck.", "memory_bank.")}, "MMSelfSup 1.x, OpenSelfSup", 0),
+    "OpenSelfSup, extracted": ({"state_dict": small(""), "author": "OpenSelfSup"}, "torchvision, timm", 0),
+    "MMSelfSup 0.x SimSiam": ({"state_dict": small("encoder.0.", "backbone.") | heads("encoder.1.", "neck.", "head.")},
+                              "DenseCL, OpenSelfSup, MMSelfSup 0.x", 0),
+    "MMSelfSup 0.x MoCo v3": ({"state_dict": small("base_encoder.0.", "momentum_encoder.0.", "backbone.") | heads(
+        "base_encoder.1.", "momentum_encoder.1.", "neck.", "head.")}, "DenseCL, OpenSelfSup, MMSelfSup 0.x", 1),
+    "MMSelfSup 1.x MoCo": ({"state_dict": small("backbone.", "encoder_k.module.0.") | heads(
+        "neck.", "encoder_k.module.1.", "encoder_k.steps", "queue", "queue_ptr")}, "MMSelfSup 1.x, OpenSelfSup", 1),
+    "BYOL yaox12": ({"steps": 9, "model": small(
+        "module.online_network.encoder.", "module.target_network.encoder.", rename=by_number) | heads(
+        "module.online_network.projetion.l1.", "module.target_network.projetion.l1.", "module.predictor.predictor.l1.")},
+        "BYOL (yaox12/BYOL-PyTorch)", 1),
+    "BYOL lucidrains": (small("online_encoder.net.", "target_encoder.net.", "net.") | heads(
+        "net.fc.", "online_encoder.net.fc.", "target_encoder.net.fc.", "online_encoder.projector.",
+        "target_encoder.projector.", "online_predictor."), "BYOL (lucidrains/byol-pytorch)", 1),
+    "lightly models.MoCo": ({"state_dict": small(
+        "model.backbone.", "model.momentum_backbone.", rename=by_number) | heads(
+        "model.projection_head.", "model.momentum_projection_head.")}, "lightly", 1),
+    "lightly benchmark BYOL": ({"state_dict": small("backbone.", "teacher_backbone.") | heads(
+        "projection_head.", "prediction_head.", "teacher_projection_head.", "online_classifier.")}, "lightly", 1),
+    "lightly benchmark MoCo": ({"state_dict": small("backbone.", "key_backbone.") | heads(
+        "projection_head.", "key_projection_head.", "criterion.memory_bank.bank", "online_classifier.")}, "lightly", 1),
+    "lightly SwAV": ({"state_dict": small("backbone.", rename=by_number) | heads("projection_head.", "prototypes.")},
+                     "lightly", 0),
+    "solo-learn DINO": ({"state_dict": small("backbone.", "momentum_backbone.") | heads(
+        "head.mlp.", "momentum_head.mlp.", "dino_loss_func.center", "classifier.")}, "solo-learn", 1),
+    "VISSL, trunk only": ({"model_state_dict": small("_feature_blocks.")}, "VISSL", 0),
+    "VISSL, feature extractor": ({"classy_state_dict": {"base_model": {"model": {
+        "trunk": small("base_model._feature_blocks."), "heads": {}}}, "loss": {}}}, "VISSL", 0),
+    "timm training": ({"state_dict": small("") | heads("fc."), "args": argparse.Namespace(model="resnet50"),
+                       "state_dict_ema": {n: t + 1000 for n, t in small("").items()} | heads("fc.")}, "torchvision, timm", 1),
+    "torch.compile around DataParallel": ({"model": small("_orig_mod.module.encoder.") | heads(
+        "_orig_mod.module.encoder.fc.", "_orig_mod.module.predictor.")}, "SimSiam", 0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_of_a_variant_finds_its_place(tmp_path, variant):
+    contents, layout, has_target = VARIANTS[variant]
+    path = save(contents, tmp_path / "checkpoint.pth")
+    for branch, first in {"online": 0, "target": 1000}.items():
+        if branch == "target" and not has_target:
+            with pytest.raises(InputError, match="without the target branch"):
+                read_checkpoint(path, branch)
+            continue
+        state, provenance = read_checkpoint(path, branch)
+        assert provenance["format"] == layout
+        assert [tensor.unique().tolist() for tensor in state.values()] == [[first + i] for i in range(265)]
+
+
+def test_a_plain_backbone_reads_alike_under_every_wrapper(tmp_path):
+    expected = read_checkpoint(save(small(""), tmp_path / "plain.pth"))[0]
+    for wrapper in ("module.", "_orig_mod.", "model.", "module.module."):
+        state, _ = read_checkpoint(save({"state_dict": small(wrapper)}, tmp_path / "wrapped.pth"))
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_float32(pair, tmp_path, dtype):
+    network = copy.deepcopy(pair["online"]).to(dtype)
+    state, _ = read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state.values())
+    assert all(torch.equal(state[name], network.state_dict()[name].float()) for name in state)
+
+
+def test_views_of_one_storage_and_permuted_tensors(pair, tmp_path):
+    """As converters from other frameworks leave them."""
+    flat, contents = torch.cat([pair["online"].state_dict()[name].flatten() for name in SHAPES]), {}
+    for name, part in zip(SHAPES, flat.split([shape.numel() for shape in SHAPES.values()])):
+        contents[name] = part.view(SHAPES[name])
+    contents["conv1.weight"] = contents["conv1.weight"].permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    for legacy in (False, True):
+        path = save(contents, tmp_path / "views.pth", _use_new_zipfile_serialization=not legacy)
+        state, _ = read_checkpoint(path)
+        assert all(torch.equal(state[name], pair["online"].state_dict()[name]) for name in state)
+
+
+def test_pixels_are_those_of_the_pre_training(tmp_path):
+    def provenance(contents):
+        return read_checkpoint(save(contents, tmp_path / "checkpoint.pth"))[1]
+
+    imagenet = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375],
+                "input_format": "RGB", "stride_in_1x1": False}
+    assert imagenet.items() <= provenance(small("")).items()
+    own_model = {"format": "rsa-pretraining", "method": "byol_aa", "step": 7, "model": small("online.backbone.")}
+    found = provenance(own_model)
+    assert imagenet.items() <= found.items() and (found["method"], found["step"]) == ("byol_aa", 7)
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATA.MEAN", (0.5, 0.25, 0.125), "DATA.STD", (0.2, 0.4, 1.0)])
+    found = provenance(own_model | {"config": cfg.dump()})
+    assert found["pixel_mean"] == [127.5, 63.75, 31.875] and found["pixel_std"] == [51.0, 102.0, 255.0]
+    # PyTorch-BYOL's data/transforms.py ends in ToTensor
+    found = provenance({"online_network_state_dict": small("encoder.", rename=by_number)})
+    assert found["pixel_mean"] == [0, 0, 0] and found["pixel_std"] == [255, 255, 255]
+
+
+KEY = "layer3.2.conv2.weight"
+
+
+@pytest.mark.parametrize("contents, message", [
+    (small("net2.encoder_query."), r"begin with net2; nearest format: (MoCo|the authors' RSA)"),
+    (small("base_encoders."), r"begin with base_encoders; nearest format: MoCo v3"),
+    ({"epoch": 3, "weights": small("encoder_q.")}, r"unknown checkpoint, its keys begin with epoch, weights"),
+    ({"state_dict": {"visual.conv1.weight": torch.zeros(3)}}, r"begin with visual; nearest format"),
+    (small("student_backbone.", "teacher_backbone."), r"left over|unknown checkpoint"),
+    # A second copy of the backbone that no row expects
+    ({"state_dict": small("encoder_q.", "encoder_k.", "encoder_ema.") | heads("queue")},
+     r"MoCo v1, v2, the nearest format: 0 of 265 tensors missing, 265 left over \(encoder_ema.conv1.weight, .*…\)"),
+    # Two spellings of the target branch at once
+    ({"state_dict": small("backbone.", "backbone_momentum.", "key_backbone.")}, r"0 of 265 .* 265 left over"),
+    # One name twice, by name and by number
+    ({"state_dict": small("backbone.") | {"backbone.1.bias": torch.zeros(64)}}, r"1 left over \(backbone.1.bias\)"),
+    (small("") | {"layer3.6.conv1.weight": torch.zeros(3)}, r"1 left over \(layer3.6.conv1.weight\)"),
+    ({name: t for name, t in small("module.encoder_q.").items() if KEY not in name},
+     rf"1 of 265 tensors missing \(encoder_q.{KEY}\)"),
+    (small("") | {KEY: torch.zeros(32, 32, 3, 3)[:, 1:]}, rf"{KEY} has shape \(32, 31, 3, 3\)"),
+    (small("") | {KEY: torch.zeros(SHAPES[KEY], dtype=torch.int64)}, rf"{KEY} holds torch.int64"),
+    (small("") | {KEY: torch.full(SHAPES[KEY], torch.nan)}, f"{KEY} holds NaN"),
+    (small("") | {KEY: torch.full(SHAPES[KEY], 1e300, dtype=torch.float64)}, f"{KEY} holds NaN or infinite"),
+    (small("") | {KEY: torch.zeros(SHAPES[KEY]).to_sparse()}, rf"{KEY} has shape torch._utils _rebuild_sparse_tensor"),
+    (small("") | {KEY: torch.quantize_per_tensor(torch.zeros(SHAPES[KEY]), 1, 0, torch.qint8)}, f"{KEY} has shape torch"),
+    (small("") | {KEY: torch.zeros(SHAPES[KEY], device="meta")}, f"{KEY} has shape torch"),
+    ({name: str(t) for name, t in small("").items()}, "conv1.weight has shape str"),
+    ([1, 2], "does not hold a state dict but a list"), ({1: 2}, "does not hold a state dict")])
+def test_fails_closed(tmp_path, contents, message):
+    path = save(contents, tmp_path / "foreign.pth")
+    with pytest.raises(InputError, match=message) as error:
+        read_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_depths_are_named(tmp_path):
+    for blocks, message in (([3, 4, 23, 3], "0 of 265 tensors missing, 306 left over"), ([2, 2, 2, 2], "missing")):
+        network = ResNet(Bottleneck, blocks, width_per_group=8)
+        with pytest.raises(InputError, match=f"not a ResNet-50 of torchvision, timm.*{message}"):
+            read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))
