@@ -26,7 +26,9 @@ TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBON
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.preload"])
 
-torch.set_num_threads(1)  # small tensors: more threads only wait for one another
+# Small tensors: more threads only wait for one another. And runs are compared to the bit, wherever they ran.
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes of tests
+torch.set_num_threads(1)
 
 
 def tiny_cfg(image_folder, folder, *overrides):
