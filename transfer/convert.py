@@ -9,14 +9,15 @@ import json
 import os
 import pickle
 import re
+import zlib
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 
 from transfer.config import InputError
-from transfer.readers import read_checkpoint, resnet50_shapes
+from transfer.readers import read_checkpoint, read_tensors, resnet50_shapes
+from transfer.safe_load import open_checkpoint
 
 # The transfer configs look for their weights here.
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
@@ -51,7 +52,15 @@ def encode_detectron2(state, provenance):
     # names, which lack the prefix "backbone.bottom_up.", by suffix.
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
     return pickle.dumps({"model": arrays, "__author__": "RSA", "matching_heuristics": True,
-                         "provenance": provenance}, protocol=4)
+                         "provenance": provenance, "crc32": checksum(state, provenance)}, protocol=4)
+
+
+def checksum(state, provenance):
+    """CRC-32 of what :func:`load_weights` returns: a pickle has none of its own."""
+    crc = zlib.crc32(json.dumps(provenance).encode())
+    for tensor in state.values():
+        crc = zlib.crc32(tensor.numpy(), crc)
+    return crc
 
 
 def encode_torchvision(state, provenance):
@@ -69,37 +78,30 @@ ENCODERS = {"detectron2": encode_detectron2, "torchvision": encode_torchvision, 
 
 
 def load_weights(path):
-    """Detectron2 ``.pkl`` of :func:`convert` -> (265 tensors under torchvision's names, provenance).
+    """Detectron2 ``.pkl`` of :func:`convert` -> (265 float32 tensors under torchvision's names, provenance).
 
-    Raises InputError when the file is absent, unreadable or not whole.
+    Raises InputError when the file is absent, unreadable, damaged or not whole. Never runs code of the file.
     """
     if not Path(path).is_file():
         raise InputError(f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
                          'initialisation with MODEL.WEIGHTS ""')
-    try:
-        with open(path, "rb") as file:
-            contents = ArrayUnpickler(file).load()
-        arrays, provenance = contents["model"], contents["provenance"]
-        state = {name: torch.from_numpy(arrays.pop(detectron2_name(name))) for name in resnet50_shapes()}
-    except Exception as error:  # a broken pickle can fail in any way
-        raise InputError(f"{path} is not a file of tools/convert_to_d2.py ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:150]})") from None
-    wrong = [name for name, shape in resnet50_shapes().items() if state[name].shape != shape]
-    if wrong or arrays:
-        raise InputError(f"{path}: {len(wrong)} tensors of a wrong shape, {len(arrays)} unknown: "
-                         f"{', '.join([*wrong, *arrays][:4])}")
+    foreign = f"{path} is not a file of tools/convert_to_d2.py: "
+    with open_checkpoint(path) as contents:
+        stored, provenance = map(contents.get, ("model", "provenance")) if type(contents) is dict else (None, None)
+        if type(stored) is not dict or not _is_plain(provenance):
+            raise InputError(foreign + "it has no model with its provenance")
+        found = {name: stored[detectron2_name(name)] for name in resnet50_shapes() if detectron2_name(name) in stored}
+        if len(found) != len(resnet50_shapes()) or len(stored) != len(found):
+            raise InputError(foreign + f"{len(resnet50_shapes()) - len(found)} of {len(resnet50_shapes())} tensors are "
+                             f"missing, {len(stored) - len(found)} are unknown")
+        state = read_tensors(found, path)
+        if contents.get("crc32", crc := checksum(state, provenance)) != crc:
+            raise InputError(f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py")
     return state, provenance
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers, nothing that could run code."""
-
-    ALLOWED = {("numpy", "dtype"), ("numpy", "ndarray"),
-               ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-               ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"holds {module}.{name}, which is not an array")
-        # numpy 2 renamed numpy.core to numpy._core; a file may come from either.
-        return super().find_class(module if hasattr(np, "_core") else module.replace("._core", ".core"), name)
+def _is_plain(provenance):
+    """Whether all values are JSON's, without nesting but for lists of numbers."""
+    return type(provenance) is dict and all(
+        type(name) is str and all(type(part) in (str, int, float, bool) for part in
+                                  (value if type(value) is list else [value])) for name, value in provenance.items())
