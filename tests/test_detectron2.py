@@ -1,4 +1,7 @@
-"""What only Detectron2 itself can confirm: names and values of the weights, and what the configs change."""
+"""What only Detectron2 itself can confirm: weights that arrive, accumulation, several processes, precise BN."""
+
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,14 +12,14 @@ from tests.conftest import ROOT
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2 import model_zoo  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
 from transfer import d2_trainer  # noqa: E402
-from transfer.config import InputError, torchvision_defaults  # noqa: E402
+from transfer.config import RGB_IMAGENET, InputError, dataset_name, torchvision_defaults  # noqa: E402
 from transfer.convert import convert  # noqa: E402
+from transfer.shapes import write_coco  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "transfer"
 
@@ -33,33 +36,6 @@ def load(name):
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / name))
     return cfg
-
-
-PROTOCOL = {  # DESIGN's list of what InfoMin's protocol changes
-    "MODEL.WEIGHTS": "output/weights/rsa_r50.pkl",
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.RESNETS.NORM": "SyncBN",
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    "MODEL.FPN.NORM": "SyncBN",
-    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
-    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
-    "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
-    "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
-    "INPUT.FORMAT": "RGB",
-    "TEST.PRECISE_BN.ENABLED": True,
-}
-
-
-@pytest.mark.parametrize("name, schedule", [
-    ("mask_rcnn_R50_FPN_1x", {}),
-    ("mask_rcnn_R50_FPN_2x", {"SOLVER.BASE_LR": 0.03, "SOLVER.STEPS": (120000, 160000), "SOLVER.MAX_ITER": 180000})])
-def test_configs_are_stock_but_for_the_protocol(name, schedule):
-    stock = get_cfg()
-    stock.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
-    ours, stock = dict(flat(load(name + ".yaml"))), dict(flat(stock))
-    assert {k: v for k, v in ours.items() if stock[k] != v} == {**PROTOCOL, **schedule, "OUTPUT_DIR": f"output/{name}"}
 
 
 def test_embedded_defaults_are_detectron2s():
@@ -118,11 +94,218 @@ def test_a_tensor_that_did_not_arrive_is_named(model, weights):
     tensor.copy_(kept)
 
 
-def test_wrong_number_of_classes_is_named(tmp_path):
-    from transfer.shapes import write_coco
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Data set name of eight drawn images."""
+    folder = tmp_path_factory.mktemp("shapes")
+    return dataset_name(write_coco(folder, "train", 8, 64, 0), folder / "images")
 
-    annotations = write_coco(tmp_path, "val", 2, 64, 0)
-    cfg = get_cfg()
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (f"{annotations}::{tmp_path / 'images'}",)
-    with pytest.raises(InputError, match="NUM_CLASSES 8"):
-        d2_trainer.register_datasets(cfg)
+
+def tiny(shapes, folder, *overrides):
+    """Seconds on a CPU: ResNet-18, narrow heads, 64 px, no randomness but the order of the images.
+
+    Every anchor and every proposal counts, and only the objects' own boxes are foreground, so that nothing is sampled
+    and each image has as many terms in the loss as any other with the same number of objects.
+    """
+    cfg = load("base_mask_rcnn_R50_FPN.yaml")
+    cfg.merge_from_list([
+        "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+        "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [48], [64]],
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10000,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 10,
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 5, "MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 100,
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.999],
+        "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64, "INPUT.RANDOM_FLIP", "none",
+        "DATASETS.TRAIN", (shapes,), "DATASETS.TEST", (shapes,), "OUTPUT_DIR", str(folder), "DATALOADER.NUM_WORKERS", 0,
+        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,), "SOLVER.WARMUP_ITERS", 0,
+        "SOLVER.BASE_LR", 0.01, "TEST.PRECISE_BN.NUM_ITER", 3, "SEED", 1, *overrides])
+    return cfg
+
+
+FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "",
+          "MODEL.ROI_MASK_HEAD.NORM", "", "TEST.PRECISE_BN.ENABLED", False]
+
+
+def same_number_of_objects(shapes, folder):
+    """The same data set with two objects in every image."""
+    path, images = shapes.split("::")
+    coco = json.load(open(path))
+    kept = []
+    for image in coco["images"]:
+        of_image = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        kept += of_image[:2] if len(of_image) >= 2 else []
+    coco["annotations"] = kept
+    (folder / "two.json").write_text(json.dumps(coco))
+    return dataset_name(folder / "two.json", images)
+
+
+def final(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def assert_close(a, b, rel):
+    """Relative to each tensor's largest, or to 1e-3 where a bias has hardly left zero."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= rel * b[name].abs().max().clamp(min=1e-3), name
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="several processes on the CPU: not where there is a GPU")
+
+
+@on_cpu
+def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
+    """Norm layers frozen: 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same weights, to 1e-5."""
+    two = same_number_of_objects(shapes, tmp_path)
+    runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
+    for name, (processes, accumulate) in runs.items():
+        cfg = tiny(two, tmp_path / name, *FROZEN)
+        results = d2_trainer.train(cfg, processes=processes, accumulate=accumulate)
+        assert (results["processes"], results["accumulate"], results["weights"]) == (processes, accumulate, None)
+    whole = final(tmp_path / "whole")
+    torch.manual_seed(1)  # as SEED does
+    start = d2_trainer.Trainer.build_model(tiny(two, tmp_path, *FROZEN)).state_dict()
+    assert any(torch.equal(whole[name], start[name]) for name in whole if "norm" in name)
+    moved = [name for name in whole if not torch.equal(whole[name], start[name]) and "norm" not in name]
+    assert len(moved) > 30
+    for name in ("passes", "processes"):
+        assert_close(final(tmp_path / name), whole, 1e-5)
+
+
+def record_statistics(cfg, folder):
+    """What a process of two leaves: its precise-BN statistics before and after they were made equal."""
+    import detectron2.utils.comm as comm
+
+    d2_trainer.register_datasets(cfg)
+    torch.manual_seed(1)
+    trainer = d2_trainer.Trainer(cfg)
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, d2_trainer.EqualPreciseBN))
+    layers = d2_trainer.get_bn_modules(trainer.model)
+
+    def statistics():
+        return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+
+    super(d2_trainer.EqualPreciseBN, hook).update_stats()
+    before = statistics()
+    d2_trainer.average_statistics(layers)
+    torch.save([before, statistics()], f"{folder}/{comm.get_rank()}.pth")
+
+
+@on_cpu
+def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_path):
+    cfg = tiny(shapes, tmp_path, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN",
+               "MODEL.ROI_MASK_HEAD.NORM", "BN", "INPUT.MASK_FORMAT", "bitmask")
+    d2_trainer.launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    (before0, after0), (before1, after1) = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    differ = 0
+    for (m0, v0), (m1, v1), (mean, var), (mean1, var1) in zip(before0, before1, after0, after1):
+        differ += not torch.equal(m0, m1)
+        assert torch.equal(mean, mean1) and torch.equal(var, var1)
+        # Of a mixture of two equally large samples: the mean of the means, and within plus between variance.
+        torch.testing.assert_close(mean, (m0 + m1) / 2)
+        torch.testing.assert_close(var, (v0 + v1) / 2 + ((m0 - m1) / 2) ** 2, rtol=1e-4, atol=1e-6)
+    assert differ == len(before0) > 10
+
+
+@on_cpu
+def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_path, tool):
+    """The tool itself, stopped at half of the schedule and resumed, with evaluation on the way."""
+    cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "--resume"]
+    for max_iter in (2, 4):
+        done = tool("train_net", *arguments, "SOLVER.MAX_ITER", max_iter)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 images = 2 cpu x 1 accumulated x 1; BatchNorm sees 1 at once" in done.stdout
+        assert done.stdout.count("SyncBN needs GPUs") == 1 and "starts from random weights" in done.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["processes"] == 2 and results["seed"] == 1 and "NORM: BN" in results["config"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert any("bbox/AP" in row for row in rows) and rows[-1]["iteration"] == 3
+    judged = tool("train_net", "--config-file", tmp_path / "run" / "config.yaml", "--eval-only", "MODEL.WEIGHTS",
+                  tmp_path / "run" / "model_final.pth", "OUTPUT_DIR", tmp_path / "judged")
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    assert json.loads((tmp_path / "judged" / "results.json").read_text())["ap"] == results["ap"]
+
+
+@pytest.mark.parametrize("images, processes, accumulate, message", [
+    (16, 3, None, "16 does not divide among 3 processes x 1 passes"), (16, 2, 3, "among 2 processes x 3 passes"),
+    (2, 4, None, "2 does not divide")])
+def test_images_that_do_not_divide_are_refused(images, processes, accumulate, message):
+    cfg = load("base_mask_rcnn_R50_FPN.yaml")
+    cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = "cpu", images
+    with pytest.raises(InputError, match=message):
+        d2_trainer.plan_passes(cfg, processes, accumulate)
+
+
+@pytest.mark.parametrize("gigabytes, processes, passes", [(80, 1, 1), (24, 1, 4), (16, 8, 1), (11, 4, 2), (4, 8, 2)])
+def test_passes_follow_from_memory(monkeypatch, capsys, gigabytes, processes, passes):
+    """By 2.75 GB an image and a fifth left free: 23, 6, 4, 3 and 1 images fit."""
+    class Properties:
+        total_memory = gigabytes * 1e9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    cfg = load("base_mask_rcnn_R50_FPN.yaml")
+    assert d2_trainer.plan_passes(cfg, processes) == passes
+    each = 16 // processes // passes
+    said = f"{processes} cuda x {passes} accumulated x {each}; BatchNorm sees {each * processes}"
+    assert said in capsys.readouterr().out
+
+
+def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
+    cfg = load("mask_rcnn_R50_FPN_1x.yaml")
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
+    scaled = d2_trainer.DefaultTrainer.auto_scale_workers(cfg, 2)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (4, 0.005, 360000)
+    assert d2_trainer.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
+    with pytest.raises(InputError, match="choose one"):
+        d2_trainer.plan_passes(scaled, 2, 2)
+
+
+@on_cpu
+def test_an_error_in_another_process_is_its_one_line(shapes, tmp_path):
+    cfg = tiny(shapes, tmp_path, "SOLVER.BASE_LR", 1e12, "SOLVER.MAX_ITER", 8, *FROZEN)
+    with pytest.raises(InputError, match="(?s)NaN.*lower SOLVER.BASE_LR") as error:
+        d2_trainer.train(cfg, processes=2)
+    assert "Traceback" not in str(error.value)
+
+
+def test_weights_of_another_input_are_refused_before_training(weights, shapes, tmp_path):
+    cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", str(weights), "INPUT.FORMAT", "BGR")
+    with pytest.raises(InputError, match="INPUT.FORMAT 'RGB'"):
+        d2_trainer.train(cfg)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def zoo_file(weights, path, drop=()):
+    """A file as Detectron2's zoo has them: its names, its author, no provenance."""
+    contents = pickle.loads(weights.read_bytes())
+    path.write_bytes(pickle.dumps({"model": {n: a for n, a in contents["model"].items() if n not in drop},
+                                   "__author__": "torchvision", "matching_heuristics": True}))
+    return str(path)
+
+
+def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_path, monkeypatch):
+    name = "res4.2.conv2.norm.running_var"
+    whole, part = zoo_file(weights, tmp_path / "whole.pkl"), zoo_file(weights, tmp_path / "part.pkl", [name])
+    for path in (whole, part):
+        monkeypatch.setitem(d2_trainer.ZOO, path, RGB_IMAGENET)
+    provenance = d2_trainer.read_provenance(whole)
+    assert provenance["method"] == "supervised" and provenance["input_format"] == "RGB"
+    assert provenance["source"] == whole and len(provenance["sha256"]) == 64
+    cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", whole,
+               "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    d2_trainer.register_datasets(cfg)
+    trainer = d2_trainer.Trainer(cfg)
+    trainer.resume_or_load(False)
+    d2_trainer.assert_backbone_arrived(trainer.model, weights)
+    trainer.cfg.MODEL.WEIGHTS = part
+    with pytest.raises(InputError, match=f"1 backbone tensors did not arrive.*{name}"):
+        trainer.resume_or_load(False)
+
+
+def test_only_known_zoo_files(shapes, tmp_path):
+    with pytest.raises(InputError, match="no weights detectron2://ImageNetPretrained/MSRA/R-101.pkl"):
+        d2_trainer.train(tiny(shapes, tmp_path, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-101.pkl"))

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,11 +92,11 @@ def test_bad_results_are_one_line_that_names_the_file(tmp_path, content):
     assert str(tmp_path / "results.json") in message and "tools/train_net.py" in message and "\n" not in message
 
 
-def test_table_mean_std_missing_cells_and_paper_rows(tmp_path):
+def test_table_mean_std_and_missing_cells(tmp_path):
     boxes = [40.2, 41.1, 39.5]
     runs = {"rsa": [{"ap": aps(x, x - 4)} for x in boxes], "one": {"ap": aps(30.04)},
             "gap": [{"ap": aps(1.0)}, {"ap": aps(None)}]}
-    rows = report.ap_table(runs, paper=True)
+    rows = report.ap_table(runs)
     mean, std = rows[0]["box AP75"]
     np.testing.assert_allclose((mean, std), (np.mean(boxes), np.std(boxes, ddof=1)))
     cells = report.table_cells(rows)
@@ -103,9 +104,6 @@ def test_table_mean_std_missing_cells_and_paper_rows(tmp_path):
     assert cells[1] == ["rsa"] + ["40.3 ± 0.8"] * 3 + ["36.3 ± 0.8"] * 3
     assert cells[2] == ["one"] + ["30.0"] * 3 + ["–"] * 3
     assert cells[3] == ["gap"] + ["–"] * 6
-    assert cells[4] == ["RSA 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]
-    assert cells[5] == ["RSA 2x (paper)", "42.7", "–", "–", "38.5", "–", "–"]
-    assert [row["run"] for row in report.ap_table(runs)] == ["rsa", "one", "gap"]
 
     lines = report.to_markdown([*cells, ["a|b"] + ["1"] * 6]).splitlines()
     assert len({len(line) for line in lines}) == 1 and "a\\|b" in lines[-1]
@@ -132,10 +130,12 @@ def test_curves_hold_only_panels_with_data(tmp_path):
     # BYOL: no beta; one evaluation
     rows = [{"step": s, "loss": 2 - s / 50, "tau": 0.99, "lr": 0.1} for s in range(50)]
     rows.append({"step": 50, "knn_top1": 40.0})
+    (run / "metrics.json").write_text("".join(map("{}\n".format, map(json.dumps, (
+        {"iteration": 0, "total_loss": 2.0}, {"iteration": 50, "total_loss": 1.0, "bbox/AP": 3.0})))))
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     full = Image.open(pictures.plot_curves(tmp_path, {"run": run}, tmp_path / "full.png"))
     small = Image.open(pictures.plot_curves(None, {"run": run}, tmp_path / "small.png"))
-    assert full.size == (1890, 900) and small.size == (630, 450)
+    assert full.size == (1890, 900) and small.size == (1260, 450)  # six panels; loss and AP
     assert np.asarray(full).std() > 10 and np.asarray(small).std() > 10
     assert pictures.plot_curves(None, {}, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
 
@@ -211,10 +211,10 @@ def test_tool_writes_table_page_and_pictures(tmp_path):
     make_run(tmp_path / "scratch", aps(30.0, 27.0), name, [])
     done = run_tool("rsa", "scratch", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "| rsa (rsa, step 9) | 40.0 " in done.stdout and "(paper)" not in done.stdout
+    assert "| rsa (rsa, step 9) | 40.0 " in done.stdout and "published" not in done.stdout
     output = tmp_path / "output" / "report"
     assert {p.name for p in output.iterdir()} == {
-        "report.md", "report.html", "table.csv", "curves.png", "detections.png"}
+        "report.md", "report.html", "table.csv", "ap.png", "curves.png", "detections.png"}
     assert done.stdout.split("\n\n")[0] in (output / "report.md").read_text(encoding="utf-8")
 
 
@@ -224,7 +224,7 @@ def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
     done = run_tool("seed0/rsa", "seed1/rsa", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith("no picture of detections: ") and done.stderr.count("\n") == 1
-    assert "| rsa (random) " in done.stdout and "41.0 ± 1.4" in done.stdout and "RSA 2x (paper)" in done.stdout
+    assert "| rsa (random) " in done.stdout and "41.0 ± 1.4" in done.stdout
     assert not (tmp_path / "out" / "detections.png").exists()
 
 
@@ -232,3 +232,71 @@ def test_tool_reports_a_missing_run_in_one_line(tmp_path):
     done = run_tool("nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere/results.json ") and done.stderr.count("\n") == 1
+
+
+def full_run(folder, box, mask, weights, schedule="1x", protocol="infomin", **changes):
+    """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have left it."""
+    cfg = torchvision_defaults()
+    cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}.yaml"))
+    if protocol == "moco":
+        cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "protocol_moco.yaml"))
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.merge_from_list([item for pair in changes.pop("keys", {}).items() for item in pair])
+    report.write_results(cfg, changes.pop("engine", "detectron2"), aps(box, mask), weights, 12.5, 8, 1)
+    return folder
+
+
+@pytest.mark.parametrize("weights, name, schedule, row", [
+    (None, "x", "1x", ("1x", "random")), ({"method": "rsa", "step": 9}, "x", "2x", ("2x", "rsa")),
+    ({"method": "the authors' RSA"}, "x", "1x", ("1x", "rsa")),
+    ({"method": "supervised", "stride_in_1x1": True}, "x", "1x", ("1x", "msra")),
+    ({"method": "supervised", "stride_in_1x1": False}, "x", "1x", None),  # nobody published that row
+    ({"method": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")), ({"method": "MoCo v1, v2"}, "moco_v2", "1x", None),
+    ({"method": "MoCo v1, v2"}, "rsa", "1x", None), ({"method": "byol"}, "x", "1x", None)])
+def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
+    results = report.load_results(full_run(tmp_path / name, 40.0, 36.0, weights, schedule))
+    assert report.table_row(results) == row
+
+
+@pytest.mark.parametrize("changes", [
+    {"keys": {"SOLVER.MAX_ITER": 3000}}, {"keys": {"DATASETS.TEST": ("a.json::b",)}}, {"engine": "torchvision"},
+    {"keys": {"SOLVER.IMS_PER_BATCH": 8}}, {"keys": {"DATASETS.TRAIN": ("a.json::b",)}}, {"protocol": "moco"}])
+def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
+    assert report.table_row(report.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
+
+
+def test_differences_and_their_mark(tmp_path):
+    rsa = {"method": "rsa", "step": 9}
+    runs = {"a": [report.load_results(full_run(tmp_path / str(box), box, 37.3, rsa)) for box in (40.7, 40.9)],
+            "b": report.load_results(full_run(tmp_path / "b", 40.7, 37.7, rsa)),
+            "c": report.load_results(full_run(tmp_path / "c", None, 37.0, rsa))}
+    cells = report.table_cells(report.ap_table(runs, published=True))
+    assert cells[1][:2] == ["a", "40.8 ± 0.1"]
+    assert cells[2] == ["published 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]
+    assert cells[3] == ["difference", "-0.3", "–", "–", "+0.0", "–", "–"]  # 0.3 does not exceed 0.3
+    assert cells[6] == ["difference", "-0.4 *", "–", "–", "+0.4 *", "–", "–"]
+    assert cells[9] == ["difference", "–", "–", "–", "-0.3", "–", "–"]
+
+
+def test_tool_compares_with_what_is_published(tmp_path):
+    full_run(tmp_path / "s0" / "random", 32.0, 29.9, None)
+    full_run(tmp_path / "s1" / "random", 32.4, 29.9, None)
+    done = run_tool("s0/random", "s1/random", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "32.2 ± 0.3" in done.stdout and "published 1x (InfoMin's authors)" in done.stdout and "-0.6 *" in done.stdout
+    assert "* differs from the published number by more than 0.3 AP" in done.stdout
+    with open(tmp_path / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["random (random)", "published 1x (InfoMin's authors)", "difference"]
+    assert float(rows[2]["box AP"]) == pytest.approx(-0.6)
+    picture = np.asarray(Image.open(tmp_path / "out" / "ap.png").convert("RGB")).reshape(-1, 3).tolist()
+    assert [0x00, 0x72, 0xB2] in picture and [0xD5, 0x5E, 0x00] in picture  # a dot and a diamond
+
+
+def test_protocols_are_never_mixed(tmp_path):
+    full_run(tmp_path / "a", 40.0, 36.0, None)
+    full_run(tmp_path / "b", 40.0, 36.0, None, protocol="moco")
+    done = run_tool("a", "b", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.search("different protocols.*a is infomin, b is moco", done.stderr) and done.stderr.count("\n") == 1
+    assert run_tool("b", cwd=tmp_path).returncode == 0

@@ -52,7 +52,7 @@ def config(coco="", folder="", *overrides):
     cfg = torchvision_defaults()
     cfg.merge_from_file(BASE)
     cfg.merge_from_list([
-        "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_HEADS.NUM_CLASSES", 3,
+        "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_HEADS.NUM_CLASSES", 3,
         "MODEL.ROI_BOX_HEAD.CONV_DIM", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32,
         "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [48], [64]], "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
         "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30, "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
@@ -80,14 +80,14 @@ def test_refuses_a_wrong_number_of_classes(coco, tmp_path):
 
 
 def test_refuses_an_image_of_another_size(coco):
-    data = CocoInstances(coco, config(coco).MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data = CocoInstances(coco, training=True)
     data.coco.imgs[10]["width"] = 81
     with pytest.raises(InputError, match="0.png"):
         data[0, False]
 
 
 def test_targets(coco):
-    data = CocoInstances(coco, config(coco).MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data = CocoInstances(coco, training=True)
     assert data.ids == [10, 11, 12, 13] and data.categories == CATEGORIES
     image, target = data[1, False]
     assert image.dtype == torch.uint8 and image.shape == (3, 64, 80)
@@ -109,7 +109,7 @@ def test_targets(coco):
 
 def test_batches_are_a_function_of_seed_and_iteration(coco):
     cfg = config(coco)
-    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data = CocoInstances(coco, training=True)
 
     def draw(start, stop):
         batches = engine.training_batches(cfg, data, start, stop, "cpu")
@@ -282,7 +282,7 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
              if not name.startswith("fc") and not name.endswith("num_batches_tracked")}
     assert len(state) == 265
     cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "SOLVER.MAX_ITER", 0)
-    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data = CocoInstances(coco, training=True)
     model = engine.build_model(cfg)
     monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
     engine.fit(cfg, model, data, resume=False)
@@ -295,9 +295,23 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
     (tmp_path / "model_final.pth").unlink()
 
 
+def test_weights_of_another_input_and_bad_annotations_are_refused(coco, tmp_path, monkeypatch):
+    cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    monkeypatch.setattr(engine, "load_weights", lambda path: ({}, {"method": "rsa"}))
+    with pytest.raises(InputError, match="r50.pkl was trained with MODEL.PIXEL_STD"):
+        engine.train(cfg)
+    path, images = coco.split("::")
+    with open(path) as file:
+        broken = json.load(file)
+    broken["annotations"][3]["segmentation"] = [[1, 2, 3, 4]]
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    with pytest.raises(InputError, match="broken.json: annotation 4 has a polygon"):
+        engine.train(config(dataset_name(tmp_path / "broken.json", images), tmp_path))
+
+
 def test_learns_two_images(coco, tmp_path):
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 40, "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.RANDOM_FLIP", "none")
-    data = CocoInstances(coco, cfg.MODEL.ROI_HEADS.NUM_CLASSES, training=True)
+    data = CocoInstances(coco, training=True)
     data.ids = data.ids[:2]
     engine.fit(cfg, engine.build_model(cfg), data, resume=False)
     first, last = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,16 +20,35 @@ def merge_config(cfg, path, overrides, error):
     """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes one ``error``."""
     try:
         if path:
-            cfg.merge_from_file(path)
+            refuse_repeated_keys(path, error)
+            cfg.merge_from_file(path, allow_unsafe=False)
         if len(overrides) % 2:
             raise error(f"overrides are KEY VALUE pairs, but {overrides[-1]!r} has no value")
         cfg.merge_from_list(overrides)
     except error:
         raise
     except Exception as problem:  # yacs raises KeyError, ValueError and AssertionError; PyYAML its own
-        reason = " ".join(str(problem.args[0] if problem.args else problem).split())
+        reason = " ".join(str(problem.args[0] if isinstance(problem, KeyError) else problem).split())
         raise error(f"config {path or ''} {' '.join(map(str, overrides))}: {reason}".replace("  ", " ")) from None
     return cfg
+
+
+def refuse_repeated_keys(path, error):
+    """Raise ``error`` for a key that a YAML file, or one that it inherits from, gives twice: PyYAML keeps the last."""
+    def check(node, prefix=""):
+        lines = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in lines:
+                raise error(f"{path}, line {key.start_mark.line + 1}: {prefix}{key.value} is given a second time "
+                            f"(first in line {lines[key.value]}): remove one")
+            lines[key.value] = key.start_mark.line + 1
+            check(value, f"{prefix}{key.value}.")
+
+    text = Path(path).read_text()
+    check(yaml.compose(text))
+    bases = (yaml.safe_load(text) or {}).get("_BASE_", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        refuse_repeated_keys(Path(path).parent / Path(base).expanduser(), error)
 
 
 def run(main, *errors):

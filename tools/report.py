@@ -5,9 +5,10 @@
     tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
     tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # runs of one name: mean ± std
 
-Prints the table as Markdown; writes report.md, report.html, table.csv, curves.png and detections.png. Only
-results.json is needed of a run; what the other files would have shown is left out. The paper's numbers are added
-when every run was evaluated on COCO val2017.
+Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and detections.png. Only
+results.json is needed of a run; what the other files would have shown is left out. Under a full run of a row of Tables
+5 and 6 stand the published numbers and the difference, marked where it exceeds what another seed may change. Runs of
+different protocols are refused.
 """
 
 import argparse
@@ -20,9 +21,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError, locate_dataset  # noqa: E402
-from transfer.pictures import draw_detections, plot_curves  # noqa: E402
-from transfer.report import (ap_table, load_results, table_cells, to_markdown, weights_label,  # noqa: E402
-                             write_csv, write_report)
+from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
+from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, load_results, table_cells,  # noqa: E402
+                             to_markdown, weights_label, write_csv, write_report)
 
 
 def main():
@@ -30,9 +31,12 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="fine-tuning output folder, which holds results.json")
     parser.add_argument("--pretrain", metavar="DIR", help="pre-training output folder, whose curves to draw too")
     parser.add_argument("--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)")
+    parser.add_argument("--images", type=int, default=4, metavar="N",
+                        help="validation images to draw detections on (default %(default)s)")
     args = parser.parse_args()
 
     results = {folder: load_results(folder) for folder in args.runs}
+    protocol = check_one_protocol(results)
     configs = {folder: yaml.safe_load(result["config"]) for folder, result in results.items()}
     labels = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
     seeds = {}
@@ -41,28 +45,35 @@ def main():
     # in pictures every run stands for itself
     folders = {label if len(seeds[label]) == 1 else folder: folder for folder, label in labels.items()}
     test_sets = {folder: next(iter(configs[folder]["DATASETS"]["TEST"]), "–") for folder in configs}
-    rows = ap_table(seeds, paper=set(test_sets.values()) == {"coco_2017_val"})
+    rows = ap_table(seeds, published=True)
     cells = table_cells(rows)
     print(to_markdown(cells))
+    sections = [("AP (%)", cells)]
+    if any(cell.endswith("*") for row in cells for cell in row):
+        note = f"* differs from the published number by more than {SEED_NOISE} AP, about what another seed may change."
+        print(note + "\n")
+        sections.append(("Note", note))
 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, output / "table.csv")
-    settings = [["run", "weights", "engine", "test set", "iterations", "images/batch", "base lr", "seed", "hours"]]
+    settings = [["run", "weights", "engine", "protocol", "test set", "iterations", "images/batch", "GPUs x passes",
+                 "base lr", "seed", "hours"]]
     for name, folder in folders.items():
         result, solver = results[folder], configs[folder]["SOLVER"]
         settings.append([str(x) for x in (
-            name, (result["weights"] or {}).get("source", "–"), result["engine"], test_sets[folder],
-            result["max_iter"], solver["IMS_PER_BATCH"], solver["BASE_LR"], result["seed"],
+            name, (result["weights"] or {}).get("source", "–"), result["engine"], protocol, test_sets[folder],
+            result["max_iter"], solver["IMS_PER_BATCH"],
+            f"{result.get('processes', 1)} x {result.get('accumulate', 1)}", solver["BASE_LR"], result["seed"],
             f"{result['seconds'] / 3600:.2f}")])
-    sections = [("AP (%)", cells), ("Settings", settings)]
+    sections += [("AP", plot_ap(rows, output / "ap.png")), ("Settings", settings)]
     if plot_curves(args.pretrain, folders, output / "curves.png"):
         sections.append(("Curves", output / "curves.png"))
     try:
         test_set = test_sets[args.runs[0]]
         annotations, images = locate_dataset(test_set)
         same_set = {name: folder for name, folder in folders.items() if test_sets[folder] == test_set}
-        draw_detections(annotations, images, same_set, output / "detections.png")
+        draw_detections(annotations, images, same_set, output / "detections.png", args.images)
         sections.append(("Detections", output / "detections.png"))
     except InputError as error:
         print(f"no picture of detections: {error}", file=sys.stderr)

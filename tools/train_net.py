@@ -5,7 +5,8 @@
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --train train.json images --val val.json images
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
-KEY VALUE pairs at the end override the config, as in Detectron2.
+An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated (--accumulate), or
+the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override the config, as in Detectron2.
 """
 
 import argparse
@@ -17,7 +18,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import find_config, merge_config, run  # noqa: E402
-from transfer.config import InputError, dataset_name, read_categories, torchvision_defaults  # noqa: E402
+from transfer.coco import check_annotations  # noqa: E402
+from transfer.config import (InputError, dataset_name, read_categories, scale_schedule,  # noqa: E402
+                             torchvision_defaults)
+from transfer.convert import DEFAULT_OUTPUT  # noqa: E402
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
@@ -26,12 +30,6 @@ INSTALL_DETECTRON2 = (
 
 def main():
     args = parse()
-    given = list(args.overrides)
-    for key, files in (("TRAIN", args.train), ("TEST", args.val)):
-        if files:
-            given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
-    if args.train:
-        given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
     if args.engine == "detectron2":
         if importlib.util.find_spec("detectron2") is None:
             raise InputError(INSTALL_DETECTRON2)
@@ -40,28 +38,67 @@ def main():
         except ImportError as error:  # most often built for another torch
             raise InputError(f"Detectron2 is installed but cannot be imported ({error}): reinstall it for this torch, "
                              "or run with --engine torchvision") from None
-        cfg = engine.get_cfg()
+        cfg, options = engine.get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
     else:
         from transfer import torchvision_engine as engine
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        cfg = torchvision_defaults()
-        if args.num_gpus > 1:
-            raise InputError(f"--num-gpus {args.num_gpus}: the torchvision engine trains on one device, "
-                             "several need --engine detectron2")
-    cfg = merge_config(cfg, find_config(args.config_file, InputError), given, InputError)
-    options = {"num_gpus": args.num_gpus} if args.engine == "detectron2" else {}
+        cfg, options = torchvision_defaults(), {}
+        if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
+            raise InputError("--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
+                             "the torchvision engine trains on one device, all images at once")
+    cfg.MODEL.WEIGHTS = DEFAULT_OUTPUT["detectron2"]  # random weights must be asked for: MODEL.WEIGHTS ""
+    configure(cfg, args)
     engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
+
+
+def configure(cfg, args):
+    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule, KEY VALUE pairs."""
+    merge_config(cfg, find_config(args.config_file, InputError), [], InputError)
+    if args.protocol != "infomin":
+        given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
+        merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml", InputError), given, InputError)
+    given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] * args.scale_schedule
+    for key, files in (("TRAIN", args.train), ("TEST", args.val)):
+        if files:
+            given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
+    if args.train:
+        given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
+        told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
+        if not told and not args.eval_only:
+            print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)
+    merge_config(cfg, None, [*given, *args.overrides], InputError)
+
+
+def processes(args):
+    """How many processes the options ask for, one per GPU, or on the CPU where there is none."""
+    import torch
+
+    if args.num_processes and torch.cuda.is_available():
+        raise InputError("--num-processes is for a machine without a GPU: use --num-gpus")
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise InputError(f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}"
+                         + " (--num-processes tries several on the CPU)" * (not torch.cuda.is_available()))
+    return max(1, args.num_processes or args.num_gpus)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="looked up here and under configs/")
     parser.add_argument("--num-gpus", type=int, default=1)
+    parser.add_argument("--num-processes", type=int, metavar="N", help="processes on the CPU, to try several")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--accumulate", type=int, metavar="N", help="passes that each GPU splits its images of an "
+                       "iteration into; BatchNorm sees those of one (default: by memory)")
+    share.add_argument("--scale-schedule", action="store_true", help="two images per GPU; learning rate and schedule "
+                       "scaled from 8 GPUs (Detectron2's SOLVER.REFERENCE_WORLD_SIZE)")
+    parser.add_argument("--protocol", choices=("infomin", "moco"), default="infomin",
+                        help="which layers have SyncBN, and the box head (default %(default)s)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
-    parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set")
+    parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set, with "
+                        "the schedule scaled by its size unless KEY VALUE give one")
     parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     return parser.parse_args()

@@ -5,6 +5,7 @@ embedded engine (``torchvision_engine.py``) reads the same files into :func:`tor
 keys that it honours with Detectron2's default values; any other key is refused.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -65,6 +66,63 @@ def check_num_classes(name, num_classes):
     if found != num_classes:
         raise InputError(f"{annotations} has {found} categories, but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: "
                          f"add MODEL.ROI_HEADS.NUM_CLASSES {found}")
+
+
+# How the weights of tools/convert_to_d2.py see pixels (0-255), where their provenance does not say otherwise.
+RGB_IMAGENET = {"input_format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375],
+                "stride_in_1x1": False}
+NORMALISED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # parts of MODEL that have a NORM
+
+
+def check_weights(cfg, provenance):
+    """Raises InputError unless the model treats its input, stride and BatchNorm as the weights of ``provenance`` need.
+
+    provenance: dict of the converted file (:data:`RGB_IMAGENET` fills what it lacks); None: random initialisation.
+    """
+    if provenance is None:
+        return
+    needed = {**RGB_IMAGENET, **provenance}
+    fixes = []
+    for key, name in (("INPUT.FORMAT", "input_format"), ("MODEL.PIXEL_MEAN", "pixel_mean"),
+                      ("MODEL.PIXEL_STD", "pixel_std"), ("MODEL.RESNETS.STRIDE_IN_1X1", "stride_in_1x1")):
+        given, wanted = functools.reduce(getattr, key.split("."), cfg), needed[name]
+        same = given == wanted if isinstance(wanted, (str, bool)) else (
+            len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
+        if not same:
+            fixes.append(f"{key} {wanted!r} (it is {given!r})")
+    if fixes:
+        raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
+    frozen = [part for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
+    if frozen and needed.get("method") != "supervised":
+        raise InputError(f"MODEL.{frozen[0]}.NORM is FrozenBN, but {cfg.MODEL.WEIGHTS} is self-supervised (method "
+                         f"{needed.get('method')}) and needs its BatchNorm trained: use SyncBN")
+
+
+def protocol_of(config):
+    """"infomin", "moco" or "other" by which layers of a run's config (a dict) are normalised with trained BatchNorm."""
+    model = config["MODEL"]
+    trained = [model[part]["NORM"] in ("BN", "SyncBN") for part in NORMALISED]
+    box = (model["ROI_BOX_HEAD"]["NUM_CONV"], model["ROI_BOX_HEAD"]["NUM_FC"])
+    return {(True, True, True, True, 4, 1): "infomin", (True, True, False, False, 0, 2): "moco"}.get(
+        (*trained, *box), "other")
+
+
+COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
+
+
+def scale_schedule(solver, images):
+    """Give a data set of ``images`` annotated images as many epochs as COCO gets, in place: MAX_ITER and STEPS.
+
+    Under a thirtieth of COCO it stays at a thirtieth of the schedule: 3,000 iterations at 1x. Warm-up is at most a
+    tenth of the run. Returns a line that says what came out.
+    """
+    before, factor = solver.MAX_ITER, max(images / COCO_IMAGES, 1 / 30)
+    solver.MAX_ITER = max(1, round(before * factor))
+    solver.STEPS = tuple(round(step * factor) for step in solver.STEPS)
+    solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.MAX_ITER // 10)
+    return (f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
+            f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
+            "SOLVER.MAX_ITER and SOLVER.STEPS override it")
 
 
 def torchvision_defaults():

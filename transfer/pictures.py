@@ -29,6 +29,13 @@ PANELS = {
 }
 
 
+FINE_TUNING = {  # key of metrics.json: title and label of its panel, which has a curve for each run
+    "total_loss": ("Fine-tuning loss", "total loss"), "loss_cls": ("Class", "loss"), "loss_box_reg": ("Box", "loss"),
+    "loss_mask": ("Mask", "loss"), "loss_rpn_cls": ("RPN objectness", "loss"), "loss_rpn_loc": ("RPN box", "loss"),
+    "bbox/AP": ("Box AP", "AP (%)"), "segm/AP": ("Mask AP", "AP (%)"),
+}
+
+
 def read_series(path, x, keys):
     """JSON lines -> {key: (x values, y values)} for the keys that occur, NaN and all, sorted by x.
 
@@ -47,7 +54,7 @@ def read_series(path, x, keys):
 
 
 def plot_curves(pretrain_folder, runs, path):
-    """Losses, schedules, similarities and kNN accuracy of pre-training, and fine-tuning losses, as one PNG.
+    """Losses, schedules, similarities and kNN accuracy of pre-training; losses and AP of fine-tuning; as one PNG.
 
     pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}. A panel without data is left
     out. Returns the path, or None when no panel has data.
@@ -60,11 +67,12 @@ def plot_curves(pretrain_folder, runs, path):
             sides = [[(label, series[key]) for key, label in side.items() if key in series] for side in (left, right)]
             if any(sides):
                 panels.append((title, "step", (ylabel, ylabel2), sides))
-    losses = {name: read_series(Path(folder, "metrics.json"), "iteration", ["total_loss"])
+    series = {name: read_series(Path(folder, "metrics.json"), "iteration", list(FINE_TUNING))
               for name, folder in runs.items()}
-    losses = [(name, series["total_loss"]) for name, series in losses.items() if series]
-    if losses:
-        panels.append(("Fine-tuning loss", "iteration", ("total loss", ""), [losses, []]))
+    for key, (title, ylabel) in FINE_TUNING.items():
+        curves = [(name, found[key]) for name, found in series.items() if key in found]
+        if curves:
+            panels.append((title, "iteration", (ylabel, ""), [curves, []]))
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -88,6 +96,30 @@ def plot_curves(pretrain_folder, runs, path):
         left.set_title(title, fontsize=11, loc="left")
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
         left.grid(alpha=0.25)
+    figure.savefig(path)
+    return path
+
+
+def plot_ap(rows, path):
+    """Rows of ``report.ap_table`` -> PNG: box and mask AP of each run, ± std over seeds, beside what is published."""
+    runs = [row for row in rows if row.get("kind") is None]
+    figure = Figure(figsize=(8, 0.45 * len(runs) + 1.4), dpi=150, layout="constrained")
+    for ax, column in zip(figure.subplots(1, 2, sharey=True), ("box AP", "mask AP")):
+        place = -1
+        for row in rows:
+            place += row.get("kind") is None
+            if row.get("kind") == "difference" or row[column] is None:
+                continue
+            mean, std = row[column]
+            ours = row.get("kind") is None
+            ax.errorbar(mean, place, xerr=std, capsize=3, color=PALETTE[0] if ours else PALETTE[1],
+                        marker="o" if ours else "D", markerfacecolor=None if ours else "none", linestyle="")
+        ax.set(title=column, xlabel="AP (%)", yticks=range(len(runs)), yticklabels=[row["run"] for row in runs])
+        ax.set_ylim(len(runs) - 0.5, -0.5)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    if len(runs) < len(rows):
+        figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published", fontsize=9)
     figure.savefig(path)
     return path
 

@@ -12,29 +12,39 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from importlib import metadata
 from pathlib import Path
 
-from transfer.config import InputError
+import yaml
+
+from transfer.config import InputError, protocol_of
 
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-# Mask R-CNN R50-FPN on COCO val2017, as printed in the paper's Tables 5 (1x) and 6 (2x).
-PAPER = {
-    "RSA 1x": {"bbox": {"AP": 41.1}, "segm": {"AP": 37.3}},
-    "RSA 2x": {"bbox": {"AP": 42.7}, "segm": {"AP": 38.5}},
+# Box AP and mask AP on COCO val2017 under the InfoMin protocol, by schedule and row. RSA's are the paper's (Tables 5
+# and 6). The others are what InfoMin's authors published with their code (github.com/HobbitLong/PyContrast, detection),
+# whose protocol it is. The paper's AP50 and AP75 are not known here.
+PUBLISHED = {
+    "1x": {"random": (32.8, 29.9), "msra": (39.7, 35.9), "instdis": (38.8, 35.2), "pirl": (38.6, 35.1),
+           "mocov1": (39.4, 35.6), "infomin": (40.6, 36.7), "rsa": (41.1, 37.3)},
+    "2x": {"random": (38.4, 34.7), "msra": (41.6, 37.6), "instdis": (41.3, 37.3), "pirl": (41.2, 37.4),
+           "mocov1": (41.7, 37.5), "mocov2": (41.7, 37.6), "infomin": (42.5, 38.4), "rsa": (42.7, 38.5)},
 }
+SCHEDULES = {90000: "1x", 180000: "2x"}  # iterations of 16 images
+SEED_NOISE = 0.3  # AP by which two runs that differ in nothing but the seed may well differ
 COLUMNS = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
 PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75")
 
 
-def write_results(cfg, engine, ap, weights, seconds):
+def write_results(cfg, engine, ap, weights, seconds, processes=1, accumulate=1):
     """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
 
     engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
     or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
-    seconds: wall time of the run.
+    seconds: wall time of the run; processes, accumulate: GPUs (or CPU processes), and passes that each split its images
+    of an iteration into.
     """
     def percent(task, key):
         value = ap.get(task, {}).get(key)
@@ -53,6 +63,8 @@ def write_results(cfg, engine, ap, weights, seconds):
         "seed": cfg.SEED,
         "weights": weights,
         "config": cfg.dump(),
+        "processes": processes,
+        "accumulate": accumulate,
         "versions": {"python": platform.python_version(),
                      **{package: version(package) for package in ("torch", "torchvision", "detectron2")}},
         "seconds": float(seconds),
@@ -73,9 +85,10 @@ def load_results(folder):
         missing = {"engine", "ap", "max_iter", "seed", "weights", "config", "seconds"} - set(results)
         if missing or not {"bbox", "segm"} <= set(results["ap"]):
             raise ValueError(f"lacks {', '.join(sorted(missing)) or 'bbox or segm APs'}")
+        protocol_of(yaml.safe_load(results["config"]))
         return results
-    except (OSError, ValueError, TypeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise InputError(f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it "
                          "when a run ends") from None
 
@@ -89,35 +102,85 @@ def weights_label(results):
     return f"{method}, step {step}" if step >= 0 else method  # the converter writes -1 where a file names no step
 
 
-def ap_table(runs, paper=False):
+def table_row(results):
+    """A run's results -> (schedule, row) of :data:`PUBLISHED`, or None where it is no full run of one of its rows.
+
+    Other methods' rows are known by the name of the run's folder, for their files do not name them.
+    """
+    config, weights = yaml.safe_load(results["config"]), results["weights"]
+    sets = [tuple(config["DATASETS"][part]) for part in ("TRAIN", "TEST")]
+    schedule = SCHEDULES.get(results["max_iter"])
+    if (schedule is None or results["engine"] != "detectron2" or sets != [("coco_2017_train",), ("coco_2017_val",)]
+            or config["SOLVER"]["IMS_PER_BATCH"] != 16 or protocol_of(config) != "infomin"):
+        return None
+    if weights is None:
+        row = "random"
+    elif weights.get("method") == "supervised":
+        row = "msra" if weights.get("stride_in_1x1") else "supervised"
+    elif weights.get("method") in ("rsa", "the authors' RSA"):
+        row = "rsa"
+    else:
+        row = re.sub("[^a-z0-9]", "", Path(config["OUTPUT_DIR"]).name.lower())
+        row = None if row in ("random", "msra", "rsa") else row
+    return (schedule, row) if row in PUBLISHED[schedule] else None
+
+
+def check_one_protocol(runs):
+    """{name: results} -> the protocol of all of them. Raises InputError where they differ: one table holds one."""
+    names = {}
+    for name, results in runs.items():
+        names.setdefault(protocol_of(yaml.safe_load(results["config"])), name)
+    if len(names) > 1:
+        raise InputError("runs of different protocols are not comparable: "
+                         + ", ".join(f"{name} is {protocol}" for protocol, name in names.items())
+                         + "; make a report of each")
+    return next(iter(names))
+
+
+def ap_table(runs, published=False):
     """{name: results, or a list of them (seeds)} -> rows {"run", "seeds", and for each of COLUMNS (mean, std) or None}.
 
     AP in percent; std is the sample standard deviation over seeds, None for a single run. A number that any
-    seed lacks is None. ``paper`` adds the numbers of :data:`PAPER`.
+    seed lacks is None. ``published`` adds, under each run that is a row of :data:`PUBLISHED`, those numbers and the
+    differences from them, as rows that also have "kind": "published" or "difference".
     """
-    entries = [(name, results if isinstance(results, list) else [results]) for name, results in runs.items()]
-    if paper:
-        entries += [(f"{name} (paper)", [{"ap": ap}]) for name, ap in PAPER.items()]
     rows = []
-    for name, seeds in entries:
+    for name, seeds in runs.items():
+        seeds = seeds if isinstance(seeds, list) else [seeds]
         row = {"run": name, "seeds": len(seeds)}
         for column, (task, key) in COLUMNS.items():
             values = [seed["ap"][task].get(key) for seed in seeds]
             row[column] = None if None in values else (
                 statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
         rows.append(row)
+        known = table_row(seeds[0]) if published else None
+        if known:
+            schedule, key = known
+            values = dict(zip(("box AP", "mask AP"), PUBLISHED[schedule][key]))
+            source = "paper" if key == "rsa" else "InfoMin's authors"
+            rows.append({"run": f"published {schedule} ({source})", "seeds": 1, "kind": "published",
+                         **{column: (values[column], None) if column in values else None for column in COLUMNS}})
+            rows.append({"run": "difference", "seeds": len(seeds), "kind": "difference", **{
+                column: (row[column][0] - values[column], None) if column in values and row[column] else None
+                for column in COLUMNS}})
     return rows
 
 
 def table_cells(rows):
-    """Rows of :func:`ap_table` -> header and cells, all strings: the six columns of the paper's Tables 5 and 6."""
-    def cell(value):
+    """Rows of :func:`ap_table` -> header and cells, all strings: the six columns of the paper's Tables 5 and 6.
+
+    A difference of more than :data:`SEED_NOISE` carries a ``*``.
+    """
+    def cell(value, kind):
         if value is None:
             return "–"
         mean, std = value
+        if kind == "difference":
+            return f"{mean:+.1f}" + " *" * (round(abs(mean), 6) > SEED_NOISE)
         return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
-    return [["", *PAPER_COLUMNS]] + [[row["run"], *(cell(row[column]) for column in PAPER_COLUMNS)] for row in rows]
+    return [["", *PAPER_COLUMNS]] + [
+        [row["run"], *(cell(row[column], row.get("kind")) for column in PAPER_COLUMNS)] for row in rows]
 
 
 def to_markdown(cells):

@@ -31,8 +31,8 @@ from torchvision.models.detection import anchor_utils, backbone_utils, faster_rc
 from torchvision.ops import poolers
 from tqdm import tqdm
 
-from transfer.coco import CocoInstances, coco_ap
-from transfer.config import InputError
+from transfer.coco import CocoInstances, check_datasets, coco_ap
+from transfer.config import InputError, check_weights
 from transfer.convert import load_weights
 from transfer.report import write_results
 
@@ -197,6 +197,7 @@ def fit(cfg, model, dataset, resume):
             return
     elif cfg.MODEL.WEIGHTS:
         state, provenance = load_weights(cfg.MODEL.WEIGHTS)
+        check_weights(cfg, provenance)
         body = model.backbone.body.state_dict()
         if differ := sorted({name for name in body if not name.endswith("num_batches_tracked")} ^ set(state)):
             raise InputError(f"{cfg.MODEL.WEIGHTS} is not a whole ResNet-50, for it lacks or adds {differ[:4]}")
@@ -270,13 +271,12 @@ def train(cfg, resume=False, eval_only=False):
     resume: go on from OUTPUT_DIR/last_checkpoint if there is one. eval_only: evaluate OUTPUT_DIR/model_final.pth with
     ``resume``, else MODEL.WEIGHTS, then a whole model of this engine. The AP is that of the saved file, read back.
     """
-    began, folder, classes = time.time(), Path(cfg.OUTPUT_DIR), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     check(cfg)
-    val_set = CocoInstances(cfg.DATASETS.TEST[0], classes, training=False)
+    check_datasets(cfg, eval_only)
+    val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False)
     if not eval_only:
-        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], classes, training=True)
-        if train_set.categories != val_set.categories:
-            raise InputError(f"{train_set.annotations} and {val_set.annotations} have different category ids")
+        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True)
     torch.manual_seed(max(cfg.SEED, 0))
     device = torch.device("cuda" if cfg.MODEL.DEVICE == "cuda" and torch.cuda.is_available() else "cpu")
     model = build_model(cfg).to(device)

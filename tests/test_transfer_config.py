@@ -1,0 +1,327 @@
+"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML and annotations."""
+
+import argparse
+import json
+from copy import deepcopy
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tools import train_net
+from tools._cli import merge_config
+from transfer.coco import Annotations, check_annotations, check_datasets
+from transfer.config import (RGB_IMAGENET, InputError, check_weights, dataset_name, protocol_of, scale_schedule,
+                             torchvision_defaults)
+
+CONFIGS = ROOT / "configs" / "transfer"
+INFOMIN = {  # DESIGN's list of what the InfoMin protocol changes in the stock config
+    "MODEL.WEIGHTS": "output/weights/rsa_r50.pkl",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.FPN.NORM": "SyncBN",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
+    "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+    "INPUT.FORMAT": "RGB",
+    "TEST.PRECISE_BN.ENABLED": True,
+}
+HEADS = ("MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC", "MODEL.ROI_BOX_HEAD.NORM",
+         "MODEL.ROI_MASK_HEAD.NORM")
+MOCO = {key: value for key, value in INFOMIN.items() if key not in HEADS}  # stock heads
+ROWS = {  # row: what it changes in the protocol; "stock" where it goes back to Detectron2's value
+    "": {},
+    "_random": {"MODEL.WEIGHTS": ""},
+    "_supervised": {"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl"},
+    "_msra": dict.fromkeys(("MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1",
+                            "INPUT.FORMAT"), "stock"),
+    "_ssl": {"MODEL.WEIGHTS": "output/weights/ssl_r50.pkl"},
+}
+TWICE = {"SOLVER.STEPS": (120000, 160000), "SOLVER.MAX_ITER": 180000}
+
+
+def flat(cfg, prefix=""):
+    for key, value in cfg.items():
+        if hasattr(value, "items"):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def configured(cfg, name, protocol="infomin", overrides=(), **more):
+    options = dict(config_file=f"transfer/{name}.yaml", protocol=protocol, scale_schedule=False, train=None, val=None,
+                   eval_only=False, overrides=list(overrides), **more)
+    train_net.configure(cfg, argparse.Namespace(**options))
+    return cfg
+
+
+@pytest.mark.parametrize("protocol", ["infomin", "moco"])
+@pytest.mark.parametrize("schedule", ["1x", "2x"])
+@pytest.mark.parametrize("row", ROWS)
+def test_configs_are_stock_but_for_the_protocol_and_the_row(row, schedule, protocol):
+    pytest.importorskip("detectron2")
+    from detectron2 import model_zoo
+    from detectron2.config import get_cfg
+
+    stock = get_cfg()
+    stock.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
+    stock, name = dict(flat(stock)), f"mask_rcnn_R50_FPN_{schedule}{row}"
+    wanted = {**(INFOMIN if protocol == "infomin" else MOCO), **ROWS[row], **(TWICE if schedule == "2x" else {}),
+              "OUTPUT_DIR": f"output/{name}" + "_moco" * (protocol == "moco")}
+    wanted = {key: value for key, value in wanted.items() if value != "stock"}
+    if (schedule, row) == ("2x", ""):
+        wanted["SOLVER.BASE_LR"] = 0.03  # RSA's own, by the paper
+    ours = configured(get_cfg(), name, protocol)
+    assert {key: value for key, value in flat(ours) if stock[key] != value} == wanted
+    assert protocol_of(yaml.safe_load(ours.dump())) == protocol
+
+
+def test_twice_the_1x_schedule_lies_between_detectron2s_1x_and_3x():
+    pytest.importorskip("detectron2")
+    from detectron2 import model_zoo
+    from detectron2.config import get_cfg
+
+    triple, ours = get_cfg(), configured(get_cfg(), "mask_rcnn_R50_FPN_2x_random")
+    triple.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"))
+    rest = triple.SOLVER.MAX_ITER - triple.SOLVER.STEPS[1], triple.SOLVER.MAX_ITER - triple.SOLVER.STEPS[0]
+    assert rest == (ours.SOLVER.MAX_ITER - ours.SOLVER.STEPS[1], ours.SOLVER.MAX_ITER - ours.SOLVER.STEPS[0])
+    assert triple.SOLVER.MAX_ITER * 2 == ours.SOLVER.MAX_ITER * 3
+
+
+def test_every_header_has_command_cost_and_expectation():
+    configs = sorted(CONFIGS.glob("mask_rcnn_*.yaml"))
+    assert len(configs) == 2 * len(ROWS)
+    for path in configs:
+        head = path.read_text().split("\n_BASE_")[0]
+        assert f"--config-file transfer/{path.name}" in head and "GPU-hours" in head and "expected" in head, path
+
+
+def test_embedded_engine_reads_every_config_that_it_can_honour():
+    for path in CONFIGS.glob("mask_rcnn_*.yaml"):
+        assert configured(torchvision_defaults(), path.stem, "moco").MODEL.ROI_BOX_HEAD.NUM_FC == 2
+
+
+def test_protocols_by_their_layers():
+    cfg = configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x")
+    assert protocol_of(cfg) == "infomin"
+    for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        cfg.MODEL[part].NORM = "BN"  # what SyncBN is on CPU processes
+    assert protocol_of(cfg) == "infomin"
+    cfg.MODEL.ROI_MASK_HEAD.NORM = ""
+    assert protocol_of(cfg) == "other" and protocol_of(torchvision_defaults()) == "other"
+
+
+RSA = {"method": "rsa"}
+MSRA = {"method": "supervised", "input_format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1, 1, 1],
+        "stride_in_1x1": True}
+
+
+@pytest.mark.parametrize("config, provenance, overrides, message", [
+    ("1x", RSA, [], None),  # an older file without the keys
+    ("1x", {**RSA, **RGB_IMAGENET}, [], None),
+    ("1x", None, [], None),
+    ("1x_msra", MSRA, [], None),
+    ("1x_msra", MSRA, ["MODEL.RESNETS.NORM", "FrozenBN"], None),  # as Detectron2's own models do
+    ("1x", RSA, ["INPUT.FORMAT", "BGR"], r"INPUT.FORMAT 'RGB' \(it is 'BGR'\)"),
+    ("1x", RSA, ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]], r"MODEL.PIXEL_STD \[58.395"),
+    ("1x", RSA, ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]], r"MODEL.PIXEL_MEAN \[123.675"),
+    ("1x", RSA, ["MODEL.PIXEL_MEAN", [123.675]], r"MODEL.PIXEL_MEAN"),
+    ("1x", RSA, ["MODEL.RESNETS.STRIDE_IN_1X1", True], r"STRIDE_IN_1X1 False \(it is True\)"),
+    ("1x", MSRA, [], "INPUT.FORMAT 'BGR'.*PIXEL_MEAN.*PIXEL_STD.*STRIDE_IN_1X1 True"),
+    ("1x_msra", RSA, [], "INPUT.FORMAT 'RGB'.*PIXEL_MEAN.*PIXEL_STD.*STRIDE_IN_1X1 False"),
+    ("1x", {**RSA, "pixel_mean": [127.5] * 3, "pixel_std": [127.5] * 3}, [], "PIXEL_MEAN.*127.5"),
+    ("1x", RSA, ["MODEL.RESNETS.NORM", "FrozenBN"], "RESNETS.NORM is FrozenBN.*self-supervised.*SyncBN"),
+    ("1x", {**RSA, "method": "MoCo v1, v2"}, ["MODEL.FPN.NORM", "FrozenBN"], "FPN.NORM is FrozenBN.*MoCo"),
+])
+def test_config_must_fit_the_weights(config, provenance, overrides, message):
+    cfg = configured(torchvision_defaults(), f"mask_rcnn_R50_FPN_{config}", overrides=overrides)
+    if message is None:
+        check_weights(cfg, provenance)
+    else:
+        with pytest.raises(InputError, match=message) as error:
+            check_weights(cfg, provenance)
+        assert "\n" not in str(error.value)
+
+
+def test_random_weights_must_be_asked_for():
+    """A config file that says nothing of the weights means the converted ones, never silent random initialisation."""
+    quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R50_FPN")
+    assert quickstart.MODEL.WEIGHTS == "output/weights/rsa_r50.pkl"
+    assert configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x_random").MODEL.WEIGHTS == ""
+
+
+@pytest.mark.parametrize("text, line", [
+    ("SOLVER:\n  MAX_ITER: 3\n  BASE_LR: 0.1\n  MAX_ITER: 5\n", "line 4: SOLVER.MAX_ITER is given a second time"),
+    ("SOLVER:\n  MAX_ITER: 3\nMODEL:\n  MASK_ON: True\nSOLVER:\n  BASE_LR: 0.1\n", "line 5: SOLVER is given a second"),
+    ("a: [{b: 1, b: 2}]", None)])
+def test_a_repeated_key_is_one_line_with_file_and_line(tmp_path, text, line):
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "child.yaml").write_text("_BASE_: base.yaml\nOUTPUT_DIR: x\n")
+    for name in ("base.yaml", "child.yaml"):
+        with pytest.raises(InputError) as error:
+            merge_config(torchvision_defaults(), str(tmp_path / name), [], InputError)
+        if line:
+            assert f"{tmp_path / 'base.yaml'}, {line}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_yaml_file_runs_no_code(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    with pytest.raises(InputError, match="python/object"):
+        merge_config(torchvision_defaults(), str(tmp_path / "c.yaml"), [], InputError)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("images, max_iter, steps, warmup", [
+    (117266, 90000, (60000, 80000), 1000), (58633, 45000, (30000, 40000), 1000),
+    (234532, 180000, (120000, 160000), 1000),
+    (5863, 4500, (3000, 4000), 450), (120, 3000, (2000, 2667), 300), (1, 3000, (2000, 2667), 300)])
+def test_schedule_follows_the_size_of_the_data_set(images, max_iter, steps, warmup):
+    solver = configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x").SOLVER
+    solver.WARMUP_ITERS = 1000
+    line = scale_schedule(solver, images)
+    assert solver.MAX_ITER == pytest.approx(max_iter, abs=1) and solver.STEPS == pytest.approx(steps, abs=1)
+    assert solver.WARMUP_ITERS == pytest.approx(warmup, abs=1)
+    assert f"{solver.MAX_ITER * 16 / images:.1f} epochs of {images} images" in line
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""
+    square = [1, 1, 5, 1, 5, 5, 1, 5]
+    annotations = [
+        {"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0,
+         "segmentation": [square]},
+        {"id": 2, "image_id": 4, "category_id": 90, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 0,
+         "segmentation": {"size": [6, 8], "counts": [0, 48]}},
+        {"id": 3, "image_id": 9, "category_id": 3, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 1,
+         "segmentation": {"size": [6, 8], "counts": [0, 48]}}]
+    images = [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (4, 9, 11)]
+    for image in images:
+        (tmp_path / image["file_name"]).write_text("")
+    return {"images": images, "annotations": annotations,
+            "categories": [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}]}
+
+
+def write(coco, folder, name="a.json"):
+    (folder / name).write_text(json.dumps(coco))
+    return folder / name
+
+
+def test_a_sound_data_set(coco, tmp_path):
+    path = write(coco, tmp_path)
+    assert check_annotations(path, tmp_path, evaluated=True) == Annotations(images=3, annotated=1, rle=True)
+    coco["annotations"] = coco["annotations"][:1] + coco["annotations"][2:]
+    # a crowd's RLE is no matter: it is no training target
+    assert check_annotations(write(coco, tmp_path)) == Annotations(images=3, annotated=1, rle=False)
+
+
+BAD = {  # what is wrong: (where, key, value or None to take it away, words of the message)
+    "missing box": (1, "bbox", None, "annotation 2 lacks bbox"),
+    "missing mask": (1, "segmentation", None, "annotation 2 lacks segmentation"),
+    "missing id": (0, "id", None, "annotation without an id lacks id"),
+    "missing area": (1, "area", None, "annotation 2 lacks area"),
+    "negative box": (1, "bbox", [3, 3, -1, 2], "annotation 2 has the bbox"),
+    "short box": (1, "bbox", [3, 3, 1], "annotation 2 has the bbox"),
+    "NaN box": (1, "bbox", [3, 3, 1, float("nan")], "annotation 2 has the bbox"),
+    "words for a box": (1, "bbox", "3 3 1 1", "annotation 2 has the bbox"),
+    "unknown image": (1, "image_id", 77, "annotation 2 has the unknown image_id 77"),
+    "unknown category": (1, "category_id", 1, "annotation 2 has the unknown category_id 1"),
+    "list for an id": (1, "image_id", [4], "annotation 2 has image_id"),
+    "same id": (1, "id", 1, "annotation 1 has the id of another"),
+    "two points": (0, "segmentation", [[1, 1, 5, 5]], "annotation 1 has a polygon"),
+    "odd polygon": (0, "segmentation", [[1, 1, 5, 5, 3, 3, 2]], "annotation 1 has a polygon"),
+    "flat polygon": (0, "segmentation", [1, 1, 5, 5, 3, 3], "annotation 1 has a polygon"),
+    "no polygon": (0, "segmentation", [], "annotation 1 has an empty segmentation"),
+    "null mask": (0, "segmentation", None.__class__, "annotation 1 has a segmentation that is neither"),
+    "RLE of another size": (1, "segmentation", {"size": [8, 6], "counts": [48]},
+                            r"annotation 2 has an RLE of size \[8, 6\]"),
+    "RLE of another sum": (1, "segmentation", {"size": [6, 8], "counts": [40]},
+                           "annotation 2 has RLE counts that do not"),
+    "RLE without counts": (1, "segmentation", {"size": [6, 8]}, "annotation 2 has a segmentation that is neither"),
+}
+
+
+@pytest.mark.parametrize("where, key, value, message", BAD.values(), ids=BAD)
+def test_a_bad_annotation_is_one_line_with_file_and_id(coco, tmp_path, where, key, value, message):
+    annotation = coco["annotations"][where]
+    if value is None:
+        del annotation[key]
+    else:
+        annotation[key] = None if value is type(None) else value
+    path = write(coco, tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        check_annotations(path, tmp_path, evaluated=True)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["images"].append(dict(c["images"][0])), "image id 4 occurs twice"),
+    (lambda c: c["images"][0].pop("height"), "image 4 lacks height"),
+    (lambda c: c["images"][1].update(file_name="gone.png"), "image 9: no file .*gone.png"),
+    (lambda c: c.pop("annotations"), "is not a COCO annotation file.*annotations"),
+    (lambda c: c.update(images={}), "is not a COCO annotation file"),
+    (lambda c: c["annotations"].append(7), "annotation 7 lacks"),
+])
+def test_bad_images_and_files(coco, tmp_path, change, message):
+    change(coco)
+    with pytest.raises(InputError, match=message):
+        check_annotations(write(coco, tmp_path), tmp_path)
+
+
+def test_errors_are_counted(coco, tmp_path):
+    for annotation in coco["annotations"]:
+        del annotation["bbox"]
+    with pytest.raises(InputError, match=r"annotation 1 lacks bbox \(and 2 more such errors\)"):
+        check_annotations(write(coco, tmp_path))
+
+
+def test_data_sets_must_fit_the_model_and_each_other(coco, tmp_path):
+    def cfg(train, val, classes):
+        cfg = torchvision_defaults()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (dataset_name(train, tmp_path),), (dataset_name(val, tmp_path),)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+        return cfg
+
+    good, other, crowds = write(coco, tmp_path), deepcopy(coco), deepcopy(coco)
+    same = write(coco, tmp_path, "same.json")
+    assert [found.annotated for found in check_datasets(cfg(same, good, 2))] == [1]
+    with pytest.raises(InputError, match="2 categories, but MODEL.ROI_HEADS.NUM_CLASSES is 80"):
+        check_datasets(cfg(good, good, 80))
+    other["categories"][0]["id"] = other["annotations"][1]["category_id"] = 91
+    with pytest.raises(InputError, match="different category ids"):
+        check_datasets(cfg(good, write(other, tmp_path, "b.json"), 2))
+    crowds["annotations"] = crowds["annotations"][2:]
+    with pytest.raises(InputError, match="c.json has no image with a usable annotation"):
+        check_datasets(cfg(write(crowds, tmp_path, "c.json"), good, 2))
+    assert check_datasets(cfg("absent.json", good, 2), eval_only=True) == []
+    empty = cfg(good, good, 2)
+    empty.DATASETS.TRAIN = ()
+    with pytest.raises(InputError, match="DATASETS.TRAIN is empty"):
+        check_datasets(empty)
+    empty.DATASETS.TEST = ()
+    with pytest.raises(InputError, match="results are of one data set"):
+        check_datasets(empty)
+
+
+def test_train_option_takes_classes_and_schedule_from_the_data_set(coco, tmp_path, capsys):
+    path = write(coco, tmp_path)
+
+    def made(*overrides, eval_only=False):
+        cfg = torchvision_defaults()
+        train_net.configure(cfg, argparse.Namespace(
+            config_file="transfer/mask_rcnn_R50_FPN_1x.yaml", protocol="infomin", scale_schedule=False,
+            eval_only=eval_only, train=(str(path), str(tmp_path)), val=(str(path), str(tmp_path)),
+            overrides=list(overrides)))
+        return cfg
+
+    cfg = made()
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2 and cfg.SOLVER.MAX_ITER == 3000
+    assert "schedule: 3000 iterations instead of 90000" in capsys.readouterr().out
+    assert made("SOLVER.MAX_ITER", "77").SOLVER.MAX_ITER == 77
+    assert made("SOLVER.STEPS", "(5,)").SOLVER.MAX_ITER == 90000
+    assert made(eval_only=True).SOLVER.MAX_ITER == 90000 and capsys.readouterr().out == ""

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""A table of the paper in one command: runs what is missing, skips what is done, ends in a report beside the paper.
+
+    tools/reproduce.py table1 --rows cifar10_rsa cifar10_byol --seeds 3
+    tools/reproduce.py table5 --dry-run                  # what would run, and what it costs
+    tools/reproduce.py table5 --rows rsa --num-gpus 8
+    tools/reproduce.py table6 --rows random msra rsa --seeds 3 --num-gpus 4
+
+Stopped at any point, the same command goes on. The rows of other methods need their authors' checkpoints, converted
+once with tools/convert_to_d2.py.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools._cli import ROOT, run  # noqa: E402
+from transfer.config import InputError  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the file that says that it has run; both with {seed}, {gpus}, {out} (one table's folder).
+
+    gpu_hours: an estimate, of a V100. A step without a command is the user's: ``how`` says what to do.
+    """
+
+    done: str
+    command: str = ""
+    gpu_hours: float = 0.0
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: {name: the steps that lead to it, the last of which leaves its figures}; report: command that takes the
+    folders of the last steps; without one, the last steps' files are the report."""
+
+    rows: dict
+    report: str = ""
+
+
+# MoCo's README states 53 hours on 8 V100 for 200 epochs; RSA has twice the forward and backward passes: a guess.
+PRETRAIN = Step("output/pretrain/model_final.pth", "tools/pretrain.py --epochs 200", 850)
+CONVERT = Step("output/weights/rsa_r50.pkl", "tools/convert_to_d2.py output/pretrain/model_final.pth {done}")
+
+
+def fine_tuning(schedule, row, config, gpu_hours, overrides=""):
+    folder = f"{{out}}/seed{{seed}}/{row}"
+    command = (f"tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_{schedule}{config}.yaml --resume "
+               f"--num-gpus {{gpus}} {{options}} SEED {{seed}} OUTPUT_DIR {folder} {overrides}")
+    return Step(f"{folder}/results.json", command.strip(), gpu_hours)
+
+
+def transfer_table(schedule, gpu_hours):
+    """Table 5 or 6. gpu_hours: 90,000 or 180,000 iterations of 0.345 s on 8 V100, by Detectron2's model zoo for
+    mask_rcnn_R_50_FPN_3x_syncbn, the same network."""
+    rows = {"random": (fine_tuning(schedule, "random", "_random", gpu_hours),),
+            "supervised": (fine_tuning(schedule, "supervised", "_supervised", gpu_hours),),
+            "msra": (fine_tuning(schedule, "msra", "_msra", gpu_hours),)}
+    for row in ("instdis", "pirl", "moco_v1", "moco_v2", "infomin", "byol"):
+        weights = f"output/weights/{row}_r50.pkl"
+        rows[row] = (Step(weights, how=f"tools/convert_to_d2.py CHECKPOINT {weights}, from its authors' ResNet-50"),
+                     fine_tuning(schedule, row, "_ssl", gpu_hours, f"MODEL.WEIGHTS {weights}"))
+    rows["rsa"] = (PRETRAIN, CONVERT, fine_tuning(schedule, "rsa", "", gpu_hours))
+    return Table(rows, "tools/report.py")
+
+
+def linear_evaluation(recipe, pretraining, linear):
+    """Pre-training by a recipe and linear evaluation of it, which take that many GPU-hours."""
+    folder = f"{{out}}/seed{{seed}}/{recipe}"
+    train = f"tools/pretrain.py --config-file pretrain/{recipe}.yaml OUTPUT_DIR {folder} SEED {{seed}}"
+    evaluate = f"tools/evaluate.py linear {folder}/model_final.pth --seed {{seed}} --output {{done}}"
+    return Step(f"{folder}/model_final.pth", train, pretraining), Step(f"{folder}/linear.json", evaluate, linear)
+
+
+# Per data set: what its recipes' names end in, and the GPU-hours of pre-training and of linear evaluation. Estimates,
+# not measured: eight forward passes an image (two views forward and backward, two by the target), 7 TFLOP/s in float32
+# on the small sets and 20 with AMP; ImageNet's as in PRETRAIN.
+COSTS = {"cifar10": ("_R18", 4, 0.2), "cifar100": ("_R18", 4, 0.2), "stl10": ("_R18", 29, 0.1),
+         "tinyimagenet": ("_R18", 28, 2), "imagenet100": ("_R50", 23, 0.6), "imagenet": ("_R50_200ep", 850, 6)}
+BASELINES = ("simclr", "moco", "simsiam", "byol", "rsa")
+BETA = ("rsa", "rsa_fixed_beta", "rsa_beta_0")
+
+
+def top1_table(datasets, methods):
+    rows = {}
+    for dataset in datasets:
+        suffix, *hours = COSTS[dataset]
+        rows |= {f"{dataset}_{method}": linear_evaluation(f"{dataset}_{method}{suffix}", *hours) for method in methods}
+    return Table(rows, "tools/report_top1.py")
+
+
+CHECKPOINT = Step("output/pretrain/model_final.pth", how="tools/pretrain.py --epochs 200, or copy a checkpoint there")
+VIEWS = "tools/show_views.py datasets/imagenet/train --output-dir"
+# Which data sets stand in which of Tables 1-4, and what Figure 3 shows, is a guess from public summaries of the paper.
+TABLES = {
+    "table1": top1_table(("cifar10", "cifar100"), BASELINES),
+    "table2": top1_table(("stl10", "tinyimagenet"), BASELINES),
+    "table3": top1_table(("imagenet100", "imagenet"), BASELINES),
+    "table4": top1_table(("cifar10", "imagenet100"), ("byol", "byol_aw", *BETA)),
+    "table5": transfer_table("1x", 69),
+    "table6": transfer_table("2x", 138),
+    "table8": top1_table(("cifar10", "imagenet100"), ("simsiam", "simsiam_rsa")),
+    "figure1": Table({"views": (Step("{out}/views/views.png", f"{VIEWS} {{out}}/views"),),
+                      "drift": (CHECKPOINT, Step("{out}/drift/operations.png",
+                                                 f"{VIEWS} {{out}}/drift --checkpoint {CHECKPOINT.done}"))}),
+    "figure3": top1_table(("cifar10",), BETA),
+}
+
+
+def plan(table, rows, seeds, **words):
+    """Rows of a table and seeds -> (its steps in the order to run, each once and filled in; those that are to run).
+
+    What leads to a file that is there need not run: weights without the checkpoint that they came from are enough.
+    """
+    steps, missing = {}, []
+    for seed in range(seeds):
+        for row in rows:
+            chain = []
+            for step in table.rows[row]:
+                done = step.done.format(seed=seed, **words)
+                chain.append(replace(step, done=done, command=step.command.format(seed=seed, done=done, **words)))
+                if Path(done).is_file():
+                    chain = chain[-1:]
+            for step in chain:
+                if step.done not in steps and not Path(step.done).is_file():
+                    missing.append(step)
+                steps.setdefault(step.done, step)
+    return list(steps.values()), missing
+
+
+def choose_rows(table, wanted):
+    """The rows asked for, or all that can be run; a row that waits for the user is an InputError, or is left out."""
+    unknown = [row for row in wanted or () if row not in table.rows]
+    if unknown:
+        raise InputError(f"no row {', '.join(unknown)}: choose from {', '.join(table.rows)}")
+    rows = []
+    for row in wanted or table.rows:
+        missing = [step for step in table.rows[row] if not step.command and not Path(step.done).is_file()]
+        if missing and wanted:
+            raise InputError(f"row {row} needs {missing[0].done}: {missing[0].how}")
+        if missing:
+            print(f"left out: {row} needs {missing[0].done} ({missing[0].how})")
+        else:
+            rows.append(row)
+    return rows
+
+
+def main():
+    args = parse()
+    table = TABLES[args.table]
+    folder = Path(args.output_dir, args.table + f"_{args.protocol}" * (args.protocol != "infomin"))
+    options = f"--protocol {args.protocol}" + f" --accumulate {args.accumulate}" * bool(args.accumulate)
+    rows = choose_rows(table, args.rows)
+    steps, missing = plan(table, rows, args.seeds, out=folder, gpus=args.num_gpus, options=options)
+    for step in steps:
+        state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"
+        print(f"[{state}] {step.command if step in missing else step.done}")
+    print(f"{len(missing)} of {len(steps)} to run, about {sum(step.gpu_hours for step in missing):g} GPU-hours of a "
+          "V100 (an estimate)", flush=True)
+    if args.dry_run:
+        return None
+    for step in missing:
+        words = shlex.split(step.command) + (args.overrides if "train_net" in step.command else [])
+        print(f"\n$ {shlex.join(words)}", flush=True)
+        status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
+        if status or not Path(step.done).is_file():
+            print(f"stopped with status {status}, {step.done} is not there; the same command goes on", file=sys.stderr)
+            return status or 1
+    if not table.report:
+        return 0
+    runs = [str(Path(table.rows[row][-1].done.format(seed=seed, out=folder)).parent)
+            for row in rows for seed in range(args.seeds)]
+    report = shlex.split(table.report)
+    return subprocess.run([sys.executable, str(ROOT / report[0]), *report[1:], *runs,
+                           "--output", str(folder / "report")]).returncode
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all whose weights are there or can be had")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row (default %(default)s)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="for fine-tuning; pre-training takes all")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="as in tools/train_net.py")
+    parser.add_argument("--protocol", choices=("infomin", "moco"), default="infomin")
+    parser.add_argument("--output-dir", default="output/reproduce", metavar="DIR", help="default %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and their cost, and stop")
+    parser.add_argument("--set", nargs="+", dest="overrides", default=[], metavar="KEY VALUE",
+                        help="for every fine-tuning, e.g. SOLVER.AMP.ENABLED True")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, InputError)
