@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Rewrite a folder of images with their short side at 288 pixels, so that pre-training's loader decodes less.
+
+    tools/prepare_data.py datasets/imagenet/train datasets/imagenet288/train
+    tools/pretrain.py --data datasets/imagenet288/train
+
+Optional: pre-training takes the original files as well; docs/benchmarks.md says what is gained and what it changes in
+the crops. Folders and their names stay. An image that is small enough is copied as it is, an unreadable one is named
+and left out. Run again it goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torchvision.io import encode_jpeg  # noqa: E402
+from torchvision.transforms.v2 import InterpolationMode, functional as TF  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from pretrain.checkpoint import write_atomically  # noqa: E402
+from pretrain.config import InputError  # noqa: E402
+from pretrain.datasets import ImageFolder, UnreadableImage  # noqa: E402
+from pretrain.loader import ignore_stop_signals  # noqa: E402
+from tools._cli import run  # noqa: E402
+
+WRITTEN, COPIED, THERE, UNREADABLE = range(4)
+MARKER = "prepared.json"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of images, in whatever folders below")
+    parser.add_argument("destination", help="new folder")
+    parser.add_argument("--size", type=int, default=288, help="of the short side in pixels (default 288)")
+    parser.add_argument("--quality", type=int, default=92, help="of the JPEG files, 1-100 (default 92)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+                        help="processes (default: one per core)")
+    args = parser.parse_args()
+    for name, value, least, most in (("--size", args.size, 1, 65500), ("--quality", args.quality, 1, 100),
+                                     ("--workers", args.workers, 0, 4096)):
+        if not least <= value <= most:
+            raise InputError(f"{name} {value}: it must lie between {least} and {most}")
+    source, destination = Path(args.source), Path(args.destination)
+    if not source.is_dir():
+        raise InputError(f"no image folder {source}: give the one to rewrite")
+    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise InputError(f"{destination} lies in {source}: give a folder outside, the originals stay as they are")
+    images = ImageFolder(source)
+    claim(destination, {"size": args.size, "quality": args.quality})
+
+    counts = [0, 0, 0, 0]
+    loader = DataLoader(Preparation(images, destination, args.size, args.quality), batch_size=None,
+                        num_workers=args.workers, worker_init_fn=ignore_stop_signals,
+                        multiprocessing_context="fork" if args.workers else None)
+    for outcome, message in tqdm(loader, desc="preparing", unit="image", dynamic_ncols=True,
+                                 mininterval=0.1 if sys.stderr.isatty() else 10):
+        counts[outcome] += 1
+        if message:
+            tqdm.write(message, file=sys.stderr)
+    print(f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, {counts[THERE]} were there"
+          + (f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else ""))
+    if sum(counts[:3]) == 0:
+        raise InputError(f"not one image of {source} can be read")
+
+
+def claim(folder, how):
+    """Leave in ``folder`` how its images are made. Raises InputError if it holds others, or something else."""
+    marker = folder / MARKER
+    folder.mkdir(parents=True, exist_ok=True)
+    if marker.is_file():
+        if (found := marker.read_text()) != json.dumps(how):
+            raise InputError(f"{folder} was made with {found}, not with {json.dumps(how)}: give another folder")
+    elif any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and not of this tool: give a new folder")
+    else:
+        write_atomically(marker, lambda file: file.write(json.dumps(how).encode()))
+
+
+class Preparation(Dataset):
+    """index -> (outcome, message): image ``index`` of a folder, written to ``destination`` under its own name; files of
+    other formats that became JPEG have .jpg after it."""
+
+    def __init__(self, images, destination, size, quality):
+        self.images, self.destination, self.size, self.quality = images, destination, size, quality
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        source = Path(self.images.name(index))
+        same = self.destination / source.relative_to(self.images.root)
+        jpeg = same if same.suffix.lower() in (".jpg", ".jpeg") else same.with_name(same.name + ".jpg")
+        if is_whole(same) or is_whole(jpeg):
+            return THERE, ""
+        try:
+            image = self.images.read(index)
+        except UnreadableImage as error:
+            return UNREADABLE, str(error)
+        same.parent.mkdir(parents=True, exist_ok=True)
+        if min(image.shape[1:]) <= self.size:
+            part = same.with_name(same.name + ".part")
+            shutil.copyfile(source, part)
+            os.replace(part, same)
+            return COPIED, ""
+        image = TF.resize(image, self.size, InterpolationMode.BICUBIC, antialias=True)
+        part = jpeg.with_name(jpeg.name + ".part")
+        part.write_bytes(encode_jpeg(image.contiguous(), self.quality).numpy())
+        os.replace(part, jpeg)
+        return WRITTEN, ""
+
+
+def is_whole(path):
+    """A file gets its name when it is written out; a power cut may still leave it empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the workers take a core each
+    run(main, InputError)
