@@ -1,12 +1,12 @@
 """Frozen backbones judged by a classifier on their features: weighted kNN, and linear evaluation (paper, 4.1)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset, SequentialSampler
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -14,7 +14,8 @@ from pretrain.augment import normalize, to_float, weak_view
 from pretrain.config import InputError
 from pretrain.datasets import VAL_NAMES, open_images, read_or_next
 from pretrain.distributed import device
-from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader, resolve_workers
+from pretrain.feature_cache import fingerprint
+from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader
 
 
 class CenterCrops(Dataset):
@@ -57,15 +58,23 @@ def label_of(images, index):
 
 
 class Features:
-    """uint8 images [B, 3, S, S] -> float32 features [B, D] of a frozen backbone in eval mode."""
+    """uint8 images [B, 3, S, S] -> float32 features [B, D] of a frozen backbone in eval mode.
 
-    def __init__(self, backbone, data, amp):
-        self.backbone, self.data, self.amp = backbone, data, amp
+    ``data`` is a configuration's DATA, ``amp`` a dtype or None. With ``cache``, a FeatureCache of the checkpoint that
+    the backbone is from, what depends on centre crops alone is computed once.
+    """
+
+    def __init__(self, backbone, data, amp, cache=None):
+        self.backbone, self.data, self.amp, self.cache = backbone, data, amp, cache
+
+    def __call__(self, images):
+        return self.of_floats(to_float(images.to(device(), non_blocking=True)))
 
     @torch.no_grad()
-    def __call__(self, images):
+    def of_floats(self, images):
+        """The same of float32 images in [0, 1]."""
         self.backbone.eval()  # here, because the training loop that shares it has set it back
-        images = normalize(to_float(images.to(device(), non_blocking=True)), self.data.MEAN, self.data.STD)
+        images = normalize(images, self.data.MEAN, self.data.STD)
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
 
@@ -73,12 +82,43 @@ class Features:
         """Centre-crop features float32 [N, D] and labels [N] of a source, at most ``limit``, evenly spaced; ``replace``
         as in CenterCrops."""
         count = min(len(images), limit or len(images))
-        indices = np.arange(count) * len(images) // count
+        what = {"features": count, "replace": replace, **self.describe(images)} if self.cache else None
+        if found := self.cache and self.cache.get(what):
+            return tuple(torch.from_numpy(found[name]).to(device()) for name in ("features", "labels"))
+        features, labels = zip(*self.batches(images, np.arange(count) * len(images) // count, description, replace))
+        features, labels = torch.cat(features), torch.cat(labels).to(device())
+        if self.cache:
+            self.cache.put(what, features=features.cpu().numpy(), labels=labels.cpu().numpy())
+        return features, labels
+
+    def statistics(self, images):
+        """Mean and variance, float32 [D] each, of the l2-normalised centre-crop features of a source; summed up batch
+        by batch, because those of ImageNet would fill 10 GB."""
+        what = {"statistics": len(images), **self.describe(images)} if self.cache else None
+        if found := self.cache and self.cache.get(what):
+            return tuple(torch.from_numpy(found[name]).to(device()) for name in ("mean", "var"))
+        total = squares = 0
+        for features, _ in self.batches(images, np.arange(len(images)), "feature statistics", replace=True):
+            features = F.normalize(features, dim=1).double()
+            total, squares = total + features.sum(0), squares + features.square().sum(0)
+        mean = total / len(images)
+        var = (squares - len(images) * mean.square()) / (len(images) - 1)
+        mean, var = mean.float(), var.clamp_(min=0).float()
+        if self.cache:
+            self.cache.put(what, mean=mean.cpu().numpy(), var=var.cpu().numpy())
+        return mean, var
+
+    def batches(self, images, indices, description, replace):
+        """Centre-crop features [B, D] and labels [B], batch by batch."""
         crops = CenterCrops(images, indices, self.data.EVAL_RESIZE, self.data.IMAGE_SIZE, replace)
-        loader = DataLoader(crops, batch_size=128, num_workers=resolve_workers(self.data.NUM_WORKERS))
-        progress = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None)
-        features, labels = zip(*[(self(batch), labels) for batch, labels in progress])
-        return torch.cat(features), torch.cat(labels).to(device())
+        loader = build_loader(crops, BatchSampler(SequentialSampler(crops), 128, False), self.data.NUM_WORKERS)
+        for batch, labels in tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None):
+            yield self(batch), labels
+
+    def describe(self, images):
+        """What the centre-crop features of a source depend on, besides the checkpoint."""
+        return {"images": fingerprint(images), "resize": self.data.EVAL_RESIZE, "size": self.data.IMAGE_SIZE,
+                "mean": list(self.data.MEAN), "std": list(self.data.STD), "dtype": str(self.amp)}
 
 
 def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
@@ -160,38 +200,105 @@ def shorten(protocol, epochs):
     return replace(protocol, epochs=epochs, milestones=milestones)
 
 
+class LinearClassifier:
+    """A classifier on features [B, D], trained by SGD as a LinearProtocol says. ``statistics`` are the mean and
+    variance that the protocol may standardise with."""
+
+    def __init__(self, dim, num_classes, protocol, seed, statistics=None):
+        torch.manual_seed(seed)
+        self.protocol, self.statistics = protocol, statistics
+        self.layer = nn.Linear(dim, num_classes)
+        nn.init.normal_(self.layer.weight, std=0.01)
+        nn.init.zeros_(self.layer.bias)
+        self.layer.to(device())
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), protocol.lr, momentum=0.9,
+                                         weight_decay=protocol.weight_decay, nesterov=protocol.nesterov)
+
+    def __call__(self, features):
+        if self.statistics:
+            features = standardize(features, *self.statistics)
+        return self.layer(features)
+
+    def step(self, features, labels, epoch):
+        """One step of SGD in ``epoch``, counted from 0."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.protocol, epoch)
+        loss = F.cross_entropy(self(features), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def top1(self, features, labels):
+        """In percent."""
+        return 100 * (self(features).argmax(1) == labels).float().mean().item()
+
+    def arrays(self):
+        """{name: array} of what training goes on from."""
+        arrays = {name: p.detach().cpu().numpy() for name, p in self.layer.named_parameters()}
+        return arrays | {f"{name} momentum": self.optimizer.state[p]["momentum_buffer"].cpu().numpy()
+                         for name, p in self.layer.named_parameters()}
+
+    def restore(self, arrays):
+        for name, p in self.layer.named_parameters():
+            p.data.copy_(torch.from_numpy(arrays[name]))
+            self.optimizer.state[p]["momentum_buffer"] = torch.from_numpy(arrays[f"{name} momentum"]).to(p.device)
+
+
+def learning_rate(protocol, epoch):
+    """Of an epoch, counted from 0: a tenth from each milestone on."""
+    return protocol.lr * 0.1 ** sum(epoch >= milestone for milestone in protocol.milestones)
+
+
+def standardize(features, mean, var):
+    """l2-normalised features, standardised with mean and variance [D]: [B, D] -> [B, D]."""
+    return (F.normalize(features, dim=1) - mean) / (var + 1e-5).sqrt()
+
+
 def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
-    """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent."""
+    """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent.
+
+    With a cache in ``features``, a call that was stopped goes on from its last whole epoch.
+    """
     check_labelled(train, val)
     batch_size = min(batch_size, len(train))
     val_features, val_labels = features.of(val, "validation features")
-    prepare = lambda x: x  # noqa: E731
-    if protocol.standardize:
-        var, mean = torch.var_mean(F.normalize(features.of(train, "feature statistics", replace=True)[0], dim=1), dim=0)
-        prepare = lambda x: (F.normalize(x, dim=1) - mean) / (var + 1e-5).sqrt()  # noqa: E731
-
-    torch.manual_seed(seed)
-    classifier = nn.Linear(val_features.shape[1], len(train.classes)).to(device())
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.SGD(classifier.parameters(), protocol.lr, momentum=0.9,
-                                weight_decay=protocol.weight_decay, nesterov=protocol.nesterov)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, protocol.milestones, gamma=0.1)
-    steps_per_epoch = len(train) // batch_size
-    batches = StepBatches(len(train), batch_size, protocol.epochs * steps_per_epoch, seed)
-    loader = build_loader(RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS)
-
+    statistics = features.statistics(train) if protocol.standardize else None
+    classifier = LinearClassifier(val_features.shape[1], len(train.classes), protocol, seed, statistics)
+    what = features.cache and {"linear": asdict(protocol), "seed": seed, "batch": batch_size,
+                               "train": features.describe(train), "val": features.describe(val)}
     top1 = []
-    progress = tqdm(loader, "linear evaluation", dynamic_ncols=True)
-    for step, (images, labels) in enumerate(progress, start=1):
-        loss = F.cross_entropy(classifier(prepare(features(images))), labels.to(device()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    if found := features.cache and features.cache.get(what):
+        top1 = found.pop("top1").tolist()
+        classifier.restore(found)
+
+    steps_per_epoch = len(train) // batch_size
+    done, total = len(top1) * steps_per_epoch, protocol.epochs * steps_per_epoch
+    batches = StepBatches(len(train), batch_size, total, seed, done)
+    loader = build_loader(RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS)
+    progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
+    for step, (images, labels) in enumerate(progress, start=done + 1):
+        classifier.step(features(images), labels.to(device()), len(top1))
         if step % steps_per_epoch == 0:
-            schedule.step()
-            with torch.no_grad():
-                correct = classifier(prepare(val_features)).argmax(1) == val_labels
-            top1.append(100 * correct.float().mean().item())
+            top1.append(classifier.top1(val_features, val_labels))
             progress.set_postfix(epoch=len(top1), top1=f"{top1[-1]:.2f}")
+            if features.cache:
+                features.cache.put(what, top1=np.array(top1), **classifier.arrays())
+    return top1
+
+
+def evaluate_linear_on(bank, bank_labels, queries, query_labels, protocol, seed=0, batch_size=256):
+    """The same on features [N, D] and [M, D] that are there already, without the crops' variety: quicker, and lower."""
+    batch_size = min(batch_size, len(bank))
+    steps_per_epoch = len(bank) // batch_size
+    statistics = None
+    if protocol.standardize:
+        statistics = torch.var_mean(F.normalize(bank, dim=1), dim=0)[::-1]
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    classifier = LinearClassifier(bank.shape[1], num_classes, protocol, seed, statistics)
+    top1 = []
+    for step, batch in enumerate(StepBatches(len(bank), batch_size, protocol.epochs * steps_per_epoch, seed), start=1):
+        indices = torch.tensor([index for _, index in batch], device=bank.device)
+        classifier.step(bank[indices], bank_labels[indices], len(top1))
+        if step % steps_per_epoch == 0:
+            top1.append(classifier.top1(queries, query_labels))
     return top1

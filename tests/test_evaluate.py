@@ -1,13 +1,18 @@
-"""kNN and linear evaluation on features whose answer is known."""
+"""kNN and linear evaluation on features whose answer is known, and what is kept of them beside a checkpoint."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from pretrain import evaluate
 from pretrain.config import get_cfg
-from pretrain.evaluate import LINEAR, Features, evaluate_linear, knn_top1, shorten
+from pretrain.datasets import ImageFolder
+from pretrain.evaluate import (LINEAR, Features, LinearClassifier, RandomCrops, evaluate_linear, evaluate_linear_on,
+                               knn_top1, shorten, standardize)
+from pretrain.feature_cache import FeatureCache
 
 
 def test_knn_equals_a_loop():
@@ -27,12 +32,29 @@ def test_knn_equals_a_loop():
     assert knn_top1(bank.float(), bank_labels, queries.float(), labels, k=7) == pytest.approx(100 * correct / 25)
 
 
+@pytest.mark.parametrize("k, temperature", [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0)])
+def test_knn_equals_scikit_learns(k, temperature):
+    """KNeighborsClassifier by cosine distance d = 1 - cos, with the weights exp((1 - d) / T); classes that overlap."""
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(k)
+    centres = rng.normal(size=(10, 16))
+    bank_labels, labels = rng.integers(0, 10, 1500), rng.integers(0, 10, 400)
+    bank = (centres[bank_labels] + 1.5 * rng.normal(size=(1500, 16))).astype(np.float32)
+    queries = (centres[labels] + 1.5 * rng.normal(size=(400, 16))).astype(np.float32)
+    reference = neighbors.KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / temperature), metric="cosine",
+                                               algorithm="brute").fit(bank, bank_labels).score(queries, labels)
+    assert 0.3 < reference < 0.95  # else they would agree on too little
+    found = knn_top1(*map(torch.from_numpy, (bank, bank_labels, queries, labels)), k, temperature)
+    assert found == pytest.approx(100 * reference, abs=0.01)
+
+
 class Images:
     """Two classes of plain images, bright red or bright blue; labels may be shuffled."""
 
     classes = ["red", "blue"]
 
-    def __init__(self, count, shuffle=None):
+    def __init__(self, count, root, shuffle=None):
+        self.root = root
         self.labels = np.arange(count) % 2
         self.colors = self.labels.copy()
         if shuffle is not None:
@@ -41,26 +63,224 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def name(self, index):
+        return f"{index}"
+
     def read(self, index):
         image = torch.full((3, 12, 12), 20, dtype=torch.uint8)
         image[0 if self.colors[index] == 0 else 2] = 200 + index % 50
         return image
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_separates_what_is_separable(name):
+def make_features(cache=None):
     cfg = get_cfg()
     cfg.merge_from_list(["DATA.IMAGE_SIZE", 8, "DATA.EVAL_RESIZE", 8, "DATA.NUM_WORKERS", 0])
-    backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.BatchNorm1d(3))
-    features = Features(backbone, cfg.DATA, None)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    top1 = evaluate_linear(features, Images(64), Images(32), shorten(LINEAR[name], 8), batch_size=16)
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.Tanh(),
+                                   torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.BatchNorm1d(6))
+    return Features(backbone, cfg.DATA, None, cache)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_separates_what_is_separable(name, tmp_path):
+    features = make_features()
+    features.backbone.train()  # as the training loop leaves it
+    before = {name: tensor.clone() for name, tensor in features.backbone.state_dict().items()}
+    train, val = Images(64, tmp_path), Images(32, tmp_path)
+    top1 = evaluate_linear(features, train, val, shorten(LINEAR[name], 8), batch_size=16)
     assert len(top1) == 8 and top1[-1] == 100
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-    chance = evaluate_linear(features, Images(64, shuffle=0), Images(64, shuffle=1), shorten(LINEAR[name], 4), batch_size=16)
-    assert 20 <= chance[-1] <= 80
+    assert all(torch.equal(tensor, before[name]) for name, tensor in features.backbone.state_dict().items())
+    assert not any(module.training for module in features.backbone.modules())
+    assert all(parameter.grad is None for parameter in features.backbone.parameters())
 
 
-def test_milestones():
-    assert shorten(LINEAR["small"], None).milestones == (60, 80) and LINEAR["large"].milestones == (15, 30)
-    assert shorten(LINEAR["small"], 10).milestones == (6, 8)
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_on_features(name):
+    """All of the validation set is right where a hyperplane parts the classes; with shuffled labels a tenth is, within
+    four standard deviations of 2000 draws."""
+    rng = np.random.default_rng(0)
+    normals = torch.from_numpy(rng.normal(size=(10, 32))).float()
+    labels = torch.from_numpy(rng.integers(0, 10, 3000))
+    features = normals[labels] * 3 + torch.from_numpy(rng.uniform(-0.5, 0.5, (3000, 32))).float()
+    bank, queries = slice(0, 1000), slice(1000, 3000)
+    top1 = evaluate_linear_on(features[bank], labels[bank], features[queries], labels[queries], LINEAR[name])
+    assert len(top1) == LINEAR[name].epochs and top1[-1] == 100
+    noise = torch.from_numpy(rng.permutation(3000))
+    labels = labels[noise]
+    top1 = evaluate_linear_on(features[bank], labels[bank], features[queries], labels[queries], LINEAR[name])
+    assert abs(top1[-1] - 10) < 4 * 100 * math.sqrt(0.1 * 0.9 / 2000)
+
+
+@pytest.mark.parametrize("name, rates", [
+    ("small", {0: 30, 59: 30, 60: 3, 79: 3, 80: 0.3, 99: 0.3}),
+    ("large", {0: 0.01, 14: 0.01, 15: 0.001, 29: 0.001, 30: 0.0001, 39: 0.0001}),
+])
+def test_rates_of_the_protocols(name, rates, monkeypatch):
+    """What SGD was told in each epoch, counted from 0, and everything else that it was told."""
+    told = []
+    step = torch.optim.SGD.step
+
+    def spy(optimizer, *args):
+        told.append(optimizer.param_groups[0].copy())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    features, labels = torch.randn(256, 4, generator=torch.manual_seed(0)), torch.arange(256) % 2
+    evaluate_linear_on(features, labels, features, labels, LINEAR[name])
+    assert len(told) == {"small": 100, "large": 40}[name]  # one batch of 256 each
+    assert {epoch: told[epoch]["lr"] for epoch in rates} == pytest.approx(rates)
+    assert {group["weight_decay"] for group in told} == {{"small": 0, "large": 1e-4}[name]}
+    assert {group["momentum"] for group in told} == {0.9}
+    assert shorten(LINEAR["small"], 10).milestones == (6, 8) and shorten(LINEAR["large"], None) is LINEAR["large"]
+
+
+def test_standardisation_against_numpy(tmp_path):
+    features, train = make_features(), Images(50, tmp_path)
+    found = features.of(train, "all")[0].numpy().astype(np.float64)
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    mean, var = features.statistics(train)
+    np.testing.assert_allclose(mean, unit.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(var, unit.var(0, ddof=1), rtol=1e-4, atol=1e-9)
+    expected = (unit - unit.mean(0)) / np.sqrt(unit.var(0, ddof=1) + 1e-5)
+    np.testing.assert_allclose(standardize(torch.from_numpy(found).float(), mean, var), expected, atol=1e-3)
+    assert LINEAR["large"].standardize and not LINEAR["small"].standardize
+    # The classifier sees these: its first logits are the layer's on the expected features.
+    classifier = LinearClassifier(6, 3, LINEAR["large"], 0, (mean, var))
+    logits = expected @ classifier.layer.weight.detach().numpy().T
+    np.testing.assert_allclose(classifier(torch.from_numpy(found).float()).detach(), logits, atol=1e-3)
+
+
+# ---- what is kept beside a checkpoint ----
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Images that were read, by the transform that read them."""
+    reads = {"centre": 0, "random": 0}
+    for name, kind in (("centre", evaluate.CenterCrops), ("random", RandomCrops)):
+        def get(self, key, name=name, original=kind.__getitem__):
+            reads[name] += 1
+            return original(self, key)
+        monkeypatch.setattr(kind, "__getitem__", get)
+    return reads
+
+
+def test_features_are_extracted_once(tmp_path, counted):
+    images = Images(20, tmp_path)
+    first = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
+    again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
+    assert counted["centre"] == 20 and all(map(torch.equal, first, again))
+    statistics = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).statistics(images)
+    again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).statistics(images)
+    assert counted["centre"] == 40 and all(map(torch.equal, statistics, again))
+
+
+def test_features_of_something_else_are_not_used(tmp_path, counted):
+    def reads(images, sha256="0" * 64, **data):
+        before = counted["centre"]
+        features = make_features(FeatureCache(tmp_path / "a.pth", sha256))
+        features.data.merge_from_list([item for key, value in data.items() for item in (key, value)])
+        features.of(images, "a")
+        return counted["centre"] - before
+
+    images = Images(20, tmp_path)
+    assert reads(images) == 20 and reads(images) == 0
+    assert reads(images, EVAL_RESIZE=10) == 20 and reads(images, MEAN=(0.1, 0.2, 0.3)) == 20
+    assert reads(Images(20, tmp_path / "elsewhere")) == 20 and reads(Images(20, tmp_path, shuffle=1)) == 20
+    assert reads(images) == 0 and len(list((tmp_path / "a.pth.features").iterdir())) == 5
+    assert reads(images, "1" * 64) == 20  # another checkpoint under the same name: what was kept is gone
+    assert len(list((tmp_path / "a.pth.features").iterdir())) == 1
+
+
+def test_an_image_file_that_changed_is_read_again(tmp_path, counted, image_folder):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, path in enumerate(sorted(image_folder.rglob("*.png"))[:3]):
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+
+    def features():
+        return make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(ImageFolder(folder), "a")[0]
+
+    before = features()
+    assert torch.equal(features(), before) and counted["centre"] == 3
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
+    after = features()
+    assert counted["centre"] == 6 and torch.equal(after[0], before[1]) and torch.equal(after[1:], before[1:])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
+def test_a_damaged_file_is_computed_anew_and_said(tmp_path, counted, capsys, damage):
+    images = Images(20, tmp_path)
+    first = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
+    [path] = (tmp_path / "a.pth.features").iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[content.index(first[0].numpy().tobytes()) + 100] ^= 1  # one bit of a feature
+    path.write_bytes({"flip": content, "cut": content[:200], "empty": b"", "foreign": b"hello"}[damage])
+    assert not capsys.readouterr().err
+    again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
+    assert counted["centre"] == 40 and all(map(torch.equal, first, again))
+    assert f"{path} is damaged" in capsys.readouterr().err
+    make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
+    assert counted["centre"] == 40 and not capsys.readouterr().err
+
+
+def test_a_folder_that_takes_nothing_costs_a_line(tmp_path, capsys):
+    (tmp_path / "a.pth.features").write_text("in the way")
+    features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(Images(20, tmp_path), "a")[0]
+    assert features.shape == (20, 6) and "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_evaluation_goes_on_bit_for_bit(name, tmp_path, counted, monkeypatch):
+    train, val, protocol = Images(48, tmp_path), Images(32, tmp_path, shuffle=0), shorten(LINEAR[name], 6)
+    features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64))
+    whole = evaluate_linear(features, train, val, protocol, batch_size=16)
+    stopped = FeatureCache(tmp_path / "b.pth", "1" * 64)
+    put = stopped.put
+
+    def stop(what, **arrays):
+        put(what, **arrays)
+        if "linear" in what and len(arrays["top1"]) == 4:
+            raise KeyboardInterrupt
+
+    stopped.put = stop
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_linear(make_features(stopped), train, val, protocol, batch_size=16)
+    counted["random"] = 0
+    again = FeatureCache(tmp_path / "b.pth", "1" * 64)
+    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16) == whole
+    assert counted["random"] == 2 * 48
+    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16) == whole
+    assert counted["random"] == 2 * 48
+
+    def last(name):
+        [state] = [state for path in (tmp_path / f"{name}.features").iterdir() if "top1" in (state := np.load(path))]
+        return {key: state[key] for key in state if key != "identity"}
+
+    assert last("a.pth").keys() == last("b.pth").keys()
+    assert all((last("a.pth")[key] == last("b.pth")[key]).all() for key in last("a.pth"))
+
+
+# ---- the tool ----
+
+def test_tool_takes_another_projects_checkpoint(tool, image_folder, resnet50_checkpoint, tmp_path):
+    """The same ResNet-50 in this project's layout and in that of the authors' code: the same kNN top-1."""
+    saved = torch.load(resnet50_checkpoint, weights_only=True)
+    foreign = {f"encoder_q.{name.removeprefix('online.backbone.')}": tensor for name, tensor in saved["model"].items()
+               if name.startswith("online.backbone.")}
+    torch.save({"state_dict": foreign}, tmp_path / "theirs.pth")
+    torch.save(saved, tmp_path / "ours.pth")
+    results = []
+    for name in ("ours", "theirs"):
+        done = tool("evaluate", "knn", tmp_path / f"{name}.pth", "--train", image_folder)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0]["knn_top1"] == results[1]["knn_top1"] and results[0]["method"] == "rsa"
+    assert results[0]["sha256"] != results[1]["sha256"] and results[1]["branch"] == "online"
+    features = [next(iter((tmp_path / f"{name}.pth.features").glob("*.npz"))) for name in ("ours", "theirs")]
+    assert np.load(features[0])["features"].shape == np.load(features[1])["features"].shape == (24, 2048)
+    for name, text in (("absent.pth", "no checkpoint"), ("broken.pth", "cannot be read")):
+        if "broken" in name:
+            (tmp_path / name).write_bytes(b"not a checkpoint")
+        done = tool("evaluate", "knn", tmp_path / name)
+        assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """The procedural data set: exact masks, valid COCO and ImageFolder layouts, the same bytes every time."""
 
+import colorsys
 import contextlib
 import io
 import json
@@ -7,13 +8,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 
+from pretrain.augment import SIGMA, aggressive, draw_params
 from transfer.config import InputError
-from transfer.shapes import (CLASSES, MIN_VISIBLE_PIXELS, draw_scene, signed_distance, write_coco,
-                             write_image_folder)
+from transfer.shapes import (CLASSES, COLOUR_CLASSES, COLOUR_FORMS, HUES, MIN_VISIBLE_PIXELS, draw_scene, equal_luma,
+                             signed_distance, write_coco, write_image_folder)
 
 # Areas in closed form, at radius 1, of the outlines that shapes.py describes.
 AREAS = {
@@ -165,6 +168,64 @@ def test_a_foreign_json_is_not_overwritten(tmp_path):
         with pytest.raises(InputError, match="train.json"):
             write_coco(tmp_path, "train", 1, 32, seed=0)
         assert (tmp_path / "train.json").read_text() == text
+
+
+# ---- the set whose classes are pairs of a form and a colour ----
+
+def test_colours_have_one_luma_and_their_own_hue():
+    """Against the standard library's HSV and PIL's conversion to gray."""
+    colours = {name: equal_luma(hue) for name, hue in HUES.items()}
+    for name, hue in HUES.items():
+        assert colorsys.rgb_to_hsv(*colours[name])[0] * 360 == pytest.approx(hue, abs=1e-6)
+        assert np.ptp(colours[name]) == pytest.approx(70)
+        swatch = Image.fromarray(np.tile(colours[name].round().astype(np.uint8), (2, 2, 1)))
+        assert abs(np.asarray(swatch.convert("L")).astype(int) - 125).max() <= 1
+
+
+@pytest.mark.parametrize("form", COLOUR_FORMS)
+def test_grayscale_leaves_nothing_of_the_colour(form):
+    """Pictures that differ in the colour of their subject alone are apart in colour and, where nothing is clipped, the
+    same in gray: to 2 levels, the rounding of three channels."""
+    for seed in range(5):
+        drawn = [draw_scene(np.random.default_rng(seed), 64, [1, CLASSES.index(form)], True, equal_luma(hue))
+                 for hue in HUES.values()]
+        images, subject = np.stack([image for image, _, _ in drawn]), drawn[0][1][-1]
+        assert all((masks[-1] == subject).all() for _, masks, _ in drawn)
+        gray = images @ np.array([0.2989, 0.587, 0.114])
+        inside = ~((images <= 0) | (images >= 255)).any((0, 3))
+        assert (inside & subject).sum() > 0.8 * subject.sum()
+        assert np.ptp(gray, axis=0)[inside].max() <= 2
+        assert np.ptp(images.astype(float), axis=0).max(-1)[subject].mean() > 40
+
+
+def test_share_of_aggressive_views_without_their_colour():
+    """As often as shapes.py says: the draws of the aggressive stage on swatches, and the hue that comes out. 2000 draws
+    deviate from 0.307 by 0.01."""
+    hues = np.array(list(HUES.values())) / 360
+    rng = np.random.default_rng(0)
+    params = torch.stack([draw_params(rng) for _ in range(2000)])
+    params[:, SIGMA] = 0
+    labels = np.arange(2000) % len(hues)
+    swatches = torch.from_numpy(np.stack([equal_luma(360 * hue) for hue in hues])).round().byte()
+    views = swatches[labels][:, None, :, None, None].expand(-1, 1, -1, 8, 8)
+    colours = aggressive(views, params[:, None])[:, 0, :, 0, 0].numpy()
+    found = np.array([colorsys.rgb_to_hsv(*colour)[0] for colour in colours])
+    gaps = abs((found[:, None] - hues + 0.5) % 1 - 0.5)
+    lost = (np.ptp(colours, axis=1) < 1e-3) | (gaps.argmin(1) != labels)
+    assert lost.mean() == pytest.approx(0.2 + 0.8 * 0.8 / 6, abs=0.04)
+
+
+def test_folder_of_forms_and_colours(tmp_path):
+    data = ImageFolder(str(write_image_folder(tmp_path / "a", 2, 32, seed=0, colours=True)))
+    assert data.classes == sorted(COLOUR_CLASSES) and len(data) == 2 * 24
+    pairs = {name: name.split("-") for name in data.classes}
+    assert all(form in COLOUR_FORMS and colour in HUES for form, colour in pairs.values())
+    with pytest.raises(InputError, match="remove that folder or choose another"):
+        write_image_folder(tmp_path / "a", 2, 32, seed=0)
+    for image, label in data:  # the middle shows the subject: its colour's largest channel is large in the mean
+        colour = equal_luma(HUES[pairs[data.classes[label]][1]])
+        middle = np.asarray(image, dtype=float)[11:21, 11:21].mean((0, 1))
+        assert np.corrcoef(middle, colour)[0, 1] > 0.8
 
 
 def test_an_interrupted_write_is_redone(tmp_path, monkeypatch):

@@ -4,7 +4,9 @@
     tools/evaluate.py knn                                   # output/pretrain/model_final.pth, its own data set
     tools/evaluate.py linear CHECKPOINT --train DIR --val DIR
 
-The protocol of linear evaluation follows from the image size: up to 64 pixels the small data sets', else ImageNet's.
+CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. The protocol of linear
+evaluation follows from the image size: up to 64 pixels the small data sets', else ImageNet's. What can be used again is
+kept in CHECKPOINT.features: the same command goes on where it was stopped.
 """
 
 import argparse
@@ -12,22 +14,45 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
-
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fvcore.common.config import CfgNode  # noqa: E402
-
-from pretrain import checkpoint, evaluate, networks  # noqa: E402
-from pretrain.config import InputError, get_cfg  # noqa: E402
+import transfer.config  # noqa: E402
+from pretrain import evaluate  # noqa: E402
+from pretrain.checkpoint import write_atomically  # noqa: E402
+from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
-from pretrain.distributed import amp_dtype, device  # noqa: E402
 from tools._cli import run  # noqa: E402
-
-BRANCH = "online.backbone."
+from tools._weights import load_features  # noqa: E402
 
 
 def main():
+    args = parse()
+    if args.epochs is not None and args.epochs < 1:
+        raise InputError(f"--epochs is {args.epochs}: it must be at least 1")
+
+    features, cfg, provenance = load_features(args.checkpoint, args.branch)
+    cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
+    cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
+    train, val = evaluate.find_labelled(cfg, open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES))
+    if val is None:
+        raise InputError(f"no validation images with the same classes in or beside {cfg.DATA.PATH}: give --val DIR")
+
+    result = {"checkpoint": args.checkpoint, **provenance}
+    if args.protocol == "knn":
+        result["knn_top1"] = evaluate.evaluate_knn(features, train, val, cfg.KNN.BANK)
+    else:
+        name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
+        protocol = evaluate.shorten(evaluate.LINEAR[name], args.epochs)
+        top1 = evaluate.evaluate_linear(features, train, val, protocol, args.seed)
+        result |= {"protocol": name, "seed": args.seed, "epochs": len(top1), "linear_top1_last": top1[-1],
+                   "linear_top1_best": max(top1), "best_epoch": 1 + top1.index(max(top1))}
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.output, lambda file: file.write(json.dumps(result).encode()))
+    print(json.dumps(result))
+
+
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=("knn", "linear"))
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
@@ -35,37 +60,12 @@ def main():
     parser.add_argument("--classes", metavar="FILE",
                         help="class folders to keep (default: all of --train, or those of pre-training)")
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
+    parser.add_argument("--branch", choices=("online", "target"), default="online")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    if not Path(args.checkpoint).is_file():
-        raise InputError(f"no checkpoint {args.checkpoint}: give the file, or pre-train first (tools/pretrain.py)")
-    saved = checkpoint.load(args.checkpoint)
-    if not isinstance(saved, dict) or saved.get("format") != "rsa-pretraining":
-        raise InputError(f"{args.checkpoint} is not a checkpoint of tools/pretrain.py")
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
-    cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
-    cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
-    train, val = evaluate.find_labelled(cfg, open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES))
-    if val is None:
-        raise InputError(f"no validation images with the same classes in or beside {cfg.DATA.PATH}: give --val DIR")
-    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
-    backbone.load_state_dict({name.removeprefix(BRANCH): tensor for name, tensor in saved["model"].items()
-                              if name.startswith(BRANCH)})
-    features = evaluate.Features(backbone.to(device()), cfg.DATA, amp_dtype(cfg.SOLVER.AMP))
-
-    result = {"checkpoint": args.checkpoint, "method": saved["method"], "step": saved["step"]}
-    if args.protocol == "knn":
-        result["knn_top1"] = evaluate.evaluate_knn(features, train, val, cfg.KNN.BANK)
-    else:
-        name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
-        protocol = evaluate.shorten(evaluate.LINEAR[name], args.epochs)
-        top1 = evaluate.evaluate_linear(features, train, val, protocol, args.seed)
-        result |= {"protocol": name, "epochs": len(top1), "linear_top1_last": top1[-1], "linear_top1_best": max(top1)}
-    print(json.dumps(result))
+    parser.add_argument("--output", metavar="FILE", help="write the result there, too")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main, InputError, transfer.config.InputError)

@@ -1,0 +1,48 @@
+"""A pre-trained backbone from any checkpoint, for the tools that look at features."""
+
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from pretrain import checkpoint, networks
+from pretrain.config import InputError, get_cfg
+from pretrain.distributed import amp_dtype, device
+from pretrain.evaluate import Features
+from pretrain.feature_cache import FeatureCache
+from transfer import readers
+
+
+def load_features(path, branch="online"):
+    """Checkpoint -> (Features of its backbone, its configuration, provenance).
+
+    A file of tools/pretrain.py may hold any of its backbones, and its configuration. Of another project's, all that
+    tools/convert_to_d2.py reads are taken: ResNet-50s, with the normalisation of their authors and otherwise ImageNet's
+    configuration. Raises pretrain's or transfer's InputError.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
+    cfg = get_cfg()
+    try:
+        saved = checkpoint.load(path)
+    except InputError:  # not of this project, or damaged, which the reader says
+        state, provenance = readers.read_checkpoint(path, branch)
+        cfg.DATA.MEAN, cfg.DATA.STD = (tuple(value / 255 for value in provenance[key])
+                                       for key in ("pixel_mean", "pixel_std"))
+    else:
+        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
+        prefix = f"{branch}.backbone."
+        state = {name.removeprefix(prefix): tensor for name, tensor in saved["model"].items()
+                 if name.startswith(prefix)}
+        if not state:
+            raise InputError(f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out")
+        provenance = {"source": Path(path).name, "sha256": readers.sha256(path), "branch": branch,
+                      "method": saved["method"], "step": saved["step"]}
+    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
+    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # of no use in eval mode
+    if missing or unexpected:
+        raise InputError(f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "
+                         f"{len(unexpected)} left over")
+    cache = FeatureCache(path, provenance["sha256"] + branch)
+    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Show what the aggressive augmentation does to images and, given a backbone, where it shifts their meaning.
+
+    tools/show_views.py IMAGES                          # views.png: originals, weak and aggressive views (Figure 1)
+    tools/show_views.py IMAGES --checkpoint FILE        # and the pairs of a data set ranked by how far they drift
+
+With a checkpoint, of tools/pretrain.py or any other that tools/convert_to_d2.py reads: pairs.csv and pairs.png rank
+the pairs of a weak view and its aggressive view by the cosine of their backbone features, the noisiest first;
+operations.csv and operations.png show how far each operation alone moves the features.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import transfer.config  # noqa: E402
+from pretrain import drift, view_pictures  # noqa: E402
+from pretrain.config import InputError, get_cfg  # noqa: E402
+from pretrain.datasets import open_images  # noqa: E402
+from tools._cli import run  # noqa: E402
+from tools._weights import load_features  # noqa: E402
+
+
+def main():
+    args = parse()
+    for name in ("rows", "pairs", "limit", "image_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    images = open_images(args.images)
+    cfg, features = get_cfg(), None
+    if args.checkpoint:
+        features, cfg, _ = load_features(args.checkpoint, args.branch)
+    cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(view_pictures.draw_views(images, size, args.seed, args.rows, folder / "views.png"), flush=True)
+    if features is None:
+        return
+    pairs = drift.measure_pairs(features, images, args.seed, args.limit)
+    drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
+    print(folder / "pairs.csv")
+    print(view_pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
+    drifts = drift.measure_operations(features, images, args.seed, -(-args.limit // 4))  # nine views instead of two
+    drift.write_operations(folder / "operations.csv", drifts)
+    print(folder / "operations.csv")
+    print(view_pictures.plot_operations(drifts, folder / "operations.png"))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="folder of images, or a data set that tools/pretrain.py takes")
+    parser.add_argument("--checkpoint", metavar="FILE")
+    parser.add_argument("--branch", choices=("online", "target"), default="online")
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="of views.png (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=24, metavar="N", help="of pairs.png (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N",
+                        help="images to rank, evenly spaced, two pairs of each (default %(default)s); a quarter of "
+                             "them for the operations")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="of the views (default: the checkpoint's, or 224)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", default="output/views", metavar="DIR", help="default %(default)s")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, InputError, transfer.config.InputError)
