@@ -10,6 +10,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
 
 # Columns of ``params``: factors of brightness, contrast, saturation and hue; the operation in each of the four slots
 # of the jitter (-1: none); grayscale (0 or 1); sigma of the blur in pixels (0: none).
@@ -37,9 +38,8 @@ def crop_box(rng, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def weak_view(image, rng, size, scale=(0.2, 1.0)):
     """t_w: uint8 [3, H, W] -> uint8 [3, size, size]."""
-    top, left, h, w = crop_box(rng, *image.shape[-2:], scale)
-    # What torchvision's resized_crop calls; what that does around the call takes as long as a third of it.
-    view = F.interpolate(image[None, :, top:top + h, left:left + w], (size, size), mode="bilinear", antialias=True)[0]
+    box = crop_box(rng, *image.shape[-2:], scale)
+    view = TF.resized_crop(image, *box, size=[size, size], antialias=True)
     return view.flip(-1) if rng.random() < 0.5 else view
 
 
@@ -61,7 +61,7 @@ def draw_params(rng):
 
 def to_float(views):
     """uint8 -> float32 in [0, 1]."""
-    return views.float().div_(255)
+    return views.float() / 255
 
 
 def aggressive(views, params):
@@ -72,30 +72,32 @@ def aggressive(views, params):
     device a synchronisation per operation.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
-    chosen = [params[:, ORDER][:, slot] == operation for slot in range(4) for operation in range(4)]
-    *jittered, gray, blurred = _indices([*chosen, params[:, GRAY] > 0, params[:, SIGMA] > 0], images.device)
-    params = params.to(images.device, non_blocking=True)
-    for i, picked in enumerate(jittered):
-        operation = i % 4
-        if len(picked):
-            adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[operation]
-            images[picked] = adjust(images[picked], params[picked, operation, None, None, None])
-    images[gray] = grayscale(images[gray]).expand(-1, 3, -1, -1)
-    if len(blurred):
-        images[blurred] = gaussian_blur(images[blurred], params[blurred, SIGMA])
+    factors = params[:, FACTORS].to(images.device, non_blocking=True)
+    for slot in params[:, ORDER].unbind(1):
+        for operation, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            picked = _indices(slot == operation, images.device)
+            if len(picked):
+                images[picked] = adjust(images[picked], factors[picked, operation, None, None, None])
+    picked = _indices(params[:, GRAY] > 0, images.device)
+    images[picked] = grayscale(images[picked]).expand(-1, 3, -1, -1)
+    picked = _indices(params[:, SIGMA] > 0, images.device)
+    if len(picked):
+        images[picked] = gaussian_blur(images[picked], params[:, SIGMA].to(images.device)[picked])
     return images.view(views.shape)
 
 
-def _indices(masks, device):
-    """Where each mask is true, on the device by one copy."""
-    found = [mask.nonzero().squeeze(1) for mask in masks]
-    return torch.cat(found).to(device, non_blocking=True).split([len(indices) for indices in found])
+def _indices(mask, device):
+    return mask.nonzero().squeeze(1).to(device, non_blocking=True)
 
 
 def grayscale(images):
     """Luma of ITU-R 601: [N, 3, H, W] -> [N, 1, H, W]."""
     r, g, b = images.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def _blend(images, other, factor):
+    return (factor * images + (1 - factor) * other).clamp_(0, 1)
 
 
 def adjust_brightness(images, factor):
@@ -110,22 +112,21 @@ def adjust_saturation(images, factor):
     return _blend(images, grayscale(images), factor)
 
 
-def _blend(images, other, factor):
-    return torch.lerp(other, images, factor).clamp_(0, 1)
-
-
 def adjust_hue(images, factor):
     """Turn the hue by ``factor`` [N, 1, 1, 1] of a full circle, through HSV."""
     r, g, b = images.unbind(1)
-    value, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    value, lowest = images.amax(1), images.amin(1)
     chroma = value - lowest
-    divisor = chroma.clamp(min=1e-12)  # gray: the hue counts for nothing
-    sixths = torch.where(value == r, (g - b) / divisor,
+    divisor = torch.where(chroma == 0, 1, chroma)
+    sector = torch.where(value == r, (g - b) / divisor,
                          torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
-    sixths = (sixths / 6 + factor[:, 0] + 1).frac_() * 6
-    # A channel holds all of the chroma within a sixth of the circle round its hue, none of it beyond two sixths.
-    shares = (sixths - 3).abs_() - 1, 2 - (sixths - 2).abs_(), 2 - (sixths - 4).abs_()
-    return torch.stack([torch.addcmul(lowest, chroma, share.clamp_(0, 1)) for share in shares], 1)
+    hue = sector / 6 + factor[:, 0]
+    # Each channel is the value less what its distance from the hue takes away of the chroma.
+    channels = []
+    for offset in (5, 3, 1):
+        k = (offset + 6 * hue) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
 
 
 def gaussian_blur(images, sigma):
@@ -142,6 +143,5 @@ def gaussian_blur(images, sigma):
 
 def normalize(images, mean, std):
     """[..., 3, H, W] -> (images - mean) / std, with mean and std of length 3."""
-    mean, std = (torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True)[:, None, None]
-                 for values in (mean, std))  # new_tensor would wait for the device
-    return (images - mean).div_(std)
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (images - mean) / std
