@@ -146,7 +146,7 @@ def test_no_code_of_a_file_runs(tmp_path):
     with pytest.raises(InputError, match="hostile.pth"):
         read_checkpoint(tmp_path / "hostile.pth")
     (tmp_path / "hostile.pkl").write_bytes(pickle.dumps({"model": Hostile(trap), "provenance": {}}))
-    with pytest.raises(InputError, match="mkdir"):
+    with pytest.raises(InputError, match="hostile.pkl"):
         load_weights(tmp_path / "hostile.pkl")
     assert not trap.exists()
 
