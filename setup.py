@@ -22,5 +22,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"hf": ["datasets"], "dev": ["pytest", "datasets"]},
+    extras_require={"hf": ["datasets"], "dev": ["pytest", "pytest-xdist", "scikit-learn", "datasets"]},
 )

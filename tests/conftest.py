@@ -28,6 +28,9 @@ processes.set_forkserver_preload(["tests.preload"])
 
 # Small tensors: more threads only wait for one another. And runs are compared to the bit, wherever they ran.
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes of tests
+# Activations in huge pages that are kept: on some virtual machines half of a step on CPU is page faults (glibc >= 2.35).
+os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{option}" for option in (
+    "hugetlb=1", f"mmap_threshold={1 << 32}", f"trim_threshold={1 << 33}"))
 torch.set_num_threads(1)
 
 

@@ -389,7 +389,7 @@ def test_sources_travel_to_spawned_workers(hub, image_folder):
     queue = context.Queue()
     worker = context.Process(target=first_images, args=(sources, queue))
     worker.start()
-    assert queue.get(timeout=60) == first_images(sources)
+    assert queue.get(timeout=600) == first_images(sources)
     worker.join()
 
 

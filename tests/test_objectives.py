@@ -10,7 +10,7 @@ import torch
 from pretrain import schedules
 from pretrain.networks import KeyQueue, Networks, build_backbone
 from pretrain.objectives import METHODS, byol, byol_aw, distance, moco, rsa, simclr, simsiam, simsiam_rsa
-from pretrain.optim import build_optimizer
+from pretrain.optim import build_optimizer, set_lr
 from pretrain.train_loop import train_step
 
 
@@ -257,7 +257,7 @@ def test_five_steps_equal_algorithm_1():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     networks.train()
     for k, (weak, strong) in enumerate(batches, start=1):
-        optimizer.param_groups[0]["lr"] = schedules.learning_rate(k, K, lr, 0)
+        set_lr(optimizer, schedules.learning_rate(k, K, lr, 0), None)
         train_step(networks, optimizer, scaler, None, [(weak, strong)], 1,
                    schedules.beta(k, K, 0.4), schedules.tau(k, K, 0.9))
     for name, tensor in networks.state_dict().items():
@@ -272,7 +272,7 @@ def test_step_that_overflows_leaves_weights_and_target():
     networks = Networks(build_backbone("resnet18", small_stem=True), 32, 8, rsa)
     networks.predictor[3].weight.register_hook(lambda gradient: gradient * math.inf)
     optimizer = build_optimizer(networks, "sgd", 0.9, 5e-4, None)
-    optimizer.param_groups[0]["lr"] = 0.1
+    set_lr(optimizer, 0.1, None)
     before = {name: p.clone() for name, p in networks.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     train_step(networks.train(), optimizer, scaler, None, [torch.randn(2, 4, 2, 3, 8, 8)], 1, 0.4, 0.5)
@@ -288,17 +288,17 @@ def test_lars_equals_a_straight_line_derivation(decay, norm):
     torch.manual_seed(0)
     networks = Networks(build_backbone("resnet18"), 32, 8, rsa).double()
     optimizer = build_optimizer(networks, "lars", 0.9, decay, 0.001)
-    decayed, plain = (group["params"] for group in optimizer.param_groups)
+    decayed, plain = ([p for group in optimizer.param_groups if bool(group["weight_decay"]) == decays
+                       for p in group["params"]] for decays in (True, False))
     assert all(p.ndim > 1 for p in decayed) and all(p.ndim <= 1 for p in plain)
     assert len(decayed) + len(plain) == sum(p.requires_grad for p in networks.parameters())
     assert not {id(p) for p in networks.target.parameters()} & {id(p) for p in (*decayed, *plain)}
 
-    parameters = decayed[:3] + plain[:3]
+    parameters = decayed[:3] + decayed[-1:] + plain[:3]
     expected = [p.detach().clone() for p in parameters]
     velocity = [torch.zeros_like(p) for p in expected]
     for step in range(10):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.3 + 0.1 * step
+        set_lr(optimizer, 0.3 + 0.1 * step, None)
         for p, e, v in zip(parameters, expected, velocity):
             p.grad = torch.randn_like(p)
             update = p.grad

@@ -126,6 +126,8 @@ def _read_file(file):
         raise ValueError("written on a big-endian machine")
     contents = read_pickle(file, storage, dtypes)
     for key in read_pickle(file):
+        if type(key) is not str:
+            raise ValueError("a storage whose key is no string")
         offsets[key] = file.tell() + 8, int.from_bytes(file.read(8), "little")
         file.seek(offsets[key][0] + offsets[key][1] * dtypes[key].itemsize)
     return contents
