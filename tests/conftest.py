@@ -75,7 +75,7 @@ class Program:
 
     def finish(self):
         """Wait for its end: a CompletedProcess."""
-        self.process.join(400)
+        self.process.join(900)
         if self.process.is_alive():
             self.process.kill()
             raise TimeoutError(" ".join(self.command))

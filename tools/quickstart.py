@@ -39,10 +39,10 @@ TRANSFER_CONFIG = ROOT / "configs" / "transfer" / "quickstart_mask_rcnn_R50_FPN.
 
 # What --fast makes smaller: images per class and of the COCO-format set, and overrides of the two configs.
 SIZES = {"train": 192, "val": 48, "coco_train": 200, "coco_val": 50}
-FAST_SIZES = {"train": 32, "val": 16, "coco_train": 24, "coco_val": 8}
+FAST_SIZES = {"train": 16, "val": 8, "coco_train": 12, "coco_val": 4}
 FAST_PRETRAIN = "SOLVER.EPOCHS 2 SOLVER.WARMUP_EPOCHS 0 DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32".split()
-FAST_TRANSFER = ("SOLVER.MAX_ITER 12 SOLVER.STEPS (8,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) "
-                 "INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 3").split()
+FAST_TRANSFER = ("SOLVER.MAX_ITER 6 SOLVER.STEPS (4,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) "
+                 "INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 2").split()
 
 
 def main():
