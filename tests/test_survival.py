@@ -1,6 +1,7 @@
 """A run that is killed again and again, at any moment, against one that was not: the same bits at the end."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from pretrain import checkpoint, train_loop
 from pretrain.config import InputError, Interrupted
 from tests.conftest import assert_same, final_weights, processes, tiny_cfg
 
-LONG = ("SOLVER.EPOCHS", 100, "CHECKPOINT.KEEP_PERIOD", 0)
+STEPS = 150  # 50 epochs of three
+LONG = ("SOLVER.EPOCHS", STEPS // 3, "CHECKPOINT.KEEP_PERIOD", 0)
 
 
 def run(cfg):
@@ -29,38 +31,51 @@ def start(cfg):
     return process
 
 
-def wait_for_step(cfg, process):
-    """Until the run has made one."""
+def last_step(cfg):
+    """The last one in the run's metrics, 0 without; a line may be half written."""
     metrics = Path(cfg.OUTPUT_DIR, "metrics.jsonl")
-    while process.is_alive() and not (metrics.is_file() and '"loss"' in metrics.read_text()):
+    return max(map(int, re.findall(r'"step": (\d+)', metrics.read_text())), default=0) if metrics.is_file() else 0
+
+
+def wait_for_step(cfg, process, step=1):
+    """Until the run has made it, or has ended."""
+    while process.is_alive() and last_step(cfg) < step:
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory):
-    """Its final weights, and the seconds that it took."""
+    """Its final weights, and the seconds before its first step."""
+    cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *LONG)
     since = time.perf_counter()
-    process = start(tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *LONG))
+    process = start(cfg)
+    wait_for_step(cfg, process)
+    seconds = time.perf_counter() - since
     process.join()
     assert process.exitcode == 0
-    return final_weights(tmp_path_factory.getbasetemp() / "whole0" / "run" / checkpoint.FINAL), time.perf_counter() - since
+    return final_weights(Path(cfg.OUTPUT_DIR, checkpoint.FINAL)), seconds
 
 
 @pytest.mark.parametrize("number, kills, code", [(signal.SIGKILL, 20, None), (signal.SIGTERM, 6, train_loop.REQUEUE)])
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
-    """The moments are uniform over a fraction of the whole run's time that leaves something to the last start; so they
-    fall into starting, stepping and writing. Each start takes another number of workers."""
+    """Some while they start, at a random time; the others when they are a random number of steps further, and then in
+    whatever they do: stepping or writing. Each start takes another number of workers."""
     weights, seconds = uninterrupted
     rng = np.random.default_rng(0)
     codes, reached = [], set()
-    while len(codes) < kills:
-        process = start(tiny_cfg(image_folder, tmp_path, *LONG, "DATA.NUM_WORKERS", int(rng.integers(0, 3))))
-        process.join(rng.uniform(0, 1.2 * seconds / kills))
-        assert process.exitcode is None, "the run ended before it was killed often enough: make it longer"
+    for _ in range(kills):
+        cfg = tiny_cfg(image_folder, tmp_path, *LONG, "DATA.NUM_WORKERS", int(rng.integers(0, 3)))
+        before = last_step(cfg)
+        process = start(cfg)
+        if rng.random() < 0.3:
+            process.join(rng.uniform(0, seconds))
+        else:
+            wait_for_step(cfg, process, before + rng.integers(0, STEPS // kills))
         os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
         reached.add(checkpoint.load(path)["step"] if (path := checkpoint.newest(tmp_path / "run")) else 0)
+    assert 0 not in codes
     if number == signal.SIGTERM:  # before the loop has begun, it simply ends the process
         assert set(codes) <= {code, -signal.SIGTERM} and code in codes
     assert len(reached) > kills // 4  # the kills fell into the run, not all into its start
