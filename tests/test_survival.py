@@ -47,6 +47,9 @@ def wait_for_step(cfg, process, step=1):
 def uninterrupted(image_folder, tmp_path_factory):
     """Its final weights, and the seconds before its first step."""
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *LONG)
+    server = processes.Process(target=int)  # the first start is that of the server too
+    server.start()
+    server.join()
     since = time.perf_counter()
     process = start(cfg)
     wait_for_step(cfg, process)
@@ -70,7 +73,7 @@ def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number,
         if rng.random() < 0.3:
             process.join(rng.uniform(0, seconds))
         else:
-            wait_for_step(cfg, process, before + rng.integers(0, STEPS // kills))
+            wait_for_step(cfg, process, before + rng.integers(1, STEPS // kills))
         os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
