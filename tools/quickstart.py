@@ -2,7 +2,7 @@
 """The whole chain on a machine with nothing but a CPU: pre-train, convert, fine-tune, compare, in minutes.
 
     tools/quickstart.py           # about 8 minutes on 2 cores
-    tools/quickstart.py --fast    # the same in little, under 90 seconds
+    tools/quickstart.py --fast    # the same in little
 
 Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA, converts it, fine-tunes Mask R-CNN FPN from
 random and from the RSA weights under one config, and writes report.html. Run again it goes on where it stopped.
