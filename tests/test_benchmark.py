@@ -9,7 +9,7 @@ import torch
 
 from pretrain import train_loop
 from pretrain.augment import aggressive, normalize, to_float
-from pretrain.config import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, get_cfg
 from tools import benchmark
 
 
@@ -98,9 +98,23 @@ def test_step(bench, image_folder):
         assert row["x byol"] == pytest.approx(row["ms"] / rows[0]["ms"])
 
 
+def test_step_of_a_recipe(bench, tmp_path):
+    """Networks, size, batch and AMP are the recipe's, but for what is given; what is printed is written too."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("MODEL:\n  BACKBONE: test_resnet\n  HIDDEN_DIM: 16\n  OUT_DIM: 8\nDATA:\n  IMAGE_SIZE: 24\n"
+                      "SOLVER:\n  OPTIMIZER: sgd\n  BATCH_SIZE: 64\n  AMP: bf16\n")
+    output = tmp_path / "new" / "rows.json"
+    rows = bench("step", "--config-file", recipe, "--batch-size", 4, "--repeats", 1, "--methods", "byol", "rsa",
+                 "--epoch-images", 100, "--output", output)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    for row in rows:
+        assert [row[key] for key in ("backbone", "size", "batch", "amp")] == ["test_resnet", 24, 4, "bfloat16"]
+        assert row["s per epoch"] == pytest.approx(100 / 4 * row["ms"] / 1000)
+
+
 def test_hooks_leave_the_step_as_it_is(monkeypatch):
     """Three measured steps end with the weights of the same three steps by train_step alone."""
-    args = benchmark.argparse.Namespace(backbone="test_resnet", size=32, batch_size=4, amp="off")
+    args = benchmark.argparse.Namespace(cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off")
     measured = benchmark.Contender("rsa", args)  # has done three steps
     with monkeypatch.context() as patch:
         patch.setattr(benchmark.Contender, "turn", lambda *_: None)
@@ -115,7 +129,7 @@ def test_hooks_leave_the_step_as_it_is(monkeypatch):
 
 def test_parts_add_up_to_the_step(monkeypatch):
     ticks = iter(np.arange(1000.0))
-    args = benchmark.argparse.Namespace(backbone="test_resnet", size=32, batch_size=4, amp="off")
+    args = benchmark.argparse.Namespace(cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off")
     contender = benchmark.Contender("rsa", args)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks))
     views, params = benchmark.synthetic(4, 32)

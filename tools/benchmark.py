@@ -4,6 +4,7 @@
     tools/benchmark.py data --data PATH    # images/s of a loader's worker: this project, PIL pipelines, decoding alone
     tools/benchmark.py augment             # the aggressive stage: this project, torchvision, kornia
     tools/benchmark.py step                # one optimizer step, by its parts: RSA, BYOL, SimSiam
+    tools/benchmark.py step --config-file pretrain/cifar10_rsa_R18.yaml --epoch-images 50000
     tools/benchmark.py optim               # LARS and the EMA, over all tensors at once and one by one
 
 What is compared takes turns within one run; every figure is the median over --repeats. Without a GPU the defaults of
@@ -35,14 +36,14 @@ from torchvision.transforms.v2 import functional as TF  # noqa: E402
 from pretrain import schedules, train_loop  # noqa: E402
 from pretrain.augment import (FACTORS, GRAY, ORDER, SIGMA, BLUR_RADIUS, MAX_SIGMA, aggressive, draw_params,  # noqa: E402
                               normalize, to_float)
-from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, get_cfg  # noqa: E402
+from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, check, get_cfg  # noqa: E402
 from pretrain.datasets import ImageFolder, open_images  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
 from pretrain.loader import MultiStageViews, StepBatches, build_loader, resolve_workers  # noqa: E402
 from pretrain.networks import build_networks  # noqa: E402
 from pretrain.objectives import METHODS  # noqa: E402
 from pretrain.optim import build_optimizer, set_lr  # noqa: E402
-from tools._cli import run  # noqa: E402
+from tools._cli import find_config, merge_config, run  # noqa: E402
 from transfer import shapes  # noqa: E402
 
 FOLDERS = ("datasets/imagenet/train", "output/quickstart/images/train")  # where ``data`` looks for images
@@ -54,18 +55,22 @@ PARTS = ("data wait", "aggressive stage", "forward target", "forward online", "b
 def main():
     args = parse()
     on_gpu = device().type == "cuda"
-    for name, value in (GPU if on_gpu else CPU).items():
+    defaults = (GPU if on_gpu else CPU) | (of_recipe(args.cfg) if args.config_file else {})
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, 224 if (args.what, name) == ("data", "size") else value)
     machine = {"machine": torch.cuda.get_device_name() if on_gpu else cpu_name(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
     print(", ".join(f"{value}" if name == "machine" else f"{name} {value}" for name, value in machine.items()), flush=True)
-    if not on_gpu and args.what != "data":
+    if not on_gpu and args.what != "data" and not args.config_file:
         print("no GPU: small defaults; --backbone, --size, --batch-size and --steps set others")
     rows = {"data": data, "augment": augment, "step": step, "optim": optim}[args.what](args)
     print_table(rows)
-    for row in rows:
-        print(json.dumps({"benchmark": args.what, **machine, **row}))
+    lines = "".join(json.dumps({"benchmark": args.what, **machine, **row}) + "\n" for row in rows)
+    print(lines, end="")
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(lines)
 
 
 def parse():
@@ -73,6 +78,10 @@ def parse():
     parser.add_argument("what", choices=("data", "augment", "step", "optim"))
     parser.add_argument("--data", metavar="PATH", help="images: of data, instead of those that it finds or draws; of "
                                                        "step, to measure with the loader besides")
+    parser.add_argument("--config-file", help="of step: take the networks, size, batch and AMP of a recipe of "
+                                              "configs/pretrain; the options below come before it")
+    parser.add_argument("--epoch-images", type=positive, metavar="N", help="of step: give seconds per epoch of N images too")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON lines to a file too")
     parser.add_argument("--images", type=positive, default=64, help="of data: how many, evenly spaced (default 64)")
     parser.add_argument("--size", type=positive, help="of a view, in pixels")
     parser.add_argument("--batch-size", type=positive)
@@ -82,7 +91,16 @@ def parse():
     parser.add_argument("--steps", type=positive, help="of step: in a turn")
     parser.add_argument("--workers", type=int, default=-1, help="of step with --data (default: from the cores)")
     parser.add_argument("--repeats", type=positive, default=5, help="turns of each (default 5)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    path = args.config_file and find_config(args.config_file, InputError)
+    args.cfg = merge_config(get_cfg(), path, [], InputError)
+    check(args.cfg)
+    return args
+
+
+def of_recipe(cfg):
+    return {"backbone": cfg.MODEL.BACKBONE, "size": cfg.DATA.IMAGE_SIZE, "batch_size": cfg.SOLVER.BATCH_SIZE,
+            "amp": cfg.SOLVER.AMP}
 
 
 def positive(text):
@@ -306,7 +324,7 @@ class Contender:
 
     def __init__(self, method, args):
         held = memory(torch.cuda.memory_allocated)
-        cfg = get_cfg()
+        cfg = args.cfg.clone()
         cfg.MODEL.BACKBONE, cfg.METHOD = args.backbone, method
         torch.manual_seed(0)
         self.networks = build_networks(cfg, METHODS[method]).to(device()).train()
@@ -364,9 +382,11 @@ class Contender:
 
     def row(self, source, turns, args):
         median = {part: statistics.median(turn[part] for turn in turns) for part in turns[0]}
+        speed = 1000 * args.batch_size / median["ms"]
+        epoch = {"s per epoch": args.epoch_images / speed} if args.epoch_images else {}
         return {"method": self.method, "data": source, "backbone": args.backbone, "size": args.size,
                 "batch": args.batch_size, "amp": str(self.amp or "float32").removeprefix("torch."),
-                "images/s": 1000 * args.batch_size / median["ms"], "peak MiB": self.peak, **median}
+                "images/s": speed, **epoch, "peak MiB": self.peak, **median}
 
 
 def memory(read, held=0):
@@ -378,7 +398,7 @@ def memory(read, held=0):
 
 def optim(args):
     """Milliseconds of the optimizer and of the EMA, which do not depend on the images."""
-    cfg = get_cfg()
+    cfg = args.cfg.clone()
     cfg.MODEL.BACKBONE = args.backbone
     torch.manual_seed(0)
     networks = build_networks(cfg, METHODS["rsa"]).to(device())
