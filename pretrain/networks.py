@@ -124,6 +124,11 @@ class Networks(nn.Module):
         where a method has no target."""
         return (self.target or self.online)(view)
 
+    def compile_backbones(self):
+        """torch.compile, in place: the names of the tensors, and so the checkpoints, stay."""
+        for branch in filter(None, (self.online, self.target)):
+            branch.backbone.compile()
+
     def end_step(self, tau, skipped=False):
         """Once after each optimizer step: the target follows, the queue takes the step's keys. A skipped step changes
         neither."""

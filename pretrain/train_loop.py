@@ -70,8 +70,7 @@ def _train(cfg):
         networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
     normalised = size * ranks if sync_bn else size  # images that BatchNorm sees at once
     if cfg.SOLVER.COMPILE:
-        for branch in filter(None, (networks.online, networks.target)):
-            branch.backbone.compile()
+        networks.compile_backbones()
     optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
                                 cfg.SOLVER.TRUST_COEFFICIENT, METHODS[cfg.METHOD].fix_predictor_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)

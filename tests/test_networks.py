@@ -109,6 +109,28 @@ def test_target_follows_unless_the_step_was_skipped():
     assert (networks.queue.keys != queue).any(1).sum() == 8 and networks.queue.pending == []  # two keys for each image
 
 
+def test_compiled_backbones_compute_the_same(monkeypatch):
+    """One step's loss, gradients and names, in float64; the graphs are run as they are, without a compiler for C++."""
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=backend, **options))
+    plain, compiled = networks_of("rsa"), networks_of("rsa")
+    compiled.compile_backbones()
+    losses = [networks(*views(), 0.4)["loss"] for networks in (plain, compiled)]
+    for loss in losses:
+        loss.backward()
+    assert graphs and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-10)
+    for (name, expected), (found, parameter) in zip(plain.named_parameters(), compiled.named_parameters()):
+        assert name == found
+        if expected.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-8, atol=1e-12)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
 def test_queue_is_a_list_that_forgets_its_oldest():
     """Against a deque, in steps of several micro-batches, past the end of the ring; and saved in between."""
     torch.manual_seed(0)

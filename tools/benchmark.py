@@ -34,8 +34,8 @@ from torchvision import transforms  # noqa: E402
 from torchvision.transforms.v2 import functional as TF  # noqa: E402
 
 from pretrain import schedules, train_loop  # noqa: E402
-from pretrain.augment import (FACTORS, GRAY, ORDER, SIGMA, BLUR_RADIUS, MAX_SIGMA, aggressive, draw_params,  # noqa: E402
-                              normalize, to_float)
+from pretrain.augment import (BLUR_RADIUS, FACTORS, GRAY, MAX_SIGMA, ORDER, SIGMA, aggressive,  # noqa: E402
+                              draw_params, normalize, to_float)
 from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, check, get_cfg  # noqa: E402
 from pretrain.datasets import ImageFolder, open_images  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
@@ -61,7 +61,7 @@ def main():
             setattr(args, name, 224 if (args.what, name) == ("data", "size") else value)
     machine = {"machine": torch.cuda.get_device_name() if on_gpu else cpu_name(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    print(", ".join(f"{value}" if name == "machine" else f"{name} {value}" for name, value in machine.items()), flush=True)
+    print(", ".join(value if name == "machine" else f"{name} {value}" for name, value in machine.items()), flush=True)
     if not on_gpu and args.what != "data" and not args.config_file:
         print("no GPU: small defaults; --backbone, --size, --batch-size and --steps set others")
     rows = {"data": data, "augment": augment, "step": step, "optim": optim}[args.what](args)
@@ -80,13 +80,14 @@ def parse():
                                                        "step, to measure with the loader besides")
     parser.add_argument("--config-file", help="of step: take the networks, size, batch and AMP of a recipe of "
                                               "configs/pretrain; the options below come before it")
-    parser.add_argument("--epoch-images", type=positive, metavar="N", help="of step: give seconds per epoch of N images too")
+    parser.add_argument("--epoch-images", type=positive, metavar="N", help="of step: seconds per epoch of N images")
     parser.add_argument("--output", metavar="FILE", help="write the JSON lines to a file too")
     parser.add_argument("--images", type=positive, default=64, help="of data: how many, evenly spaced (default 64)")
     parser.add_argument("--size", type=positive, help="of a view, in pixels")
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--backbone")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["byol", "rsa", "simsiam"], help="of step")
+    parser.add_argument("--compile", action="store_true", help="of step: each method once more, with torch.compile")
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
     parser.add_argument("--steps", type=positive, help="of step: in a turn")
     parser.add_argument("--workers", type=int, default=-1, help="of step with --data (default: from the cores)")
@@ -162,15 +163,17 @@ def data(args):
         images = find_images(args.data, drawn)
         indices = np.unique(np.linspace(0, len(images) - 1, args.images).astype(int)).tolist()
         views = MultiStageViews(images, args.size, seed=0)
-        four_views, two_views = rsa_in_pil(args.size), byol_in_pil(args.size)
         epochs = itertools.count()
 
         def this_project(part):
             epoch = next(epochs)
             default_collate([views[epoch, index] for index in part])
 
-        variants = {"RSA in PIL, four float views": lambda part: default_collate([four_views(images.name(i)) for i in part]),
-                    "BYOL in PIL, two float views": lambda part: default_collate([two_views(images.name(i)) for i in part]),
+        def in_pil(views):
+            return lambda part: default_collate([views(images.name(i)) for i in part])
+
+        variants = {"RSA in PIL, four float views": in_pil(rsa_in_pil(args.size)),
+                    "BYOL in PIL, two float views": in_pil(byol_in_pil(args.size)),
                     "this project": this_project,
                     "decoding alone": lambda part: [images.read(i) for i in part]}
         parts = [indices[i:i + 8] for i in range(0, len(indices), 8)]
@@ -285,7 +288,8 @@ def in_kornia(views):
     from kornia import augmentation
 
     kernel = 2 * BLUR_RADIUS + 1
-    stage = torch.nn.Sequential(augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augmentation.RandomGrayscale(p=0.2),
+    stage = torch.nn.Sequential(augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+                                augmentation.RandomGrayscale(p=0.2),
                                 augmentation.RandomGaussianBlur((kernel, kernel), (0.1, MAX_SIGMA), p=0.5))
     return lambda _: stage(to_float(views.flatten(0, 1)))
 
@@ -296,20 +300,21 @@ def step(args):
     """Milliseconds of one optimizer step and of its parts, on a batch that lies on the device: the ceiling; with --data
     once more with the loader."""
     torch.backends.cudnn.benchmark = True
-    contenders = {method: Contender(method, args) for method in args.methods}
+    contenders = {(method, compiled): Contender(method, args, compiled)
+                  for method in args.methods for compiled in (False, True)[:1 + args.compile]}
     views, params = synthetic(args.batch_size, args.size)
     batches = itertools.repeat({"views": views.to(device()), "params": params})
-    turns = {method: [] for method in contenders}
+    turns = {name: [] for name in contenders}
     for _ in range(args.repeats):
-        for method, contender in contenders.items():
-            turns[method].append(contender.turn(batches, args.steps))
-    rows = [contender.row("synthetic", turns[method], args) for method, contender in contenders.items()]
+        for name, contender in contenders.items():
+            turns[name].append(contender.turn(batches, args.steps))
+    rows = [contender.row("synthetic", turns[name], args) for name, contender in contenders.items()]
     if args.data:
         images = open_images(args.data)
         workers = resolve_workers(args.workers)
         # What the workers have ready when the clock starts does not tell how fast they are: it is used up first.
         ready, total = 2 * workers + 2, args.repeats * args.steps
-        for method, contender in contenders.items():
+        for contender in contenders.values():
             # A folder smaller than the batches goes round: an index beyond its end starts anew.
             parts = StepBatches(max(len(images), (ready + total) * args.batch_size), args.batch_size, ready + total, 0)
             batches = train_loop.ahead(build_loader(MultiStageViews(images, args.size, 0), parts, workers), device())
@@ -322,19 +327,21 @@ def step(args):
 class Contender:
     """A method's networks and optimizer, with hooks that cut :func:`train_loop.train_step` into its parts."""
 
-    def __init__(self, method, args):
+    def __init__(self, method, args, compiled=False):
         held = memory(torch.cuda.memory_allocated)
         cfg = args.cfg.clone()
         cfg.MODEL.BACKBONE, cfg.METHOD = args.backbone, method
         torch.manual_seed(0)
         self.networks = build_networks(cfg, METHODS[method]).to(device()).train()
+        if compiled:
+            self.networks.compile_backbones()
         self.optimizer = build_optimizer(self.networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM,
                                          cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.TRUST_COEFFICIENT,
                                          METHODS[method].fix_predictor_lr)
         set_lr(self.optimizer, 0.01, 0.01)
         self.amp = amp_dtype(args.amp)
         self.scaler = torch.amp.GradScaler(device().type, enabled=self.amp == torch.float16)
-        self.method, self.points = method, []
+        self.method, self.points = method + ", compiled" * compiled, []
         if self.networks.target is not None:
             self.networks.target.register_forward_pre_hook(lambda *_: self.mark("forward online"))
             self.networks.target.register_forward_hook(lambda *_: self.mark("forward target"))
@@ -344,7 +351,8 @@ class Contender:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         views, params = synthetic(args.batch_size, args.size)
-        self.turn(itertools.repeat({"views": views.to(device()), "params": params}), 3)  # cuDNN chooses its algorithms
+        # cuDNN chooses its algorithms, torch.compile compiles.
+        self.turn(itertools.repeat({"views": views.to(device()), "params": params}), 3)
         self.peak = memory(torch.cuda.max_memory_allocated, held)
 
     def mark(self, part):
