@@ -1,6 +1,7 @@
 """tools/benchmark.py: that it measures what it says. No test looks at how long anything took."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from pretrain import train_loop
 from pretrain.augment import aggressive, normalize, to_float
-from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, get_cfg
+from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, get_cfg
 from tools import benchmark
 
 
@@ -34,7 +35,7 @@ def bench(monkeypatch, capsys):
 TINY = "--backbone test_resnet --size 32 --batch-size 4 --repeats 2".split()
 
 
-def test_turns_are_interleaved_and_summed_up_by_the_median():
+def test_turns_are_interleaved_and_their_medians_summed_up():
     now, calls = 0.0, []
 
     def work(name, seconds):
@@ -44,10 +45,12 @@ def test_turns_are_interleaved_and_summed_up_by_the_median():
             now += seconds[len([call for call in calls if call[0] == name]) - 1]
         return of_part
 
-    seconds = benchmark.take_turns({"a": work("a", [99, 1, 2, 10, 20, 5, 5]), "b": work("b", [99, 1, 1, 1, 1, 1, 1])},
+    seconds = benchmark.take_turns({"a": work("a", [99, 1, 30, 10, 2, 5, 5]), "b": work("b", [99, 1, 1, 1, 1, 1, 1])},
                                    ["1", "2"], 3, lambda: now)
-    assert seconds == {"a": 10, "b": 2}  # of 3, 30 and 10; the first call of each is not counted
-    assert calls == ["a1", "b1"] + ["a1", "b1", "a2", "b2"] * 3
+    assert seconds == {"a": 10, "b": 2}  # 5 of 1, 10, 5 and 5 of 30, 2, 5; the first call of each is not counted
+    turns = [tuple(calls[i:i + 2]) for i in range(0, len(calls), 2)]
+    assert turns[0] == ("a1", "b1") and [sorted(turn) for turn in turns[1:]] == [["a1", "b1"], ["a2", "b2"]] * 3
+    assert len({turn[0][0] for turn in turns[1:]}) == 2  # neither is always the first
 
 
 def test_data(bench, image_folder):
@@ -58,6 +61,14 @@ def test_data(bench, image_folder):
     for name, row in rows.items():
         assert row["x decoding"] == pytest.approx(rates[name] / rates["decoding alone"])
         assert row["x RSA in PIL"] == pytest.approx(rates[name] / rates["RSA in PIL, four float views"])
+
+
+def test_data_with_prepared_images(bench, image_folder, tmp_path):
+    rows = bench("data", "--data", image_folder, "--prepared", image_folder, "--images", 2, "--size", 32, "--repeats", 1)
+    assert rows[-1]["variant"] == "this project, prepared images" and rows[-1]["images/s per core"] > 0
+    shutil.copytree(next(image_folder.iterdir()), tmp_path / "class")
+    with pytest.raises(InputError, match="--prepared .* has .* write it with tools/prepare_data.py"):
+        bench("data", "--data", image_folder, "--prepared", tmp_path, "--images", 2)
 
 
 def test_data_draws_images_where_there_are_none(bench, monkeypatch, tmp_path):

@@ -83,6 +83,7 @@ def parse():
     parser.add_argument("--epoch-images", type=positive, metavar="N", help="of step: seconds per epoch of N images")
     parser.add_argument("--output", metavar="FILE", help="write the JSON lines to a file too")
     parser.add_argument("--images", type=positive, default=64, help="of data: how many, evenly spaced (default 64)")
+    parser.add_argument("--prepared", metavar="PATH", help="of data: what tools/prepare_data.py has made of the images")
     parser.add_argument("--size", type=positive, help="of a view, in pixels")
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--backbone")
@@ -129,20 +130,23 @@ def print_table(rows):
 
 
 def take_turns(variants, parts, repeats, clock):
-    """{name: function of a part} -> {name: seconds for all parts, median over ``repeats``}, after one part to warm up.
+    """{name: function of a part} -> {name: seconds for all parts, each the median over ``repeats``}, after one part to
+    warm up.
 
-    The variants take turns part by part, so that what else the machine does meets them all alike.
+    The variants take turns part by part in random order, so that what else the machine does, and what each leaves in
+    its caches, meets them all alike; a stall spoils one of a part's times, which the median leaves out.
     """
     for work in variants.values():
         work(parts[0])
-    seconds = {name: [0.0] * repeats for name in variants}
-    for repeat in range(repeats):
-        for part in parts:
-            for name, work in variants.items():
+    seconds = {name: [[] for _ in parts] for name in variants}
+    order = random.Random(0)
+    for _ in range(repeats):
+        for i, part in enumerate(parts):
+            for name in order.sample(list(variants), len(variants)):
                 before = clock()
-                work(part)
-                seconds[name][repeat] += clock() - before
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                variants[name](part)
+                seconds[name][i].append(clock() - before)
+    return {name: sum(map(statistics.median, times)) for name, times in seconds.items()}
 
 
 def finished():
@@ -162,21 +166,30 @@ def data(args):
     with tempfile.TemporaryDirectory() as drawn:
         images = find_images(args.data, drawn)
         indices = np.unique(np.linspace(0, len(images) - 1, args.images).astype(int)).tolist()
-        views = MultiStageViews(images, args.size, seed=0)
-        epochs = itertools.count()
 
-        def this_project(part):
-            epoch = next(epochs)
-            default_collate([views[epoch, index] for index in part])
+        def this_project(images):
+            views, epochs = MultiStageViews(images, args.size, seed=0), itertools.count()
+
+            def of_part(part):
+                epoch = next(epochs)
+                default_collate([views[epoch, index] for index in part])
+
+            return of_part
 
         def in_pil(views):
             return lambda part: default_collate([views(images.name(i)) for i in part])
 
         variants = {"RSA in PIL, four float views": in_pil(rsa_in_pil(args.size)),
                     "BYOL in PIL, two float views": in_pil(byol_in_pil(args.size)),
-                    "this project": this_project,
+                    "this project": this_project(images),
                     "decoding alone": lambda part: [images.read(i) for i in part]}
-        parts = [indices[i:i + 8] for i in range(0, len(indices), 8)]
+        if args.prepared:
+            prepared = open_images(args.prepared)
+            if len(prepared) != len(images):
+                raise InputError(f"--prepared {args.prepared} has {len(prepared)} images, not the {len(images)} of "
+                                 f"{images.root}: write it with tools/prepare_data.py")
+            variants["this project, prepared images"] = this_project(prepared)
+        parts = [indices[i:i + 4] for i in range(0, len(indices), 4)]
         seconds = take_turns(variants, parts, args.repeats, time.process_time)
     rates = {name: len(indices) / value for name, value in seconds.items()}
     first, last = list(rates.values())[0], rates["decoding alone"]
