@@ -130,19 +130,18 @@ def print_table(rows):
 
 
 def take_turns(variants, parts, repeats, clock):
-    """{name: function of a part} -> {name: seconds for all parts, each the median over ``repeats``}, after one part to
-    warm up.
+    """{name: function of a part} -> {name: seconds for all parts, each the median over ``repeats``}.
 
-    The variants take turns part by part in random order, so that what else the machine does, and what each leaves in
-    its caches, meets them all alike; a stall spoils one of a part's times, which the median leaves out.
+    The variants take turns part by part in random order, so that what else the machine does meets them all alike; a
+    stall spoils one of a part's times, which the median leaves out. A call that is not timed goes before each: in a
+    long run the caches hold what the work itself left there.
     """
-    for work in variants.values():
-        work(parts[0])
     seconds = {name: [[] for _ in parts] for name in variants}
     order = random.Random(0)
     for _ in range(repeats):
         for i, part in enumerate(parts):
             for name in order.sample(list(variants), len(variants)):
+                variants[name](part)
                 before = clock()
                 variants[name](part)
                 seconds[name][i].append(clock() - before)
