@@ -1,5 +1,6 @@
 """One process per GPU, by torch.distributed.elastic; everything here also works in a single process."""
 
+import logging
 import os
 import re
 from datetime import timedelta
@@ -13,6 +14,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pretrain.config import InputError, Interrupted
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
+HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
 
 
 def num_processes(wanted=None):
@@ -38,6 +40,7 @@ def launch(train, cfg, processes):
     # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does. Recent versions of
     # torch take the list from the config, earlier ones from the environment.
     config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
@@ -45,10 +48,16 @@ def launch(train, cfg, processes):
     except ChildFailedError as failure:
         message = failure.get_first_failure()[1].message
         name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
-        for kind in (InputError, Interrupted):
+        for kind in HANDED_ON:
             if name == kind.__name__:
                 raise kind(text) from None
         raise
+
+
+def is_a_crash(record):
+    """Of a process that failed, elastic logs the traceback: not where one line is to tell the user what to mend."""
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    return not any(f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON)
 
 
 def adopt_slurm(environment):

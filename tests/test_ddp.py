@@ -1,6 +1,7 @@
 """Several processes (gloo, on the CPU): however they are started, they learn one model."""
 
 import json
+import logging
 import os
 import signal
 import stat
@@ -45,8 +46,13 @@ def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_p
 
 
 def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
+    logger, records, handler = logging.getLogger("torch.distributed.elastic.multiprocessing.api"), [], logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
     with pytest.raises(InputError, match="global batch of 9 does not divide among 2 processes: use --batch-size 8 or 10"):
         distributed.launch(train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), processes=2)
+    logger.removeHandler(handler)
+    assert not [record for record in records if record.exc_info]  # the user reads one line, and no traceback
 
 
 def test_torchrun(image_folder, tmp_path, two_processes):
