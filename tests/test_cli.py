@@ -1,5 +1,6 @@
 """The tools as a user types them: the quick start, and what a wrong argument says."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,16 @@ import yaml
 from tests.conftest import ROOT, TINY
 from transfer.config import torchvision_defaults
 from transfer.convert import load_weights
+
+
+@pytest.mark.parametrize("name, options", [("pretrain", ["--epochs", "3"]), ("train_net", ["--config-file", "a.yaml"])])
+def test_overrides_may_stand_before_between_and_after_options(name, options, monkeypatch):
+    tool = importlib.import_module(f"tools.{name}")
+    for words in (["A", "1", *options, "B", "-2"], [*options, "A", "1", "B", "-2"], ["A", "1", "B", "-2", *options]):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        args = tool.parse()
+        assert args.overrides == ["A", "1", "B", "-2"]
+        assert str(getattr(args, options[0].strip("-").replace("-", "_"))) == options[1]
 
 
 def test_quickstart_fast(tool, tmp_path):

@@ -71,7 +71,7 @@ def parse():
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. DATA.NUM_WORKERS 8")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options
 
 
 if __name__ == "__main__":

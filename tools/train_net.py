@@ -101,7 +101,7 @@ def parse():
                         "the schedule scaled by its size unless KEY VALUE give one")
     parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options
 
 
 if __name__ == "__main__":
