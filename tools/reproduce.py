@@ -97,13 +97,13 @@ def top1_table(datasets, methods):
 
 
 # Images in an epoch (STL-10 with its unlabelled ones). ImageNet's batch of 2048 is for several GPUs: one takes 256.
-EPOCHS = {"cifar10": "50000", "cifar100": "50000", "stl10": "105000", "tinyimagenet": "100000",
+EPOCH_IMAGES = {"cifar10": "50000", "cifar100": "50000", "stl10": "105000", "tinyimagenet": "100000",
           "imagenet100": "126689", "imagenet": "1281167 --batch-size 256"}
 
 
 def time_per_epoch(dataset):
     command = (f"tools/benchmark.py step --methods byol rsa --config-file pretrain/{dataset}_rsa{COSTS[dataset][0]}.yaml "
-               f"--epoch-images {EPOCHS[dataset]} --output {{done}}")
+               f"--epoch-images {EPOCH_IMAGES[dataset]} --output {{done}}")
     return (Step(f"{{out}}/{dataset}.json", command, 0.1),)
 
 
@@ -117,7 +117,7 @@ TABLES = {
     "table4": top1_table(("cifar10", "imagenet100"), ("byol", "byol_aw", *BETA)),
     "table5": transfer_table("1x", 69),
     "table6": transfer_table("2x", 138),
-    "table7": Table({dataset: time_per_epoch(dataset) for dataset in EPOCHS}),
+    "table7": Table({dataset: time_per_epoch(dataset) for dataset in EPOCH_IMAGES}),
     "table8": top1_table(("cifar10", "imagenet100"), ("simsiam", "simsiam_rsa")),
     "figure1": Table({"views": (Step("{out}/views/views.png", f"{VIEWS} {{out}}/views"),),
                       "drift": (CHECKPOINT, Step("{out}/drift/operations.png",
