@@ -10,7 +10,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as TF
 
 # Columns of ``params``: factors of brightness, contrast, saturation and hue; the operation in each of the four slots
 # of the jitter (-1: none); grayscale (0 or 1); sigma of the blur in pixels (0: none).
@@ -37,9 +36,10 @@ def crop_box(rng, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def weak_view(image, rng, size, scale=(0.2, 1.0)):
-    """t_w: uint8 [3, H, W] -> uint8 [3, size, size]."""
-    box = crop_box(rng, *image.shape[-2:], scale)
-    view = TF.resized_crop(image, *box, size=[size, size], antialias=True)
+    """t_w: uint8 [3, H, W] -> uint8 [3, size, size], whose pixels lie in memory one after the other (H, W, 3)."""
+    top, left, height, width = crop_box(rng, *image.shape[-2:], scale)
+    crop = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+    view = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
     return view.flip(-1) if rng.random() < 0.5 else view
 
 

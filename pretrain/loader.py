@@ -10,7 +10,7 @@ import signal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pretrain import distributed
 from pretrain.augment import draw_params, weak_view
@@ -33,9 +33,16 @@ class MultiStageViews(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         image, skipped = read_or_next(self.images, index)
-        return {"views": torch.stack([weak_view(image, rng, self.size) for _ in range(2)]),
+        views = [weak_view(image, rng, self.size).movedim(0, -1) for _ in range(2)]
+        return {"views": torch.stack(views).movedim(-1, 1),
                 "params": torch.stack([draw_params(rng) for _ in range(2)]),
                 "index": index, "skipped": skipped}
+
+    @staticmethod
+    def collate(samples):
+        """A batch whose views lie in memory as the samples' do, channel last: to move them is for the device."""
+        batch = default_collate([{**sample, "views": sample["views"].movedim(-3, -1)} for sample in samples])
+        return {**batch, "views": batch["views"].movedim(-1, -3)}
 
 
 class StepBatches(Sampler):
@@ -77,7 +84,8 @@ def build_loader(dataset, batches, num_workers):
     workers = resolve_workers(num_workers)
     # fork, because the workers of a fork server, Python 3.14's default, outlive a process that was killed.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=ignore_stop_signals, multiprocessing_context="fork" if workers else None)
+                      collate_fn=getattr(dataset, "collate", None), worker_init_fn=ignore_stop_signals,
+                      multiprocessing_context="fork" if workers else None)
 
 
 def ignore_stop_signals(_):

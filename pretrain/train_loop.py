@@ -231,9 +231,10 @@ def train_step(model, optimizer, scaler, amp, micro_batches, count, beta, tau):
 
 
 def ahead(loader, device):
-    """The loader's batches with ``views`` on the device. On a GPU a side stream copies them while the step before runs."""
+    """The loader's batches with ``views`` on the device, contiguous. On a GPU a side stream copies them while the step
+    before runs."""
     if device.type == "cpu":
-        yield from loader
+        yield from ({**batch, "views": batch["views"].contiguous()} for batch in loader)
         return
     stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
     batches = iter(loader)
@@ -242,7 +243,7 @@ def ahead(loader, device):
         batch = next(batches, None)
         if batch:
             with torch.cuda.stream(stream):
-                batch["views"] = batch["views"].to(device, non_blocking=True)
+                batch["views"] = batch["views"].to(device, non_blocking=True).contiguous()
         return batch
 
     batch = copied()

@@ -171,7 +171,7 @@ def data(args):
 
             def of_part(part):
                 epoch = next(epochs)
-                default_collate([views[epoch, index] for index in part])
+                views.collate([views[epoch, index] for index in part])
 
             return of_part
 
