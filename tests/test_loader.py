@@ -6,6 +6,7 @@ import torch
 from pretrain.config import InputError
 from pretrain.datasets import ImageFolder
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
+from pretrain.train_loop import ahead
 
 
 def batches(image_folder, num_workers=0, seed=3, **slices):
@@ -27,6 +28,17 @@ def test_shapes(whole):
     assert whole[0]["views"].shape == (8, 2, 3, 32, 32) and whole[0]["views"].dtype == torch.uint8
     assert whole[0]["params"].shape == (8, 2, 10) and whole[0]["params"].dtype == torch.float32
     assert not torch.equal(whole[0]["views"][:, 0], whole[0]["views"][:, 1])
+
+
+def test_batch_holds_its_samples_with_a_pixels_channels_together(image_folder):
+    dataset = MultiStageViews(ImageFolder(image_folder), 32, 3)
+    samples = [dataset[0, index] for index in (5, 2, 9)]
+    batch = dataset.collate(samples)
+    assert batch["index"].tolist() == [5, 2, 9]
+    for name in ("views", "params"):
+        assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples]))
+    assert batch["views"].movedim(2, -1).is_contiguous()
+    assert next(ahead([batch], torch.device("cpu")))["views"].is_contiguous()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
