@@ -73,7 +73,8 @@ def aggressive(views, params):
     device a synchronisation per operation.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
-    factors = params[:, FACTORS].to(images.device, non_blocking=True)
+    on_device = params.to(images.device, non_blocking=True)
+    factors, sigma = on_device[:, FACTORS], on_device[:, SIGMA]
     for slot in params[:, ORDER].unbind(1):
         for operation, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
             picked = _indices(slot == operation, images.device)
@@ -83,7 +84,7 @@ def aggressive(views, params):
     images[picked] = grayscale(images[picked]).expand(-1, 3, -1, -1)
     picked = _indices(params[:, SIGMA] > 0, images.device)
     if len(picked):
-        images[picked] = gaussian_blur(images[picked], params[:, SIGMA].to(images.device)[picked])
+        images[picked] = gaussian_blur(images[picked], sigma[picked])
     return images.view(views.shape)
 
 
@@ -143,6 +144,8 @@ def gaussian_blur(images, sigma):
 
 
 def normalize(images, mean, std):
-    """[..., 3, H, W] -> (images - mean) / std, with mean and std of length 3."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    """[..., 3, H, W] -> (images - mean) / std, with mean and std of length 3. Tensors on the images' device spare it a
+    synchronisation."""
+    mean, std = (torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+                 for values in (mean, std))
     return (images - mean) / std

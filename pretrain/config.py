@@ -90,7 +90,10 @@ def check(cfg):
         if value not in choices:
             raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
     for key, value, least in (("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1), ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
-                              ("SOLVER.MICRO_BATCH", cfg.SOLVER.MICRO_BATCH, 0), ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
+                              ("SOLVER.MICRO_BATCH", cfg.SOLVER.MICRO_BATCH, 0),
+                              ("DATA.IMAGE_SIZE", cfg.DATA.IMAGE_SIZE, 7),  # the blur reflects 6 pixels
+                              ("DATA.EVAL_RESIZE", cfg.DATA.EVAL_RESIZE, cfg.DATA.IMAGE_SIZE),
+                              ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
                               ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
                               ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
                               ("KNN.PERIOD", cfg.KNN.PERIOD, 0), ("SEED", cfg.SEED, 0)):

@@ -89,6 +89,8 @@ def join_and_run(train, cfg):
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         return train(cfg)
+    except InputError as error:  # plain, without a loader's traceback: the launcher knows it by its name
+        raise InputError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
     finally:
         dist.destroy_process_group()
 

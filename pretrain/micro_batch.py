@@ -30,7 +30,8 @@ def resolve(wanted, images, memory):
     """
     divisors = [n for n in range(1, images + 1) if images % n == 0]
     if not wanted:
-        return max([n for n in divisors if n <= memory()], default=1)
+        available = memory()
+        return max([n for n in divisors if n <= available], default=1)
     if wanted not in divisors:
         below, above = ([n for n in divisors if n < wanted][-1:], [n for n in divisors if n > wanted][:1])
         raise InputError(f"a micro-batch of {wanted} does not divide the {images} images of each process: "

@@ -131,8 +131,13 @@ class Networks(nn.Module):
 
     def end_step(self, tau, skipped=False):
         """Once after each optimizer step: the target follows, the queue takes the step's keys. A skipped step changes
-        neither."""
-        if self.target is not None and not skipped:
+        neither; what it has left of an overflow in BatchNorm's running statistics would stay, so they start anew."""
+        if skipped:
+            for layer in self.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (
+                        layer.running_mean.isfinite().all() and layer.running_var.isfinite().all()):
+                    layer.reset_running_stats()
+        elif self.target is not None:
             self.update_target(tau)
         if self.queue is not None:
             self.queue.end_step(skipped)

@@ -8,7 +8,8 @@ def build_optimizer(networks, name, momentum, weight_decay, trust_coefficient, f
     """Optimizer over the online network and the predictor; :func:`set_lr` gives it the learning rate of each step.
 
     LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling; timm's Lars leaves a
-    group unscaled when its weight decay is 0. SGD: weight decay on everything, as in the authors' small recipes.
+    group unscaled when its weight decay is 0, unless told to adapt always. SGD: weight decay on everything, as in the
+    authors' small recipes.
     """
     groups = []
     for fixed, module in ((False, networks.online), (fix_predictor_lr, networks.predictor)):
@@ -16,7 +17,8 @@ def build_optimizer(networks, name, momentum, weight_decay, trust_coefficient, f
         if name == "sgd":
             groups.append({"params": parameters, "weight_decay": weight_decay, "fixed": fixed})
         else:
-            groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "fixed": fixed})
+            groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "fixed": fixed,
+                           "always_adapt": True})
             groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "fixed": fixed})
     groups = [group for group in groups if group["params"]]  # not every method has a predictor
     if name == "sgd":

@@ -69,6 +69,8 @@ def _train(cfg):
     if sync_bn:
         networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
     normalised = size * ranks if sync_bn else size  # images that BatchNorm sees at once
+    if normalised == 1:
+        raise InputError("BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size")
     if cfg.SOLVER.COMPILE:
         networks.compile_backbones()
     optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
@@ -94,6 +96,7 @@ def _train(cfg):
     bad_images = BadImages(folder / "bad_images.txt", images)
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     features = Features(networks.online.backbone, cfg.DATA, amp)
+    mean, std = (torch.tensor(values, device=device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
     meter, alarms = Meter(), Alarms(cfg.ALARM)
     log = None
     if main:
@@ -120,8 +123,7 @@ def _train(cfg):
             bad_images.add([(index + i) % len(images) for index, skipped in
                             zip(batch["index"].tolist(), batch["skipped"].tolist()) for i in range(skipped)])
         views = batch["views"]
-        return (normalize(to_float(views), cfg.DATA.MEAN, cfg.DATA.STD),
-                normalize(aggressive(views, batch["params"]), cfg.DATA.MEAN, cfg.DATA.STD))
+        return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
 
     def save(path, step, whole=True, previous=None):
         """Whether the disk took it: a run goes on without, and tries again at the next interval."""

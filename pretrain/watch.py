@@ -88,8 +88,9 @@ DIVERGED = "lower SOLVER.BASE_LR, or try --amp bf16 or off; the last checkpoint 
 
 
 def assert_finite(networks, step):
-    """Raises InputError when a weight is NaN or infinite, before it is saved over a good checkpoint."""
-    sums = torch.stack([parameter.detach().float().sum() for parameter in networks.parameters()])
+    """Raises InputError when a weight or a running statistic is NaN or infinite, before it is saved over a good
+    checkpoint."""
+    sums = torch.stack([tensor.float().sum() for tensor in networks.state_dict().values()])
     if not math.isfinite(sums.sum()):
         raise InputError(f"weights are not finite at step {step}: {DIVERGED}")
 

@@ -13,6 +13,7 @@ import torch
 
 from pretrain import distributed, train_loop
 from pretrain.config import InputError
+from pretrain.datasets import UnreadableImage
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
 TOOL = str(ROOT / "tools" / "pretrain.py")
@@ -53,6 +54,22 @@ def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
         distributed.launch(train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), processes=2)
     logger.removeHandler(handler)
     assert not [record for record in records if record.exc_info]  # the user reads one line, and no traceback
+
+
+def test_a_kind_of_input_error_is_handed_on_as_one(monkeypatch):
+    """Elastic knows an error by its name; a loader's worker puts its traceback before the message."""
+    def train(cfg):
+        raise UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n"
+                              "pretrain.datasets.UnreadableImage: a.jpg cannot be decoded")
+
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with pytest.raises(InputError, match="^a.jpg cannot be decoded$") as error:
+        distributed.join_and_run(train, None)
+    assert type(error.value) is InputError
 
 
 def test_torchrun(image_folder, tmp_path, two_processes):

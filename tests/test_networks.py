@@ -1,5 +1,6 @@
 """Each method's networks: what they are made of, what learns, what follows, and that processes agree."""
 
+import math
 from collections import deque
 
 import pytest
@@ -89,6 +90,22 @@ def test_without_a_target_the_online_network_stands_in():
     before = {n: p.clone() for n, p in networks.named_parameters()}
     networks.end_step(0.5)
     assert all(torch.equal(p, before[n]) for n, p in networks.named_parameters())
+
+
+def test_an_overflow_that_is_skipped_leaves_no_running_statistic_behind():
+    """As in float16: the forward pass overflowed, the scaler skipped the step."""
+    networks = networks_of("rsa")
+    weak, strong = views()
+    networks(weak, strong, 0.5)
+    with torch.no_grad():
+        networks.predict(torch.full_like(weak[:, 0], math.inf))
+    broken = [name for name, buffer in networks.named_buffers() if not buffer.isfinite().all()]
+    assert broken and all(name.startswith(("online.", "predictor.")) for name in broken)
+    kept = {name: buffer.clone() for name, buffer in networks.named_buffers() if name.startswith("target.")}
+    networks.end_step(0.5, skipped=True)
+    buffers = dict(networks.named_buffers())
+    assert all(buffer.isfinite().all() for buffer in buffers.values())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in kept.items())
 
 
 def test_target_follows_unless_the_step_was_skipped():

@@ -283,13 +283,15 @@ def test_step_that_overflows_leaves_weights_and_target():
 @pytest.mark.parametrize("decay, norm", [
     (1e-2, lambda p, g: g.norm() + 1e-2 * p.norm()),  # LARS as You et al. (2017) state it
     (1e-6, lambda p, g: (g + 1e-6 * p).norm()),  # as the authors' code has it: the same at the recipe's decay
+    (0.0, lambda p, g: g.norm()),  # the scaling stays
 ])
 def test_lars_equals_a_straight_line_derivation(decay, norm):
     torch.manual_seed(0)
     networks = Networks(build_backbone("resnet18"), 32, 8, rsa).double()
     optimizer = build_optimizer(networks, "lars", 0.9, decay, 0.001)
-    decayed, plain = ([p for group in optimizer.param_groups if bool(group["weight_decay"]) == decays
+    decayed, plain = ([p for group in optimizer.param_groups if group["always_adapt"] == decays
                        for p in group["params"]] for decays in (True, False))
+    assert all(group["weight_decay"] == decay * group["always_adapt"] for group in optimizer.param_groups)
     assert all(p.ndim > 1 for p in decayed) and all(p.ndim <= 1 for p in plain)
     assert len(decayed) + len(plain) == sum(p.requires_grad for p in networks.parameters())
     assert not {id(p) for p in networks.target.parameters()} & {id(p) for p in (*decayed, *plain)}

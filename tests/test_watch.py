@@ -87,6 +87,10 @@ def test_assert_finite():
     layer.weight.data[0, 0] = math.inf
     with pytest.raises(InputError, match="weights are not finite at step 2"):
         assert_finite(layer, 2)
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_var[1] = math.nan
+    with pytest.raises(InputError, match="weights are not finite at step 4"):
+        assert_finite(norm, 4)
 
 
 def test_metrics_hold_every_figure(image_folder, tmp_path):

@@ -114,7 +114,8 @@ def pretraining(path, method, seed, images, overrides):
     """The command of one run."""
     workers = [] if device().type == "cuda" else ["DATA.NUM_WORKERS", "0"]
     return [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--config-file", recipe(method), "--data",
-            str(images / "train"), "--output-dir", str(path), "--seed", str(seed), *workers, *overrides]
+            str(images / "train"), "--output-dir", str(path), "--seed", str(seed),
+            "--num-processes", "1", *workers, *overrides]  # BatchNorm sees the same images on any machine
 
 
 def recipe(method):
