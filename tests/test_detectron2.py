@@ -94,6 +94,53 @@ def test_a_tensor_that_did_not_arrive_is_named(model, weights):
     tensor.copy_(kept)
 
 
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["w.pkl", "w.pth", "w?x=1.pkl"])
+def test_what_a_file_of_weights_would_run_is_not_run(weights, shapes, tmp_path, name):
+    """Nor does the name decide how it is read: Detectron2 unpickles a .pkl, and takes others for files of torch."""
+    contents = pickle.loads(weights.read_bytes())
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({**contents, "more": Bomb(tmp_path / "it ran")}))
+    cfg = tiny(shapes, tmp_path / "run", "MODEL.WEIGHTS", str(path), "MODEL.RESNETS.DEPTH", 50,
+               "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    d2_trainer.register_datasets(cfg)
+    trainer = d2_trainer.Trainer(cfg)
+    trainer.resume_or_load(False)
+    d2_trainer.assert_backbone_arrived(trainer.model, weights)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_deeper_backbone_is_refused(weights, shapes, tmp_path):
+    cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", str(weights), "MODEL.RESNETS.DEPTH", 101,
+               "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    d2_trainer.register_datasets(cfg)
+    with pytest.raises(InputError, match="255 backbone tensors did not arrive .*res4.6.conv1.weight"):
+        d2_trainer.Trainer(cfg).resume_or_load(False)
+
+
+def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
+    cfg = tiny(shapes, tmp_path)
+    d2_trainer.register_datasets(cfg)
+    trainer = d2_trainer.Trainer(cfg)
+    trainer.checkpointer.save("model_0000001", iteration=1)
+    trainer.resume_or_load(True)
+    assert trainer.start_iter == 2
+    wider = tiny(shapes, tmp_path, "MODEL.ROI_BOX_HEAD.FC_DIM", 48)
+    with pytest.raises(InputError, match="lacks 4 tensors of this config's model, or has them in another shape"):
+        d2_trainer.Trainer(wider).resume_or_load(True)
+    path = tmp_path / "model_0000001.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="model_0000001.pth is not a model that Detectron2 has fine-tuned"):
+        trainer.resume_or_load(True)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """Data set name of eight drawn images."""
@@ -262,6 +309,11 @@ def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
     assert d2_trainer.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
     with pytest.raises(InputError, match="choose one"):
         d2_trainer.plan_passes(scaled, 2, 2)
+
+
+def test_schedule_that_cannot_be_scaled(shapes, tmp_path):
+    with pytest.raises(InputError, match="SOLVER.IMS_PER_BATCH 4 does not divide: leave out --scale-schedule"):
+        d2_trainer.train(tiny(shapes, tmp_path, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 8))
 
 
 @on_cpu

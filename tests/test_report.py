@@ -293,6 +293,31 @@ def test_tool_compares_with_what_is_published(tmp_path):
     assert [0x00, 0x72, 0xB2] in picture and [0xD5, 0x5E, 0x00] in picture  # a dot and a diamond
 
 
+def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
+    rsa = {"method": "rsa", "step": 9}
+    folders = {"one": full_run(tmp_path / "s0" / "rsa", 40.0, 36.0, rsa, keys={"SEED": 0}),
+               "two": full_run(tmp_path / "s1" / "rsa", 40.0, 36.0, rsa, keys={"SEED": 1}),
+               "longer": full_run(tmp_path / "2x" / "rsa", 40.0, 36.0, rsa, "2x")}
+
+    def labels(*names):
+        return report.row_labels({folders[name]: report.load_results(folders[name]) for name in names})
+
+    assert set(labels("one", "two").values()) == {"rsa (rsa, step 9)"}
+    assert labels("one", "longer") == {folders[name]: f"{folders[name]} (rsa, step 9)" for name in ("one", "longer")}
+
+
+def test_a_finished_run_keeps_its_settings(tmp_path):
+    cfg = torchvision_defaults()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    report.check_unchanged(cfg)
+    report.write_results(cfg, "torchvision", aps(40.0), None, 12.5)
+    cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
+    report.check_unchanged(cfg)
+    cfg.SOLVER.BASE_LR = 0.5
+    with pytest.raises(InputError, match="finished, with SOLVER.BASE_LR 0.001 and not 0.5: give another OUTPUT_DIR"):
+        report.check_unchanged(cfg)
+
+
 def test_protocols_are_never_mixed(tmp_path):
     full_run(tmp_path / "a", 40.0, 36.0, None)
     full_run(tmp_path / "b", 40.0, 36.0, None, protocol="moco")

@@ -39,6 +39,12 @@ def test_plan_has_every_step_once_and_in_order(here):
     assert [step.command for step in steps] == ["x shared", "y 0 3", "y 0 3", "y 1 3", "y 1 3"]
 
 
+def test_folders_with_spaces_stay_one_word(here):
+    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my runs", gpus=1, options="")
+    assert "OUTPUT_DIR" in (words := shlex.split(steps[-1].command))
+    assert words[words.index("OUTPUT_DIR") + 1] + "/results.json" == steps[-1].done == "my runs/seed0/rsa/results.json"
+
+
 def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here):
     touch(here / "o" / "0" / "a" / "r")
     _, missing = reproduce.plan(TABLE, ["a"], 1, out="o", gpus=1)

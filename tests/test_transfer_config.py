@@ -54,7 +54,7 @@ def flat(cfg, prefix=""):
 
 def configured(cfg, name, protocol="infomin", overrides=(), **more):
     options = dict(config_file=f"transfer/{name}.yaml", protocol=protocol, scale_schedule=False, train=None, val=None,
-                   eval_only=False, overrides=list(overrides), **more)
+                   eval_only=False, resume=False, overrides=list(overrides), **more)
     train_net.configure(cfg, argparse.Namespace(**options))
     return cfg
 
@@ -263,6 +263,9 @@ def test_a_bad_annotation_is_one_line_with_file_and_id(coco, tmp_path, where, ke
     (lambda c: c["images"].append(dict(c["images"][0])), "image id 4 occurs twice"),
     (lambda c: c["images"][0].pop("height"), "image 4 lacks height"),
     (lambda c: c["images"][1].update(file_name="gone.png"), "image 9: no file .*gone.png"),
+    (lambda c: c["images"][1].update(file_name=None), "image 9 has a file_name that is no string"),
+    (lambda c: c["images"][1].update(width="8"), "image 9 has .* a size that is no integer"),
+    (lambda c: c["annotations"][0].update(segmentation={"size": 4, "counts": "a"}), "annotation 1 has an RLE of size 4"),
     (lambda c: c.pop("annotations"), "is not a COCO annotation file.*annotations"),
     (lambda c: c.update(images={}), "is not a COCO annotation file"),
     (lambda c: c["annotations"].append(7), "annotation 7 lacks"),
@@ -311,11 +314,11 @@ def test_data_sets_must_fit_the_model_and_each_other(coco, tmp_path):
 def test_train_option_takes_classes_and_schedule_from_the_data_set(coco, tmp_path, capsys):
     path = write(coco, tmp_path)
 
-    def made(*overrides, eval_only=False):
+    def made(*overrides, eval_only=False, config_file="transfer/mask_rcnn_R50_FPN_1x.yaml"):
         cfg = torchvision_defaults()
         train_net.configure(cfg, argparse.Namespace(
-            config_file="transfer/mask_rcnn_R50_FPN_1x.yaml", protocol="infomin", scale_schedule=False,
-            eval_only=eval_only, train=(str(path), str(tmp_path)), val=(str(path), str(tmp_path)),
+            config_file=config_file, protocol="infomin", scale_schedule=False,
+            eval_only=eval_only, resume=False, train=(str(path), str(tmp_path)), val=(str(path), str(tmp_path)),
             overrides=list(overrides)))
         return cfg
 
@@ -325,3 +328,6 @@ def test_train_option_takes_classes_and_schedule_from_the_data_set(coco, tmp_pat
     assert made("SOLVER.MAX_ITER", "77").SOLVER.MAX_ITER == 77
     assert made("SOLVER.STEPS", "(5,)").SOLVER.MAX_ITER == 90000
     assert made(eval_only=True).SOLVER.MAX_ITER == 90000 and capsys.readouterr().out == ""
+    assert made(eval_only=True).OUTPUT_DIR == f"{cfg.OUTPUT_DIR}_eval"  # beside the results of the recipe's own run
+    (tmp_path / "own.yaml").write_text("SOLVER:\n  MAX_ITER: 5000\n  STEPS: [4000]\n")
+    assert made(config_file=str(tmp_path / "own.yaml")).SOLVER.MAX_ITER == 5000

@@ -106,10 +106,10 @@ def main():
 
 
 def detectron2_works():
-    """Whether Detectron2 is installed and loads: one built for another torch does not."""
+    """Whether Detectron2 is installed and loads: one built for another torch does not, nor one too old for Pillow."""
     try:
         importlib.import_module("transfer.d2_trainer")
-    except ImportError:
+    except Exception:
         return False
     return True
 

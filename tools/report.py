@@ -3,7 +3,7 @@
 
     tools/report.py output/transfer                                       # one run
     tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
-    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # runs of one name: mean ± std
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # of one name, but for the seed: mean ± std
 
 Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and detections.png. Only
 results.json is needed of a run; what the other files would have shown is left out. Under a full run of a row of Tables
@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError, locate_dataset  # noqa: E402
 from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
-from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, load_results, table_cells,  # noqa: E402
-                             to_markdown, weights_label, write_csv, write_report)
+from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, load_results, row_labels,  # noqa: E402
+                             table_cells, to_markdown, write_csv, write_report)
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
     results = {folder: load_results(folder) for folder in args.runs}
     protocol = check_one_protocol(results)
     configs = {folder: yaml.safe_load(result["config"]) for folder, result in results.items()}
-    labels = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
+    labels = row_labels(results)
     seeds = {}
     for folder, label in labels.items():
         seeds.setdefault(label, []).append(results[folder])

@@ -137,7 +137,8 @@ def plan(table, rows, seeds, **words):
             chain = []
             for step in table.rows[row]:
                 done = step.done.format(seed=seed, **words)
-                chain.append(replace(step, done=done, command=step.command.format(seed=seed, done=done, **words)))
+                quoted = words | {"out": shlex.quote(str(words["out"])), "done": shlex.quote(done)}
+                chain.append(replace(step, done=done, command=step.command.format(seed=seed, **quoted)))
                 if Path(done).is_file():
                     chain = chain[-1:]
             for step in chain:

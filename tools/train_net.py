@@ -22,6 +22,7 @@ from transfer.coco import check_annotations  # noqa: E402
 from transfer.config import (InputError, dataset_name, read_categories, scale_schedule,  # noqa: E402
                              torchvision_defaults)
 from transfer.convert import DEFAULT_OUTPUT  # noqa: E402
+from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
@@ -35,9 +36,9 @@ def main():
             raise InputError(INSTALL_DETECTRON2)
         try:
             from transfer import d2_trainer as engine
-        except ImportError as error:  # most often built for another torch
-            raise InputError(f"Detectron2 is installed but cannot be imported ({error}): reinstall it for this torch, "
-                             "or run with --engine torchvision") from None
+        except Exception as error:  # most often built for another torch, or too old for this Pillow
+            raise InputError(f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
+                             "reinstall it for this torch, or run with --engine torchvision") from None
         cfg, options = engine.get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
     else:
         from transfer import torchvision_engine as engine
@@ -59,13 +60,15 @@ def configure(cfg, args):
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
         merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml", InputError), given, InputError)
     given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] * args.scale_schedule
+    if args.eval_only and not args.resume:  # not over the results of the recipe's own run
+        given += ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_eval"]
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
             given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
     if args.train:
         given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
         told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
-        if not told and not args.eval_only:
+        if not told and not args.eval_only and cfg.SOLVER.MAX_ITER in SCHEDULES:  # COCO's, not a config file's own
             print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)
     merge_config(cfg, None, [*given, *args.overrides], InputError)
 
@@ -94,11 +97,12 @@ def parse():
                        "scaled from 8 GPUs (Detectron2's SOLVER.REFERENCE_WORLD_SIZE)")
     parser.add_argument("--protocol", choices=("infomin", "moco"), default="infomin",
                         help="which layers have SyncBN, and the box head (default %(default)s)")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train; writes to "
+                        "the config's OUTPUT_DIR with _eval after it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
     parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set, with "
-                        "the schedule scaled by its size unless KEY VALUE give one")
+                        "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one")
     parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options

@@ -73,6 +73,9 @@ def check_annotations(path, folder=None, evaluated=False):
             bad.append(f"image {_name(image)} lacks {lacking}")
         elif not isinstance(image["id"], int):
             bad.append(f"image id {image['id']!r} is no integer")
+        elif not (isinstance(image["file_name"], str) and isinstance(image["width"], int)
+                  and isinstance(image["height"], int)):
+            bad.append(f"image {image['id']} has a file_name that is no string, or a size that is no integer")
         elif image["id"] in sizes:
             bad.append(f"image id {image['id']} occurs twice")
         else:
@@ -131,7 +134,7 @@ def _annotation_problem(annotation, sizes, categories):
         return None
     if not isinstance(segmentation, dict) or _lacking(segmentation, ("size", "counts")):
         return "has a segmentation that is neither polygons nor RLE with size and counts"
-    if list(segmentation["size"]) != list(size):
+    if segmentation["size"] != list(size):
         return f"has an RLE of size {segmentation['size']}, but its image is {list(size)} (height, width)"
     counts = segmentation["counts"]
     if isinstance(counts, list) and (not numbers(counts) or sum(counts) != size[0] * size[1]):

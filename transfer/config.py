@@ -94,8 +94,8 @@ def check_weights(cfg, provenance):
         raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
     frozen = [part for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
     if frozen and needed.get("method") != "supervised":
-        raise InputError(f"MODEL.{frozen[0]}.NORM is FrozenBN, but {cfg.MODEL.WEIGHTS} is self-supervised (method "
-                         f"{needed.get('method')}) and needs its BatchNorm trained: use SyncBN")
+        raise InputError(f"MODEL.{frozen[0]}.NORM is FrozenBN, but {cfg.MODEL.WEIGHTS} is not known to be supervised "
+                         f"(method {needed.get('method')}): self-supervised weights need SyncBN")
 
 
 def protocol_of(config):

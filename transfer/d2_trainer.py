@@ -34,7 +34,7 @@ from transfer.coco import check_datasets
 from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
 from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
-from transfer.report import load_results, write_results
+from transfer.report import check_unchanged, load_results, write_results
 
 PROVENANCE = "weights.json"  # in OUTPUT_DIR: where the backbone of this run came from; null: random
 REFERENCE_GPUS = 8  # of the recipes: two images each
@@ -141,11 +141,26 @@ class Trainer(DefaultTrainer):
         return result + [hooks.PeriodicWriter(self.build_writers(), period=20), ProgressBar()] if first else result
 
     def resume_or_load(self, resume=True):
-        super().resume_or_load(resume)
-        if self.start_iter == 0 and self.cfg.MODEL.WEIGHTS:
+        weights = self.cfg.MODEL.WEIGHTS
+        if resume and self.checkpointer.has_checkpoint():
+            read_whole_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model))  # Detectron2 only warns
+            try:
+                super().resume_or_load(True)
+            except ValueError as error:  # the optimizer's
+                raise InputError(f"the checkpoint in {self.cfg.OUTPUT_DIR} is of other settings ({error}): restore them, "
+                                 "or give another OUTPUT_DIR") from None
+            if self.start_iter >= self.max_iter:
+                check_unchanged(self.cfg)
+        elif weights in ZOO:
+            super().resume_or_load(False)
             self.checkpointer.assert_backbone_arrived()
-            if self.cfg.MODEL.WEIGHTS not in ZOO:
-                assert_backbone_arrived(self.model, self.cfg.MODEL.WEIGHTS)
+        elif weights:
+            load_backbone(self.model, weights)
+            assert_backbone_arrived(self.model, weights)
+
+
+def unwrap(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -178,11 +193,13 @@ class EqualPreciseBN(hooks.PreciseBN):
 def average_statistics(layers):
     """Merge the ranks' statistics of BatchNorm ``layers``, in place: every rank saw as many images as any other."""
     for layer in layers:
-        mean, square = layer.running_mean.clone(), layer.running_var + layer.running_mean.square()
+        mean, var = layer.running_mean.double(), layer.running_var.double()  # they nearly cancel below
+        square = var + mean.square()
         for moment in (mean, square):
             dist.all_reduce(moment)
             moment /= comm.get_world_size()
-        layer.running_mean, layer.running_var = mean, square - mean.square()
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_((square - mean.square()).clamp(min=0))
 
 
 class ProgressBar(HookBase):
@@ -205,15 +222,24 @@ class ProgressBar(HookBase):
             self.bar.close()
 
 
-def assert_backbone_arrived(model, path):
-    """Compare every one of the 265 tensors in the model with the file. Raises InputError naming what did not arrive.
+def load_backbone(model, path):
+    """Load the tensors of a converted file into the model's backbone; Detectron2's checkpointer would run what a pickle
+    holds. Raises InputError naming tensors of the backbone that the file does not fill."""
+    backbone = unwrap(model).backbone.bottom_up
+    needed = backbone.state_dict()
+    state = {detectron2_name(name): tensor for name, tensor in load_weights(path)[0].items()}
+    state = {name: tensor for name, tensor in state.items() if name in needed and needed[name].shape == tensor.shape}
+    absent = [name for name in needed if name not in state and not name.endswith("num_batches_tracked")]
+    if absent:
+        raise InputError(f"{len(absent)} backbone tensors did not arrive from MODEL.WEIGHTS {path} "
+                         f"({', '.join(absent)[:200]}): is MODEL.RESNETS.DEPTH 50 and its NORM a BatchNorm?")
+    backbone.load_state_dict(state, strict=False)  # a counter of BatchNorm's is in no such file
 
-    Detectron2's checkpointer only warns about what it could not place, and training then starts from random layers.
-    """
+
+def assert_backbone_arrived(model, path):
+    """Compare every one of the 265 tensors in the model with the file. Raises InputError naming what did not arrive."""
     state, _ = load_weights(path)
-    if hasattr(model, "module"):
-        model = model.module
-    found = model.backbone.bottom_up.state_dict()
+    found = unwrap(model).backbone.bottom_up.state_dict()
     absent = [detectron2_name(name) for name, tensor in state.items()
               if not torch.equal(found.get(detectron2_name(name), torch.empty(0)).cpu(), tensor)]
     if absent:
@@ -252,6 +278,9 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
     provenance = None
     if not eval_only:
+        if cfg.SOLVER.REFERENCE_WORLD_SIZE and cfg.SOLVER.IMS_PER_BATCH % cfg.SOLVER.REFERENCE_WORLD_SIZE:
+            raise InputError(f"the schedule is scaled from {cfg.SOLVER.REFERENCE_WORLD_SIZE} GPUs, among which "
+                             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide: leave out --scale-schedule")
         cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
         accumulate = plan_passes(cfg, processes, accumulate)
         if cfg.INPUT.MASK_FORMAT == "polygon" and any(annotations.rle for annotations in found):
@@ -322,9 +351,9 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
             trainer.train()
         comm.synchronize()  # only the main process writes the file that all read now
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
-    final = cfg.MODEL.WEIGHTS if eval_only and not resume else checkpointer.get_checkpoint_file()
-    load_whole_model(checkpointer, final)
+    final = (cfg.MODEL.WEIGHTS if eval_only and not resume
+             else DetectionCheckpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file())
+    model.load_state_dict(read_whole_model(final, model), strict=False)  # a frozen layer's counter is in neither
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
         beside = Path(final).with_name(PROVENANCE)
@@ -334,18 +363,18 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     comm.synchronize()  # nobody takes the group down while another still reads
 
 
-def load_whole_model(checkpointer, path):
-    """Load a fine-tuned model, every tensor of it. Raises InputError, where Detectron2 would only warn."""
+def read_whole_model(path, model):
+    """The state dict of a fine-tuned ``model``, every tensor of it. Raises InputError, where Detectron2 would only warn."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)["model"]
     except Exception as error:  # a broken or foreign file can fail in any way
         raise InputError(f"{path} is not a model that Detectron2 has fine-tuned ({type(error).__name__})") from None
-    needed = checkpointer.model.state_dict()
+    needed = model.state_dict()
     wrong = [name for name, tensor in needed.items() if name not in saved or saved[name].shape != tensor.shape]
     if wrong:
         raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
                          f"{', '.join(wrong[:3])}")
-    checkpointer.load(path)
+    return saved
 
 
 def register_datasets(cfg, eval_only=False):

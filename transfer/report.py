@@ -43,8 +43,8 @@ def write_results(cfg, engine, ap, weights, seconds, processes=1, accumulate=1):
 
     engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
     or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
-    seconds: wall time of the run; processes, accumulate: GPUs (or CPU processes), and passes that each split its images
-    of an iteration into.
+    seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes that
+    each split its images of an iteration into.
     """
     def percent(task, key):
         value = ap.get(task, {}).get(key)
@@ -91,6 +91,47 @@ def load_results(folder):
         reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise InputError(f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it "
                          "when a run ends") from None
+
+
+# Settings that may change when a finished run is evaluated again.
+EVALUATION = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|DATASETS\.TEST|"
+                        r"TEST\.(?!PRECISE_BN).*|.*_TEST")
+# And those in which runs of one row may differ.
+OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\.NUM_WORKERS|SEED|"
+                        r"MODEL\.WEIGHTS")
+
+
+def check_unchanged(cfg):
+    """Raises InputError where ``cfg.OUTPUT_DIR`` has results of a training by other settings: a finished run that is
+    resumed trains nothing, and would be given settings that it never had."""
+    if Path(cfg.OUTPUT_DIR, "results.json").is_file():
+        before, now = settings(load_results(cfg.OUTPUT_DIR)["config"], EVALUATION), settings(cfg.dump(), EVALUATION)
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise InputError(f"the run in {cfg.OUTPUT_DIR} is finished, with {key} {before.get(key)} and not {value}: "
+                                 "give another OUTPUT_DIR, or leave the key as it was")
+
+
+def settings(config, without):
+    """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...} but for keys that match ``without``."""
+    def leaves(node, prefix=""):
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else ((prefix + key, value),)
+
+    return {key: value for key, value in leaves(yaml.safe_load(config)) if not without.fullmatch(key)}
+
+
+def row_labels(results):
+    """{folder: results} -> {folder: label}: folder name and weights; the same for runs that differ in the seed alone,
+    with the whole path instead of the name where runs of one name differ in more."""
+    names = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
+    kinds = {}
+    for folder, name in names.items():
+        kind = [results[folder]["engine"], settings(results[folder]["config"], OF_ONE_ROW)]
+        if kind not in kinds.setdefault(name, []):
+            kinds[name].append(kind)
+    return {folder: name if len(kinds[name]) == 1 else f"{folder} ({weights_label(results[folder])})"
+            for folder, name in names.items()}
 
 
 def weights_label(results):

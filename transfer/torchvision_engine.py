@@ -194,6 +194,7 @@ def fit(cfg, model, dataset, resume):
         start, provenance = saved["iteration"] + 1, saved["weights"]
         log.info("%s: resuming at iteration %d of %d", last.read_text(), start, solver.MAX_ITER)
         if start >= solver.MAX_ITER and last.read_text() == "model_final.pth":
+            check_unchanged(cfg)
             return
     elif cfg.MODEL.WEIGHTS:
         state, provenance = load_weights(cfg.MODEL.WEIGHTS)
