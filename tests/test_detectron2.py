@@ -129,15 +129,15 @@ def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path)
     d2_trainer.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
-    trainer.checkpointer.save("model_0000001", iteration=1)
+    trainer.checkpointer.save("model_0000000", iteration=0)
     trainer.resume_or_load(True)
-    assert trainer.start_iter == 2
+    assert trainer.start_iter == 1
     wider = tiny(shapes, tmp_path, "MODEL.ROI_BOX_HEAD.FC_DIM", 48)
     with pytest.raises(InputError, match="lacks 4 tensors of this config's model, or has them in another shape"):
         d2_trainer.Trainer(wider).resume_or_load(True)
-    path = tmp_path / "model_0000001.pth"
+    path = tmp_path / "model_0000000.pth"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="model_0000001.pth is not a model that Detectron2 has fine-tuned"):
+    with pytest.raises(InputError, match="model_0000000.pth is not a model that Detectron2 has fine-tuned"):
         trainer.resume_or_load(True)
 
 
