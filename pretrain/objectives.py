@@ -75,6 +75,7 @@ def simsiam(networks, weak, aggressive, beta):
 def simsiam_rsa(networks, weak, aggressive, beta):
     """SimSiam with RSA (paper, 4.7): eq. 5 in negative cosines; what the target network is to RSA is the online network
     under stop-gradient, for lack of another."""
+    # The predictions first: autocast keeps a weight's cast copy, and one made under stop-gradient would serve both.
     p, p_ = networks.predict(aggressive[:, 0]), networks.predict(aggressive[:, 1])
     z, z_ = networks.project_target(weak[:, 0]), networks.project_target(weak[:, 1])
     loss_aw = -0.5 * (cosine(p, z_) + cosine(p_, z)).mean()

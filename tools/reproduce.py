@@ -98,7 +98,7 @@ def top1_table(datasets, methods):
 
 # Images in an epoch (STL-10 with its unlabelled ones). ImageNet's batch of 2048 is for several GPUs: one takes 256.
 EPOCH_IMAGES = {"cifar10": "50000", "cifar100": "50000", "stl10": "105000", "tinyimagenet": "100000",
-          "imagenet100": "126689", "imagenet": "1281167 --batch-size 256"}
+                "imagenet100": "126689", "imagenet": "1281167 --batch-size 256"}
 
 
 def time_per_epoch(dataset):
