@@ -114,6 +114,7 @@ class Source:
     """What the sources have in common."""
 
     own_val = False
+    files = ()  # that hold the images, where they have none of their own
 
     def __len__(self):
         return len(self.labels)
@@ -209,6 +210,7 @@ class HuggingFace(Source):
         try:
             self.starts = np.cumsum([0, *(read_metadata(shard).num_rows for shard in shards[:-1])])  # rows, by shard
             table = Dataset.from_parquet(list(map(str, shards))) if shards else load_from_disk(str(root))
+            self.files = shards or [file["filename"] for file in table.cache_files]
         except (DatasetsError, OSError, ValueError) as error:
             raise InputError(f"{root} cannot be read as a Hugging Face data set: {error}") from None
         kinds = table.features

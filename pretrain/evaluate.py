@@ -167,10 +167,12 @@ def find_labelled(cfg, images):
     return bank, None
 
 
-def evaluate_knn(features, train, val, bank_size):
-    """kNN top-1 in percent of ``val`` images against a bank of ``train`` images (two labelled sources)."""
+def evaluate_knn(features, train, val, bank_size, replace=False):
+    """kNN top-1 in percent of ``val`` images against a bank of ``train`` images (two labelled sources). ``replace``: a
+    val image that cannot be decoded does not stop a run that only watches itself."""
     check_labelled(train, val)
-    return knn_top1(*features.of(train, "kNN bank", bank_size, replace=True), *features.of(val, "kNN queries"))
+    return knn_top1(*features.of(train, "kNN bank", bank_size, replace=True),
+                    *features.of(val, "kNN queries", replace=replace))
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ def fingerprint(images):
     """Hexadecimal digest of a source of images: its place, the names, labels, sizes and times of its files."""
     digest = hashlib.sha256(f"{images.root.resolve()}\n{images.classes}\n".encode())
     digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
-    for index in range(len(images)):
-        name = images.name(index)
+    for name in (*images.files, *map(images.name, range(len(images)))):
         digest.update(os.fsencode(name))
         try:
             status = os.stat(name)

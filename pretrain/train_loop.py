@@ -114,7 +114,7 @@ def _train(cfg):
             print(f"no labelled images in val/ or test/ beside {images.root}: kNN top-1 is left out")
         log = Log(folder, K, start)
         if val and not start:
-            log.row({"step": 0, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK)})
+            log.row({"step": 0, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
         checkpoint.write_config(cfg)
 
     def prepare(batch):
@@ -179,7 +179,7 @@ def _train(cfg):
         if main and ends_epoch:
             if val and (k == K or cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
                 assert_finite(networks, k)
-                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK)})
+                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
                 networks.train()
                 meter.reset()
             # Features that have collapsed may recover; they must not push out the checkpoint from before.

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 from multiprocessing.reduction import ForkingPickler
 
@@ -17,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from pretrain.config import InputError, get_cfg
 from pretrain.datasets import BadImages, ImageFolder, UnreadableImage, decode, open_images, read_image, read_or_next
 from pretrain.evaluate import CenterCrops, Features, RandomCrops, evaluate_knn, find_labelled
+from pretrain.feature_cache import fingerprint
 
 RNG = np.random.default_rng(0)
 
@@ -357,6 +359,16 @@ def test_hugging_face_columns(hub, tmp_path):
         write(a=[1], b=["x"])
 
 
+@pytest.mark.parametrize("path, file", [("data", "train-00001-of-00002.parquet"),
+                                        ("saved/train", "data-00000-of-00001.arrow")])
+def test_hugging_face_tables_are_known_by_their_files(hub, tmp_path, path, file):
+    folder = shutil.copytree(hub[0] / path, tmp_path / "copy")
+    before = fingerprint(open_images(folder))
+    assert fingerprint(open_images(folder)) == before
+    os.utime(folder / file, ns=(1, 1))
+    assert fingerprint(open_images(folder)) != before
+
+
 def test_hugging_face_refusals(hub, tmp_path, monkeypatch):
     source = hub[0] / "data"
     with pytest.raises(InputError, match="DATA.CLASSES"):
@@ -426,12 +438,13 @@ def test_the_next_image_stands_in(with_damage):
     assert not isinstance(error.value, UnreadableImage)
 
 
-def test_knn_replaces_in_the_bank_only(with_damage, image_folder):
+def test_knn_replaces_in_the_bank_and_where_told(with_damage, image_folder):
     features = Features(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
                         cfg_of(image_folder).DATA, None)
     assert 0 <= evaluate_knn(features, with_damage, ImageFolder(image_folder), None) <= 100
     with pytest.raises(UnreadableImage):
         evaluate_knn(features, ImageFolder(image_folder), with_damage, None)
+    assert 0 <= evaluate_knn(features, ImageFolder(image_folder), with_damage, None, replace=True) <= 100
 
 
 class Numbered:

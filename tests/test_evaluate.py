@@ -9,7 +9,7 @@ import torch
 
 from pretrain import evaluate
 from pretrain.config import get_cfg
-from pretrain.datasets import ImageFolder
+from pretrain.datasets import ImageFolder, Source
 from pretrain.evaluate import (LINEAR, Features, LinearClassifier, RandomCrops, evaluate_linear, evaluate_linear_on,
                                knn_top1, shorten, standardize)
 from pretrain.feature_cache import FeatureCache
@@ -48,7 +48,7 @@ def test_knn_equals_scikit_learns(k, temperature):
     assert found == pytest.approx(100 * reference, abs=0.01)
 
 
-class Images:
+class Images(Source):
     """Two classes of plain images, bright red or bright blue; labels may be shuffled."""
 
     classes = ["red", "blue"]
@@ -59,9 +59,6 @@ class Images:
         self.colors = self.labels.copy()
         if shuffle is not None:
             np.random.default_rng(shuffle).shuffle(self.labels)
-
-    def __len__(self):
-        return len(self.labels)
 
     def name(self, index):
         return f"{index}"

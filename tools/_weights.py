@@ -1,5 +1,6 @@
 """A pre-trained backbone from any checkpoint, for the tools that look at features."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -11,6 +12,7 @@ from pretrain.distributed import amp_dtype, device
 from pretrain.evaluate import Features
 from pretrain.feature_cache import FeatureCache
 from transfer import readers
+from transfer.safe_load import open_checkpoint
 
 
 def load_features(path, branch="online"):
@@ -22,14 +24,15 @@ def load_features(path, branch="online"):
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
-    cfg = get_cfg()
-    try:
-        saved = checkpoint.load(path)
-    except InputError:  # not of this project, or damaged, which the reader says
+    cfg, before = get_cfg(), os.stat(path)
+    with open_checkpoint(path) as contents:  # nothing of a stranger's file is given to torch.load
+        ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
+    if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
         cfg.DATA.MEAN, cfg.DATA.STD = (tuple(value / 255 for value in provenance[key])
                                        for key in ("pixel_mean", "pixel_std"))
     else:
+        saved = checkpoint.load(path)
         cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
         prefix = f"{branch}.backbone."
         state = {name.removeprefix(prefix): tensor for name, tensor in saved["model"].items()
@@ -44,5 +47,8 @@ def load_features(path, branch="online"):
     if missing or unexpected:
         raise InputError(f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "
                          f"{len(unexpected)} left over")
+    after = os.stat(path)
+    if (before.st_ino, before.st_mtime_ns, before.st_size) != (after.st_ino, after.st_mtime_ns, after.st_size):
+        raise InputError(f"{path} was replaced while it was read: run the same command again")
     cache = FeatureCache(path, provenance["sha256"] + branch)
     return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance

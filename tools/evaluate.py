@@ -27,8 +27,9 @@ from tools._weights import load_features  # noqa: E402
 
 def main():
     args = parse()
-    if args.epochs is not None and args.epochs < 1:
-        raise InputError(f"--epochs is {args.epochs}: it must be at least 1")
+    for name, value, least in (("epochs", args.epochs, 1), ("bank", args.bank, 0)):
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}: it must be at least {least}")
 
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
@@ -39,7 +40,8 @@ def main():
 
     result = {"checkpoint": args.checkpoint, **provenance}
     if args.protocol == "knn":
-        result["knn_top1"] = evaluate.evaluate_knn(features, train, val, cfg.KNN.BANK)
+        result["bank"] = min(args.bank or len(train), len(train))
+        result["knn_top1"] = evaluate.evaluate_knn(features, train, val, args.bank)
     else:
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
         protocol = evaluate.shorten(evaluate.LINEAR[name], args.epochs)
@@ -62,6 +64,8 @@ def parse():
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
     parser.add_argument("--branch", choices=("online", "target"), default="online")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
+    parser.add_argument("--bank", type=int, default=0, metavar="N",
+                        help="of kNN: at most N training images, evenly spaced (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="FILE", help="write the result there, too")
     return parser.parse_args()

@@ -25,10 +25,10 @@ from tools._weights import load_features  # noqa: E402
 
 def main():
     args = parse()
-    for name in ("rows", "pairs", "limit", "image_size"):
+    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("image_size", 7)):  # the blur reflects 6 pixels
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     images = open_images(args.images)
     cfg, features = get_cfg(), None
     if args.checkpoint:
