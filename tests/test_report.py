@@ -184,6 +184,10 @@ def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
     assert (draw(run=runs["weak"]) != empty).any()
     assert (draw(run=runs["found"]) == two).all()
 
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.open(images / "2.png").transpose(Image.Transpose.ROTATE_90).save(images / "2.png", exif=exif)
+    assert (draw(run=runs["found"]) == two).all()
     (images / "2.png").unlink()
     with pytest.raises(InputError, match="2.png"):
         draw(run=runs["found"])
@@ -303,6 +307,12 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
         return report.row_labels({folders[name]: report.load_results(folders[name]) for name in names})
 
     assert set(labels("one", "two").values()) == {"rsa (rsa, step 9)"}
+    kept = report.load_results(folders["one"])
+    for change in ({}, {"seed": 1, "weights": {**rsa, "branch": "target"}}):  # a seed in common, another network
+        folders["other"] = tmp_path / "other" / "rsa"
+        folders["other"].mkdir(parents=True, exist_ok=True)
+        (folders["other"] / "results.json").write_text(json.dumps(kept | change))
+        assert len(set(labels("one", "other").values())) == 2
     assert labels("one", "longer") == {folders[name]: f"{folders[name]} (rsa, step 9)" for name in ("one", "longer")}
 
 

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
 from transfer.config import InputError, read_categories
@@ -206,7 +206,8 @@ def draw_detections(annotations, image_folder, runs, path, num_images=4, thresho
     grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
     for row, info in zip(grid, images):
         try:
-            image = np.asarray(Image.open(Path(image_folder, info["file_name"])).convert("RGB"))
+            image = Image.open(Path(image_folder, info["file_name"]))
+            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # as both engines read it
         except OSError as error:
             raise InputError(f"cannot read an image of {annotations}: {error}") from None
         for ax, (name, instances) in zip(row, columns.items()):

@@ -263,7 +263,9 @@ def _own_pixels(contents):
 
 
 def _kind(value, tensor):
-    return printable(tensor.shape if tensor else value.function if isinstance(value, Call) else type(value).__name__)
+    if isinstance(value, Call):  # what is to be called may be nested to any depth
+        return printable(value.function if isinstance(value.function, str) else "a call")
+    return printable(tensor.shape if tensor else type(value).__name__)
 
 
 def _beginnings(contents):

@@ -123,14 +123,20 @@ def settings(config, without):
 
 def row_labels(results):
     """{folder: results} -> {folder: label}: folder name and weights; the same for runs that differ in the seed alone,
-    with the whole path instead of the name where runs of one name differ in more."""
+    with the whole path instead of the name where runs of one name differ in more, or have a seed in common."""
     names = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
-    kinds = {}
+    kinds, seeds = {}, {}
     for folder, name in names.items():
-        kind = [results[folder]["engine"], settings(results[folder]["config"], OF_ONE_ROW)]
+        result = results[folder]
+        kind = [result["engine"], settings(result["config"], OF_ONE_ROW),
+                *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
         if kind not in kinds.setdefault(name, []):
             kinds[name].append(kind)
-    return {folder: name if len(kinds[name]) == 1 else f"{folder} ({weights_label(results[folder])})"
+        if result["seed"] >= 0:  # -1 is another one each time
+            seeds.setdefault(name, []).append(result["seed"])
+    apart = {name for name, found in kinds.items() if len(found) > 1}
+    apart |= {name for name, found in seeds.items() if len(set(found)) < len(found)}
+    return {folder: f"{folder} ({weights_label(results[folder])})" if name in apart else name
             for folder, name in names.items()}
 
 
