@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transfer.coco import CocoInstances, check_datasets, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_weights
-from transfer.report import write_results
+from transfer.report import check_unchanged, write_results
 
 log = logging.getLogger(__name__)
 
