@@ -188,21 +188,23 @@ def _train(cfg):
             if cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0 and not alarms.collapsed:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
         if asked and k < K:
-            stop.uninstall()
             outcome = "saved"
             if main:
                 if not save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS):
                     outcome = "NOT saved, the steps since the last checkpoint will be repeated"
                 log.close()
             distributed.any_rank(False)  # the launcher takes the first process that leaves for the end of all
+            if ranks == 1:  # of several, one may be signalled when the others are saving already
+                stop.uninstall()
             raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
-    stop.uninstall()
     if main:
         written = save(final, K, whole=False)
         log.close()
         if not written:
             raise InputError(f"{final} could not be written: make room, and run the same command again")
     distributed.any_rank(False)
+    if ranks == 1:
+        stop.uninstall()
     return str(final)
 
 
