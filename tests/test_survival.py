@@ -88,6 +88,26 @@ def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number,
     assert_same(final_weights(tmp_path / "run" / checkpoint.FINAL), weights)
 
 
+def run_signalled_while_it_saves(cfg):
+    save = checkpoint.save
+
+    def signalled(*arguments, **how):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return save(*arguments, **how)
+
+    checkpoint.save = signalled
+    run(cfg)
+
+
+def test_signals_while_it_saves(image_folder, tmp_path):
+    """The first asks it to stop, at the end of the first epoch; the second comes as it saves for that."""
+    process = processes.Process(target=run_signalled_while_it_saves, args=(tiny_cfg(image_folder, tmp_path, *LONG),))
+    process.start()
+    process.join()
+    assert process.exitcode == train_loop.REQUEUE
+    assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] > 3
+
+
 def test_second_run_in_a_folder_is_refused(image_folder, tmp_path):
     cfg = tiny_cfg(image_folder, tmp_path, *LONG)
     process = start(cfg)
