@@ -76,7 +76,7 @@ def get_cfg():
 
     cfg.KNN = CN()
     cfg.KNN.PERIOD = 10  # epochs between two kNN evaluations; always before the first step and at the end
-    cfg.KNN.BANK = 100_000  # training images in the bank at most, evenly spaced
+    cfg.KNN.BANK = 100_000  # training images in the bank at most, evenly spaced; 0: all
     return cfg
 
 
@@ -96,14 +96,25 @@ def check(cfg):
                               ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
                               ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
                               ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
-                              ("KNN.PERIOD", cfg.KNN.PERIOD, 0), ("SEED", cfg.SEED, 0)):
+                              ("KNN.PERIOD", cfg.KNN.PERIOD, 0), ("KNN.BANK", cfg.KNN.BANK, 0),
+                              ("SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, 0),
+                              ("SOLVER.WEIGHT_DECAY", cfg.SOLVER.WEIGHT_DECAY, 0),
+                              ("MODEL.HIDDEN_DIM", cfg.MODEL.HIDDEN_DIM, 1), ("MODEL.OUT_DIM", cfg.MODEL.OUT_DIM, 2),
+                              ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1), ("SEED", cfg.SEED, 0)):
         if value < least:
             raise InputError(f"{key} is {value}: it must be at least {least}")
-    for key, value in (("MODEL.BETA", cfg.MODEL.BETA), ("MODEL.TAU", cfg.MODEL.TAU)):
+    for key, value in (("MODEL.BETA", cfg.MODEL.BETA), ("MODEL.TAU", cfg.MODEL.TAU),
+                       ("SOLVER.MOMENTUM", cfg.SOLVER.MOMENTUM)):
         if not 0 <= value <= 1:
             raise InputError(f"{key} is {value}: it must lie between 0 and 1")
-    if cfg.MODEL.TEMPERATURE <= 0:
-        raise InputError(f"MODEL.TEMPERATURE is {cfg.MODEL.TEMPERATURE}: it must be positive")
+    for key, value in (("MODEL.TEMPERATURE", cfg.MODEL.TEMPERATURE), ("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR),
+                       ("SOLVER.TRUST_COEFFICIENT", cfg.SOLVER.TRUST_COEFFICIENT)):
+        if not value > 0:
+            raise InputError(f"{key} is {value}: it must be positive")
+    for key, values, least in (("DATA.MEAN", cfg.DATA.MEAN, -1), ("DATA.STD", cfg.DATA.STD, 0)):
+        if len(values) != 3 or not all(value > least for value in values):
+            raise InputError(f"{key} is {tuple(values)}: it takes three numbers, of red, green and blue"
+                             + ", each above 0" * (least == 0))
     if cfg.METHOD == "moco" and cfg.MODEL.QUEUE < 2 * cfg.SOLVER.BATCH_SIZE:
         raise InputError(f"MODEL.QUEUE is {cfg.MODEL.QUEUE}: it must hold the {2 * cfg.SOLVER.BATCH_SIZE} keys of a "
                          "step, two for each image of the global batch")

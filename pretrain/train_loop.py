@@ -26,13 +26,14 @@ def train(cfg):
     """Pre-train as ``cfg`` says, from the last checkpoint in ``cfg.OUTPUT_DIR`` if there is one.
 
     Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after SIGTERM, SIGUSR1 or
-    SIGINT once the state is saved.
+    SIGINT once the state is saved, if there is any yet.
     """
-    with checkpoint.locked(Path(cfg.OUTPUT_DIR)) if distributed.rank() == 0 else contextlib.nullcontext():
-        return _train(cfg)
+    lock = checkpoint.locked(Path(cfg.OUTPUT_DIR)) if distributed.rank() == 0 else contextlib.nullcontext()
+    with lock, StopSignals() as stop:
+        return _train(cfg, stop)
 
 
-def _train(cfg):
+def _train(cfg, stop):
     folder, device = Path(cfg.OUTPUT_DIR), distributed.device()
     rank, ranks = distributed.rank(), distributed.world_size()
     main = rank == 0
@@ -141,10 +142,10 @@ def _train(cfg):
             return False
 
     # ---- the loop over global batches ----
-    stop = StopSignals()
     networks.train()
     batches = ahead(loader, device)
     meter.reset()
+    stop.stepping = True
     for k in range(start + 1, K + 1):
         waited = 0.0
 
@@ -194,8 +195,6 @@ def _train(cfg):
                     outcome = "NOT saved, the steps since the last checkpoint will be repeated"
                 log.close()
             distributed.any_rank(False)  # the launcher takes the first process that leaves for the end of all
-            if ranks == 1:  # of several, one may be signalled when the others are saving already
-                stop.uninstall()
             raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
     if main:
         written = save(final, K, whole=False)
@@ -203,8 +202,6 @@ def _train(cfg):
         if not written:
             raise InputError(f"{final} could not be written: make room, and run the same command again")
     distributed.any_rank(False)
-    if ranks == 1:
-        stop.uninstall()
     return str(final)
 
 

@@ -11,26 +11,35 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain import checkpoint, distributed
-from pretrain.config import InputError
+from pretrain.config import InputError, Interrupted
 
 
 class StopSignals:
-    """``asked`` becomes true at SIGTERM, SIGUSR1 or SIGINT; the loop then ends after its step. A second SIGINT kills,
-    except under a launcher, which hands one Ctrl-C on twice."""
+    """While it is entered, SIGTERM, SIGUSR1 and SIGINT make ``asked`` true, and the loop ends after its step. Before
+    ``stepping`` there is nothing to save: a single process is stopped at once, by Interrupted; several, of which some
+    may be stepping, make the first step. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on
+    twice."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.stepping = False
+
+    def __enter__(self):
         self.previous = {number: signal.signal(number, self.handle)
                          for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
 
     def handle(self, number, frame):
+        if not self.stepping and distributed.world_size() == 1:
+            raise Interrupted(f"stopped by {signal.Signals(number).name} before its first step; the same command starts "
+                              "again from there")
         if number == signal.SIGINT and self.asked and not distributed.launched():
             raise KeyboardInterrupt
         self.asked = True
 
-    def uninstall(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_):
+        if distributed.world_size() == 1:  # of several, one may be signalled when the others are saving already
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
 
 class Meter:

@@ -261,20 +261,27 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     """The tool itself, stopped at half of the schedule and resumed, with evaluation on the way."""
     cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
     (tmp_path / "c.yaml").write_text(cfg.dump())
-    arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "--resume"]
-    for max_iter in (2, 4):
-        done = tool("train_net", *arguments, "SOLVER.MAX_ITER", max_iter)
+    arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "--resume", "SOLVER.CHECKPOINT_PERIOD", 2]
+    for resumed in (False, True):
+        if resumed:  # as if it had been killed before
+            (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+            (tmp_path / "run" / "model_final.pth").unlink()
+        done = tool("train_net", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "2 images = 2 cpu x 1 accumulated x 1; BatchNorm sees 1 at once" in done.stdout
         assert done.stdout.count("SyncBN needs GPUs") == 1 and "starts from random weights" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["processes"] == 2 and results["seed"] == 1 and "NORM: BN" in results["config"]
+    assert results["iterations"] == 4 and not results["eval_only"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in row for row in rows) and max(row["iteration"] for row in rows) == 3
+    changed = tool("train_net", *arguments, "SOLVER.BASE_LR", 0.5)
+    assert changed.returncode == 2 and "began with SOLVER.BASE_LR 0.01 and not 0.5" in changed.stderr, changed.stderr[-900:]
     judged = tool("train_net", "--config-file", tmp_path / "run" / "config.yaml", "--eval-only", "MODEL.WEIGHTS",
                   tmp_path / "run" / "model_final.pth", "OUTPUT_DIR", tmp_path / "judged")
     assert judged.returncode == 0, judged.stderr[-3000:]
-    assert json.loads((tmp_path / "judged" / "results.json").read_text())["ap"] == results["ap"]
+    judged = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert judged["ap"] == results["ap"] and judged["eval_only"] and judged["iterations"] == 4
 
 
 @pytest.mark.parametrize("images, processes, accumulate, message", [

@@ -42,7 +42,7 @@ def make_run(folder, ap, dataset="coco_2017_val", detections=None, weights=None)
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(folder)
     cfg.DATASETS.TEST = (dataset,)
-    report.write_results(cfg, "torchvision", ap, weights, 12.5)
+    report.write_results(cfg, "torchvision", ap, weights, 700, 12.5)
     (folder / "metrics.json").write_text("".join(
         json.dumps({"iteration": i, "total_loss": 2 - i / 100}) + "\n" for i in range(0, 100, 20))
         + json.dumps({"iteration": 100, "bbox/AP": 33.0}) + "\n")
@@ -70,7 +70,8 @@ def test_results_round_trip_as_valid_json(tmp_path):
     assert loaded == stored
     assert loaded["ap"]["bbox"] == dict.fromkeys(report.AP_KEYS, None) | {"AP50": 61.5}
     assert loaded["ap"]["segm"] == dict.fromkeys(report.AP_KEYS, None)
-    assert (loaded["engine"], loaded["max_iter"], loaded["seed"], loaded["seconds"]) == ("torchvision", 40000, -1, 12.5)
+    assert (loaded["engine"], loaded["iterations"], loaded["seed"], loaded["seconds"]) == ("torchvision", 700, -1, 12.5)
+    assert loaded["eval_only"] is False
     assert loaded["weights"] == weights and report.weights_label(loaded) == "rsa, step 500"
     assert {"python", "torch", "torchvision", "detectron2"} == set(loaded["versions"])
     assert "IMS_PER_BATCH: 16" in loaded["config"]
@@ -240,18 +241,26 @@ def test_tool_reports_a_missing_run_in_one_line(tmp_path):
 
 def full_run(folder, box, mask, weights, schedule="1x", protocol="infomin", **changes):
     """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have left it."""
+    method = (weights or {"method": "random"})["method"]
+    config = {"rsa": "", "the authors' RSA": "", "random": "_random", "supervised": "_supervised"}.get(method, "_ssl")
     cfg = torchvision_defaults()
-    cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}.yaml"))
+    cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}{config}.yaml"))
     if protocol == "moco":
         cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "protocol_moco.yaml"))
     cfg.OUTPUT_DIR = str(folder)
     cfg.merge_from_list([item for pair in changes.pop("keys", {}).items() for item in pair])
-    report.write_results(cfg, changes.pop("engine", "detectron2"), aps(box, mask), weights, 12.5, 8, 1)
+    iterations = changes.get("iterations", cfg.SOLVER.MAX_ITER)
+    report.write_results(cfg, changes.get("engine", "detectron2"), aps(box, mask), weights, iterations, 12.5,
+                         changes.get("eval_only", False), 8, 1)
     return folder
 
 
+RSA = {"method": "rsa", "step": 125_000}  # 200 epochs of 625 steps
+
+
 @pytest.mark.parametrize("weights, name, schedule, row", [
-    (None, "x", "1x", ("1x", "random")), ({"method": "rsa", "step": 9}, "x", "2x", ("2x", "rsa")),
+    (None, "x", "1x", ("1x", "random")), (RSA, "x", "2x", ("2x", "rsa")), (RSA, "x", "1x", ("1x", "rsa")),
+    ({"method": "rsa", "step": 144}, "x", "1x", None),  # of a shorter pre-training
     ({"method": "the authors' RSA"}, "x", "1x", ("1x", "rsa")),
     ({"method": "supervised", "stride_in_1x1": True}, "x", "1x", ("1x", "msra")),
     ({"method": "supervised", "stride_in_1x1": False}, "x", "1x", None),  # nobody published that row
@@ -264,16 +273,17 @@ def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
 
 @pytest.mark.parametrize("changes", [
     {"keys": {"SOLVER.MAX_ITER": 3000}}, {"keys": {"DATASETS.TEST": ("a.json::b",)}}, {"engine": "torchvision"},
-    {"keys": {"SOLVER.IMS_PER_BATCH": 8}}, {"keys": {"DATASETS.TRAIN": ("a.json::b",)}}, {"protocol": "moco"}])
+    {"keys": {"SOLVER.IMS_PER_BATCH": 8}}, {"keys": {"DATASETS.TRAIN": ("a.json::b",)}}, {"protocol": "moco"},
+    {"iterations": 5000}, {"eval_only": True}, {"keys": {"SOLVER.BASE_LR": 0.03}},
+    {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}])
 def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
     assert report.table_row(report.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
 
 
 def test_differences_and_their_mark(tmp_path):
-    rsa = {"method": "rsa", "step": 9}
-    runs = {"a": [report.load_results(full_run(tmp_path / str(box), box, 37.3, rsa)) for box in (40.7, 40.9)],
-            "b": report.load_results(full_run(tmp_path / "b", 40.7, 37.7, rsa)),
-            "c": report.load_results(full_run(tmp_path / "c", None, 37.0, rsa))}
+    runs = {"a": [report.load_results(full_run(tmp_path / str(box), box, 37.3, RSA)) for box in (40.7, 40.9)],
+            "b": report.load_results(full_run(tmp_path / "b", 40.7, 37.7, RSA)),
+            "c": report.load_results(full_run(tmp_path / "c", None, 37.0, RSA))}
     cells = report.table_cells(report.ap_table(runs, published=True))
     assert cells[1][:2] == ["a", "40.8 ± 0.1"]
     assert cells[2] == ["published 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]
@@ -316,15 +326,23 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
     assert labels("one", "longer") == {folders[name]: f"{folders[name]} (rsa, step 9)" for name in ("one", "longer")}
 
 
-def test_a_finished_run_keeps_its_settings(tmp_path):
+def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
     report.check_unchanged(cfg)
-    report.write_results(cfg, "torchvision", aps(40.0), None, 12.5)
+    assert report.read_training(tmp_path) is None
+    report.begin_training(cfg, {"method": "rsa"})
+    assert report.read_training(tmp_path)["weights"] == {"method": "rsa"}
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
     report.check_unchanged(cfg)
-    cfg.SOLVER.BASE_LR = 0.5
-    with pytest.raises(InputError, match="finished, with SOLVER.BASE_LR 0.001 and not 0.5: give another OUTPUT_DIR"):
+    assert report.difference(cfg) is None
+    for key, value, words in (("BASE_LR", 0.5, "0.001 and not 0.5"), ("MAX_ITER", 80000, "40000 and not 80000")):
+        changed = cfg.clone()
+        changed.SOLVER[key] = value
+        with pytest.raises(InputError, match=f"began with SOLVER.{key} {words}: give another OUTPUT_DIR"):
+            report.check_unchanged(changed)
+    (tmp_path / "training.json").write_text("[]")
+    with pytest.raises(InputError, match="training.json is not what"):
         report.check_unchanged(cfg)
 
 

@@ -96,6 +96,19 @@ def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
     assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, monkeypatch, number):
+    """While the data set is opened, or the first kNN runs: nothing is lost, and a scheduler is told to come again."""
+    evaluate = train_loop.evaluate_knn
+    monkeypatch.setattr(train_loop, "evaluate_knn", lambda *_, **__: signal.raise_signal(number))
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="before its first step"):
+        train_loop.train(tiny(image_folder, tmp_path))
+    assert signal.getsignal(number) == handler
+    monkeypatch.setattr(train_loop, "evaluate_knn", evaluate)
+    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
+
+
 def test_changed_data_set_is_refused(image_folder, tmp_path):
     copy = shutil.copytree(image_folder, tmp_path / "train")
     cfg = tiny(copy, tmp_path)

@@ -1,5 +1,6 @@
 """What the command-line tools share: where a config file is looked for, and errors as one line."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,13 +25,22 @@ def merge_config(cfg, path, overrides, error):
             cfg.merge_from_file(path, allow_unsafe=False)
         if len(overrides) % 2:
             raise error(f"overrides are KEY VALUE pairs, but {overrides[-1]!r} has no value")
-        cfg.merge_from_list(overrides)
+        for key, value in zip(overrides[::2], overrides[1::2]):
+            cfg.merge_from_list([key, whole_as_float(cfg, key, value)])
     except error:
         raise
     except Exception as problem:  # yacs raises KeyError, ValueError and AssertionError; PyYAML its own
         reason = " ".join(str(problem.args[0] if isinstance(problem, KeyError) else problem).split())
         raise error(f"config {path or ''} {' '.join(map(str, overrides))}: {reason}".replace("  ", " ")) from None
     return cfg
+
+
+def whole_as_float(cfg, key, value):
+    """``value``, as a float where it is a whole number and the key of ``cfg`` holds floats: yacs wants 0.0 for 0."""
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return float(value) if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(value)) else value
 
 
 def refuse_repeated_keys(path, error):

@@ -13,15 +13,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.convert import DEFAULT_INPUT, DEFAULT_OUTPUT, convert  # noqa: E402
+from transfer.convert import DEFAULT_INPUT, SUFFIXES, convert  # noqa: E402
 from transfer.readers import BRANCHES  # noqa: E402
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", nargs="?", default=DEFAULT_INPUT, help=f"checkpoint (default {DEFAULT_INPUT})")
-    parser.add_argument("output", nargs="?", help=f"file to write (default {DEFAULT_OUTPUT['detectron2']})")
-    parser.add_argument("--to", choices=DEFAULT_OUTPUT, default="detectron2", help="library to write for")
+    parser.add_argument("output", nargs="?", help="file to write (default output/weights/METHOD_r50.pkl, of RSA "
+                        "where the transfer configs look)")
+    parser.add_argument("--to", choices=SUFFIXES, default="detectron2", help="library to write for")
     parser.add_argument("--branch", choices=BRANCHES, default="online", help="which network's backbone")
     args = parser.parse_args()
     output, provenance = convert(args.input, args.output, args.to, args.branch)

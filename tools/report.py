@@ -63,7 +63,7 @@ def main():
         result, solver = results[folder], configs[folder]["SOLVER"]
         settings.append([str(x) for x in (
             name, (result["weights"] or {}).get("source", "–"), result["engine"], protocol, test_sets[folder],
-            result["max_iter"], solver["IMS_PER_BATCH"],
+            result["iterations"], solver["IMS_PER_BATCH"],
             f"{result.get('processes', 1)} x {result.get('accumulate', 1)}", solver["BASE_LR"], result["seed"],
             f"{result['seconds'] / 3600:.2f}")])
     sections += [("AP", plot_ap(rows, output / "ap.png")), ("Settings", settings)]

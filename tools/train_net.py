@@ -21,7 +21,7 @@ from tools._cli import find_config, merge_config, run  # noqa: E402
 from transfer.coco import check_annotations  # noqa: E402
 from transfer.config import (InputError, dataset_name, read_categories, scale_schedule,  # noqa: E402
                              torchvision_defaults)
-from transfer.convert import DEFAULT_OUTPUT  # noqa: E402
+from transfer.convert import DEFAULT_WEIGHTS  # noqa: E402
 from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (
@@ -47,7 +47,7 @@ def main():
         if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
             raise InputError("--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
                              "the torchvision engine trains on one device, all images at once")
-    cfg.MODEL.WEIGHTS = DEFAULT_OUTPUT["detectron2"]  # random weights must be asked for: MODEL.WEIGHTS ""
+    cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
     configure(cfg, args)
     engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")

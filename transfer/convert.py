@@ -19,19 +19,19 @@ from transfer.config import InputError
 from transfer.readers import read_checkpoint, read_tensors, resnet50_shapes
 from transfer.safe_load import open_checkpoint
 
-# The transfer configs look for their weights here.
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
-DEFAULT_OUTPUT = {
-    "detectron2": "output/weights/rsa_r50.pkl",
-    "torchvision": "output/weights/rsa_r50.pth",
-    "timm": "output/weights/rsa_r50.safetensors",
-}
+DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # the transfer configs look for their weights here
+SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
 def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch="online"):
-    """Read ``source``, write it for library ``to``; returns (path written, provenance). Raises InputError."""
+    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its method's name;
+    returns (path written, provenance). Raises InputError."""
     state, provenance = read_checkpoint(source, branch)
-    output = Path(output or DEFAULT_OUTPUT[to])
+    if output is None:
+        method = re.sub("[^a-z0-9]+", "_", provenance["method"].removeprefix("the authors' ").lower()).strip("_")
+        output = Path(DEFAULT_WEIGHTS).with_name(f"{method}_r50{'_target' * (branch == 'target')}{SUFFIXES[to]}")
+    output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_bytes(ENCODERS[to](state, provenance))

@@ -6,7 +6,6 @@ on a CPU, the backbone is known to have arrived, and the final AP is that of the
 """
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -34,9 +33,9 @@ from transfer.coco import check_datasets
 from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
 from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
-from transfer.report import check_unchanged, load_results, write_results
+from transfer.report import (begin_training, check_unchanged, difference, load_results, read_training,
+                             write_results)
 
-PROVENANCE = "weights.json"  # in OUTPUT_DIR: where the backbone of this run came from; null: random
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did.
 ZOO = {
@@ -143,14 +142,13 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
+            check_unchanged(self.cfg)
             read_whole_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model))  # Detectron2 only warns
             try:
                 super().resume_or_load(True)
             except ValueError as error:  # the optimizer's
                 raise InputError(f"the checkpoint in {self.cfg.OUTPUT_DIR} is of other settings ({error}): restore them, "
                                  "or give another OUTPUT_DIR") from None
-            if self.start_iter >= self.max_iter:
-                check_unchanged(self.cfg)
         elif weights in ZOO:
             super().resume_or_load(False)
             self.checkpointer.assert_backbone_arrived()
@@ -346,27 +344,30 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
         trainer = Trainer(cfg, accumulate)
         trainer.resume_or_load(resume)
         if comm.is_main_process() and trainer.start_iter == 0:
-            Path(cfg.OUTPUT_DIR, PROVENANCE).write_text(json.dumps(provenance))
+            begin_training(cfg, provenance)
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
         comm.synchronize()  # only the main process writes the file that all read now
     model = Trainer.build_model(cfg)
     final = (cfg.MODEL.WEIGHTS if eval_only and not resume
              else DetectionCheckpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file())
-    model.load_state_dict(read_whole_model(final, model), strict=False)  # a frozen layer's counter is in neither
+    state, iterations = read_whole_model(final, model)
+    model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
-        beside = Path(final).with_name(PROVENANCE)
-        provenance = json.loads(beside.read_text()) if beside.is_file() else {"source": str(final)}
-        write_results(cfg, "detectron2", ap, provenance, time.perf_counter() - start,
-                      processes=comm.get_world_size(), accumulate=accumulate)
+        training = read_training(Path(final).parent)
+        write_results(cfg, "detectron2", ap, training["weights"] if training else {"source": str(final)}, iterations,
+                      time.perf_counter() - start, eval_only and not (resume and difference(cfg) is None),
+                      comm.get_world_size(), accumulate)
     comm.synchronize()  # nobody takes the group down while another still reads
 
 
 def read_whole_model(path, model):
-    """The state dict of a fine-tuned ``model``, every tensor of it. Raises InputError, where Detectron2 would only warn."""
+    """(state dict of a fine-tuned ``model``, every tensor of it; the iterations that it took, -1 where the file does not
+    say). Raises InputError, where Detectron2 would only warn."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        saved, iterations = contents["model"], int(contents.get("iteration", -2)) + 1
     except Exception as error:  # a broken or foreign file can fail in any way
         raise InputError(f"{path} is not a model that Detectron2 has fine-tuned ({type(error).__name__})") from None
     needed = model.state_dict()
@@ -374,7 +375,7 @@ def read_whole_model(path, model):
     if wrong:
         raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
                          f"{', '.join(wrong[:3])}")
-    return saved
+    return saved, iterations
 
 
 def register_datasets(cfg, eval_only=False):

@@ -33,18 +33,20 @@ PUBLISHED = {
            "mocov1": (41.7, 37.5), "mocov2": (41.7, 37.6), "infomin": (42.5, 38.4), "rsa": (42.7, 38.5)},
 }
 SCHEDULES = {90000: "1x", 180000: "2x"}  # iterations of 16 images
+RSA_STEPS = 200 * (1281167 // 2048)  # of the paper's 200 epochs of ImageNet-1K
 SEED_NOISE = 0.3  # AP by which two runs that differ in nothing but the seed may well differ
 COLUMNS = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
 PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75")
 
 
-def write_results(cfg, engine, ap, weights, seconds, processes=1, accumulate=1):
+def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False, processes=1, accumulate=1):
     """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
 
     engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
     or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
-    seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes that
-    each split its images of an iteration into.
+    iterations: that the model which was judged has been trained for; eval_only: it may have been trained with another
+    config; seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes
+    that each split its images of an iteration into.
     """
     def percent(task, key):
         value = ap.get(task, {}).get(key)
@@ -59,7 +61,8 @@ def write_results(cfg, engine, ap, weights, seconds, processes=1, accumulate=1):
     results = {
         "engine": engine,
         "ap": {task: {key: percent(task, key) for key in AP_KEYS} for task in ("bbox", "segm")},
-        "max_iter": cfg.SOLVER.MAX_ITER,
+        "iterations": iterations,
+        "eval_only": eval_only,
         "seed": cfg.SEED,
         "weights": weights,
         "config": cfg.dump(),
@@ -69,12 +72,15 @@ def write_results(cfg, engine, ap, weights, seconds, processes=1, accumulate=1):
                      **{package: version(package) for package in ("torch", "torchvision", "detectron2")}},
         "seconds": float(seconds),
     }
-    path = Path(cfg.OUTPUT_DIR, "results.json")
+    _write_json(Path(cfg.OUTPUT_DIR, "results.json"), results)
+    return results
+
+
+def _write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)
-    return results
 
 
 def load_results(folder):
@@ -82,7 +88,7 @@ def load_results(folder):
     path = Path(folder, "results.json")
     try:
         results = json.loads(path.read_text())
-        missing = {"engine", "ap", "max_iter", "seed", "weights", "config", "seconds"} - set(results)
+        missing = {"engine", "ap", "iterations", "eval_only", "seed", "weights", "config", "seconds"} - set(results)
         if missing or not {"bbox", "segm"} <= set(results["ap"]):
             raise ValueError(f"lacks {', '.join(sorted(missing)) or 'bbox or segm APs'}")
         protocol_of(yaml.safe_load(results["config"]))
@@ -93,7 +99,8 @@ def load_results(folder):
                          "when a run ends") from None
 
 
-# Settings that may change when a finished run is evaluated again.
+TRAINING = "training.json"  # in OUTPUT_DIR, from the first iteration on: the weights' provenance, and the config
+# Settings that may change when a run goes on, or when what it has trained is evaluated again.
 EVALUATION = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|DATASETS\.TEST|"
                         r"TEST\.(?!PRECISE_BN).*|.*_TEST")
 # And those in which runs of one row may differ.
@@ -101,15 +108,40 @@ OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT
                         r"MODEL\.WEIGHTS")
 
 
+def begin_training(cfg, weights):
+    """Leave the provenance of a run's ``weights`` (None: random) and its config beside the checkpoints to come."""
+    _write_json(Path(cfg.OUTPUT_DIR, TRAINING), {"weights": weights, "config": cfg.dump()})
+
+
+def read_training(folder):
+    """What :func:`begin_training` left in ``folder``, or None. Raises InputError."""
+    path = Path(folder, TRAINING)
+    if not path.is_file():
+        return None
+    try:
+        training = json.loads(path.read_text())
+        settings(training["config"], EVALUATION)
+        return {"weights": training["weights"], "config": training["config"]}
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        raise InputError(f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "
+                         "OUTPUT_DIR") from None
+
+
+def difference(cfg):
+    """Words for the first setting that ``cfg`` and the training in ``cfg.OUTPUT_DIR`` do not share; None if they agree,
+    or where no training began."""
+    training = read_training(cfg.OUTPUT_DIR)
+    before, now = (settings(config, EVALUATION) for config in (training["config"] if training else cfg.dump(), cfg.dump()))
+    return next((f"{key} {before.get(key)} and not {value}" for key, value in now.items() if before.get(key) != value),
+                None)
+
+
 def check_unchanged(cfg):
-    """Raises InputError where ``cfg.OUTPUT_DIR`` has results of a training by other settings: a finished run that is
-    resumed trains nothing, and would be given settings that it never had."""
-    if Path(cfg.OUTPUT_DIR, "results.json").is_file():
-        before, now = settings(load_results(cfg.OUTPUT_DIR)["config"], EVALUATION), settings(cfg.dump(), EVALUATION)
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise InputError(f"the run in {cfg.OUTPUT_DIR} is finished, with {key} {before.get(key)} and not {value}: "
-                                 "give another OUTPUT_DIR, or leave the key as it was")
+    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings: what goes on from its
+    checkpoints keeps some of them, such as the learning rate, and would be given others that it never had."""
+    if found := difference(cfg):
+        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {found}: give another OUTPUT_DIR, or leave the key as "
+                         "it was")
 
 
 def settings(config, without):
@@ -155,20 +187,24 @@ def table_row(results):
     Other methods' rows are known by the name of the run's folder, for their files do not name them.
     """
     config, weights = yaml.safe_load(results["config"]), results["weights"]
-    sets = [tuple(config["DATASETS"][part]) for part in ("TRAIN", "TEST")]
-    schedule = SCHEDULES.get(results["max_iter"])
-    if (schedule is None or results["engine"] != "detectron2" or sets != [("coco_2017_train",), ("coco_2017_val",)]
-            or config["SOLVER"]["IMS_PER_BATCH"] != 16 or protocol_of(config) != "infomin"):
+    solver, sets = config["SOLVER"], [tuple(config["DATASETS"][part]) for part in ("TRAIN", "TEST")]
+    schedule = SCHEDULES.get(results["iterations"])
+    if (schedule is None or results["eval_only"] or results["engine"] != "detectron2"
+            or sets != [("coco_2017_train",), ("coco_2017_val",)] or solver["MAX_ITER"] != results["iterations"]
+            or solver["IMS_PER_BATCH"] != 16 or config["MODEL"]["BACKBONE"]["FREEZE_AT"] != 0
+            or protocol_of(config) != "infomin"):
         return None
     if weights is None:
         row = "random"
     elif weights.get("method") == "supervised":
         row = "msra" if weights.get("stride_in_1x1") else "supervised"
-    elif weights.get("method") in ("rsa", "the authors' RSA"):
+    elif weights.get("method") == "the authors' RSA" or weights.get("method") == "rsa" and weights["step"] == RSA_STEPS:
         row = "rsa"
     else:
         row = re.sub("[^a-z0-9]", "", Path(config["OUTPUT_DIR"]).name.lower())
         row = None if row in ("random", "msra", "rsa") else row
+    if solver["BASE_LR"] != (0.03 if (schedule, row) == ("2x", "rsa") else 0.02):
+        return None
     return (schedule, row) if row in PUBLISHED[schedule] else None
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transfer.coco import CocoInstances, check_datasets, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_weights
-from transfer.report import check_unchanged, write_results
+from transfer.report import begin_training, check_unchanged, difference, write_results
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +192,9 @@ def fit(cfg, model, dataset, resume):
         saved = load_checkpoint(folder / last.read_text(), model)
         optimizer.load_state_dict(saved["optimizer"])
         start, provenance = saved["iteration"] + 1, saved["weights"]
+        check_unchanged(cfg)
         log.info("%s: resuming at iteration %d of %d", last.read_text(), start, solver.MAX_ITER)
-        if start >= solver.MAX_ITER and last.read_text() == "model_final.pth":
-            check_unchanged(cfg)
+        if last.read_text() == "model_final.pth":
             return
     elif cfg.MODEL.WEIGHTS:
         state, provenance = load_weights(cfg.MODEL.WEIGHTS)
@@ -206,6 +206,8 @@ def fit(cfg, model, dataset, resume):
         log.info("%s: all %d backbone tensors loaded", cfg.MODEL.WEIGHTS, len(state))
     else:
         log.info("MODEL.WEIGHTS is empty: training starts from random weights")
+    if not start:
+        begin_training(cfg, provenance)
 
     model.train()
     recent = []
@@ -294,4 +296,5 @@ def train(cfg, resume=False, eval_only=False):
     detections = detect(cfg, model, val_set)
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
     return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections),
-                         weights=saved["weights"], seconds=time.time() - began)
+                         weights=saved["weights"], iterations=saved["iteration"] + 1, seconds=time.time() - began,
+                         eval_only=eval_only and not (resume and difference(cfg) is None))
