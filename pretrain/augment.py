@@ -89,7 +89,8 @@ def aggressive(views, params):
 
 
 def _indices(mask, device):
-    return mask.nonzero().squeeze(1).to(device, non_blocking=True)
+    indices = mask.nonzero().squeeze(1)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
 
 
 def grayscale(images):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import time
 from datetime import timedelta
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pretrain.config import InputError, Interrupted
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
+PATIENCE = 10  # seconds
 HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
 
 
@@ -83,16 +85,24 @@ def join_and_run(train, cfg):
         return train(cfg)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())  # srun may show each task one
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores())
     # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    # The group is taken down only where all have come to the end: a process that leaves early, with an error, must not
+    # wait for the others in its shutdown.
     try:
-        return train(cfg)
+        result = train(cfg)
+    except Interrupted:
+        dist.destroy_process_group()  # all leave at the same step
+        raise
     except InputError as error:  # plain, without a loader's traceback: the launcher knows it by its name
         raise InputError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError:  # most often a lost peer, whose own error the launcher must see first: it tells of one alone
+        time.sleep(PATIENCE)
+        raise
+    dist.destroy_process_group()
+    return result
 
 
 def launched():
@@ -115,6 +125,13 @@ def world_size():
 
 def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cores():
+    """How many cores of this machine are this process's own. srun may have bound the task to its share already."""
+    mine = len(os.sched_getaffinity(0))
+    bound = mine < int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) * local_world_size()
+    return mine if bound else max(1, mine // local_world_size())
 
 
 def device():

@@ -85,8 +85,12 @@ class Features:
         what = {"features": count, "replace": replace, **self.describe(images)} if self.cache else None
         if found := self.cache and self.cache.get(what):
             return tuple(torch.from_numpy(found[name]).to(device()) for name in ("features", "labels"))
-        features, labels = zip(*self.batches(images, np.arange(count) * len(images) // count, description, replace))
-        features, labels = torch.cat(features), torch.cat(labels).to(device())
+        features, labels, done = None, torch.empty(count, dtype=torch.long, device=device()), 0
+        for batch, batch_labels in self.batches(images, np.arange(count) * len(images) // count, description, replace):
+            if features is None:  # all at once: those of ImageNet take 10 GB, and joining them would take 20
+                features = batch.new_empty(count, batch.shape[1])
+            part = slice(done, done + len(batch))
+            features[part], labels[part], done = batch, batch_labels, part.stop
         if self.cache:
             self.cache.put(what, features=features.cpu().numpy(), labels=labels.cpu().numpy())
         return features, labels
@@ -121,13 +125,17 @@ class Features:
                 "mean": list(self.data.MEAN), "std": list(self.data.STD), "dtype": str(self.amp)}
 
 
+SIMILARITIES = 2 ** 27  # that are held at once: half a GB
+
+
 def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
     """Weighted kNN (Wu et al. 2018): the k nearest by cosine vote with exp(cos / T). Features [N, D] and [M, D],
     labels [N] and [M] -> top-1 in percent. k is cut to the size of the bank."""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    correct = 0
-    for features, labels in zip(queries.split(1024), query_labels.split(1024)):
-        similarity, nearest = (features @ bank.T).topk(min(k, len(bank)), dim=1)
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # the similarities are scaled: a copy of the bank may be too large
+    queries, correct = F.normalize(queries, dim=1), 0
+    size = max(1, min(1024, SIMILARITIES // len(bank)))
+    for features, labels in zip(queries.split(size), query_labels.split(size)):
+        similarity, nearest = (features @ bank.T).div_(lengths).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(features), int(bank_labels.max()) + 1, device=bank.device)
         votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == labels).sum().item()

@@ -5,7 +5,6 @@ The batch of step s is a slice of its epoch's permutation; the crops, flips and 
 ranks or accumulation steps, changes which pixels are seen.
 """
 
-import os
 import signal
 
 import numpy as np
@@ -98,4 +97,4 @@ def resolve_workers(num_workers):
     """-1: this process's share of the cores, 16 at most."""
     if num_workers >= 0:
         return num_workers
-    return min(16, max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+    return min(16, distributed.cores())

@@ -73,6 +73,8 @@ def _train(cfg, stop):
     if normalised == 1:
         raise InputError("BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size")
     if cfg.SOLVER.COMPILE:
+        if sync_bn and main:
+            print("warning: torch.compile stops at every SyncBatchNorm and gains little: try MODEL.SYNC_BN False")
         networks.compile_backbones()
     optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
                                 cfg.SOLVER.TRUST_COEFFICIENT, METHODS[cfg.METHOD].fix_predictor_lr)
@@ -177,24 +179,24 @@ def _train(cfg, stop):
                 alarms.check(k, row, steps)
         asked = distributed.any_rank(stop.asked)  # all leave at the same step
         epoch, ends_epoch = k // steps_per_epoch, k % steps_per_epoch == 0
-        if main and ends_epoch:
-            if val and (k == K or cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0):
-                assert_finite(networks, k)
-                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
-                networks.train()
-                meter.reset()
+        if main and ends_epoch:  # saved first: a launcher grants seconds after a signal, and kNN may take minutes
             # Features that have collapsed may recover; they must not push out the checkpoint from before.
             if k == K or epoch % cfg.CHECKPOINT.PERIOD == 0 and not alarms.collapsed and not asked:
                 save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
             if cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0 and not alarms.collapsed:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
+            if val and (k == K or cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked):
+                assert_finite(networks, k)
+                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
+                networks.train()
+                meter.reset()
         if asked and k < K:
-            outcome = "saved"
+            written = main and save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
             if main:
-                if not save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS):
-                    outcome = "NOT saved, the steps since the last checkpoint will be repeated"
                 log.close()
-            distributed.any_rank(False)  # the launcher takes the first process that leaves for the end of all
+            # All wait for it: the launcher takes the first process that leaves for the end of all.
+            outcome = ("saved" if distributed.any_rank(written) else
+                       "NOT saved, the steps since the last checkpoint will be repeated")
             raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
     if main:
         written = save(final, K, whole=False)

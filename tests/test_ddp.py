@@ -72,6 +72,34 @@ def test_a_kind_of_input_error_is_handed_on_as_one(monkeypatch):
     assert type(error.value) is InputError
 
 
+def fail_in(rank):
+    """A train(cfg) that fails in one process; the other has come to the end of a step."""
+    torch.distributed.destroy_process_group = os.abort  # on NCCL it may wait for the peer, for ever
+    if distributed.rank() == rank:
+        raise InputError("one image cannot be decoded")
+    distributed.any_rank(False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_one_process_is_the_one_that_is_told(rank):
+    """Not that of its peer, which loses the connection."""
+    with pytest.raises(InputError, match="^one image cannot be decoded$"):
+        distributed.launch(fail_in, rank, processes=2)
+
+
+def test_cores_of_a_process(monkeypatch):
+    """srun may have bound a task to its share of the machine; torchrun has not."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert distributed.cores() == 12
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert distributed.cores() == 12
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    assert distributed.cores() == 12
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert distributed.cores() == 1
+
+
 def test_torchrun(image_folder, tmp_path, two_processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TOOL,
                *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]

@@ -32,6 +32,17 @@ def test_knn_equals_a_loop():
     assert knn_top1(bank.float(), bank_labels, queries.float(), labels, k=7) == pytest.approx(100 * correct / 25)
 
 
+def test_knn_in_small_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(count, 8, generator=generator) for count in (300, 50))
+    labels = [torch.randint(4, (count,), generator=generator) for count in (300, 50)]
+    before = bank.clone()
+    whole = knn_top1(bank, labels[0], queries, labels[1], k=20)
+    monkeypatch.setattr(evaluate, "SIMILARITIES", 700)  # two queries at a time
+    assert knn_top1(bank, labels[0], queries, labels[1], k=20) == whole
+    assert torch.equal(bank, before)
+
+
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0)])
 def test_knn_equals_scikit_learns(k, temperature):
     """KNeighborsClassifier by cosine distance d = 1 - cos, with the weights exp((1 - d) / T); classes that overlap."""

@@ -44,9 +44,9 @@ ZOO = {
         "input_format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0],
         "stride_in_1x1": True},
 }
-# What a training image takes of a GPU's memory: half of the 5.5 GB that Detectron2's model zoo states for two images of
-# mask_rcnn_R_50_FPN_3x_syncbn, the same network in float32.
-BYTES_PER_IMAGE = 2.75e9
+# What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
+# scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
+BYTES_PER_IMAGE = 3.6e9
 
 
 class AccumulatingTrainer(SimpleTrainer):

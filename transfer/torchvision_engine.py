@@ -291,7 +291,11 @@ def train(cfg, resume=False, eval_only=False):
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
-        fit(cfg, model, train_set, resume)
+        try:
+            fit(cfg, model, train_set, resume)
+        except torch.OutOfMemoryError:
+            raise InputError(f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
+                             "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR") from None
     saved = load_checkpoint(cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth", model)
     detections = detect(cfg, model, val_set)
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
