@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from tools import reproduce
 from tools.reproduce import Step, Table
 from transfer.config import InputError
+from transfer.convert import convert
 
 
 @pytest.fixture
@@ -34,25 +35,26 @@ TABLE = Table({"a": (Step("shared", "x {done}", 5), Step("{out}/{seed}/a/r", "y 
 
 
 def test_plan_has_every_step_once_and_in_order(here):
-    steps, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", gpus=3)
+    steps, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", runs="p", gpus=3)
     assert names(steps) == ["shared", "o/0/a/r", "o/0/b/r", "o/1/a/r", "o/1/b/r"] and missing == steps
     assert [step.command for step in steps] == ["x shared", "y 0 3", "y 0 3", "y 1 3", "y 1 3"]
 
 
 def test_folders_with_spaces_stay_one_word(here):
-    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my runs", gpus=1, options="")
+    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my runs", runs="my runs/p", gpus=1,
+                              options="", set="")
     assert "OUTPUT_DIR" in (words := shlex.split(steps[-1].command))
     assert words[words.index("OUTPUT_DIR") + 1] + "/results.json" == steps[-1].done == "my runs/seed0/rsa/results.json"
 
 
 def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here):
     touch(here / "o" / "0" / "a" / "r")
-    _, missing = reproduce.plan(TABLE, ["a"], 1, out="o", gpus=1)
+    _, missing = reproduce.plan(TABLE, ["a"], 1, out="o", runs="p", gpus=1)
     assert missing == []  # "shared" is not there, but nobody needs it any more
-    _, missing = reproduce.plan(TABLE, ["a", "b"], 1, out="o", gpus=1)
+    _, missing = reproduce.plan(TABLE, ["a", "b"], 1, out="o", runs="p", gpus=1)
     assert names(missing) == ["shared", "o/0/b/r"]
     touch(here / "shared")
-    _, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", gpus=1)
+    _, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", runs="p", gpus=1)
     assert names(missing) == ["o/0/b/r", "o/1/a/r", "o/1/b/r"]
 
 
@@ -77,7 +79,8 @@ def test_commands_are_ones_that_the_tools_take(here, name, monkeypatch):
     import tools.train_net
 
     table = reproduce.TABLES[name]
-    steps, _ = reproduce.plan(table, list(table.rows), 2, out="o", gpus=4, options="--protocol moco --accumulate 2")
+    steps, _ = reproduce.plan(table, list(table.rows), 2, out="o", runs="p", gpus=4,
+                              options="--protocol moco --accumulate 2", set="SOLVER.AMP.ENABLED True")
     parsed = 0
     for step in steps:
         words = shlex.split(step.command)
@@ -92,7 +95,7 @@ def test_commands_are_ones_that_the_tools_take(here, name, monkeypatch):
                 assert name == "table7" or "OUTPUT_DIR" in args.overrides
                 parsed += 1
     per_row = {"figure1": 0, "table7": 1}.get(name, 2)
-    assert parsed == per_row * len(table.rows)
+    assert parsed == per_row * len(table.rows) + (name in ("table5", "table6"))  # RSA's pre-training
     assert len({step.done for step in steps}) == len(steps)
 
 
@@ -100,11 +103,46 @@ def test_commands_are_ones_that_the_tools_take(here, name, monkeypatch):
 def test_linear_evaluation_reads_what_pretraining_leaves(name):
     """A run's checkpoint goes into its own evaluation, whose figures lie in a folder named after the recipe."""
     for row, (pretraining, evaluation) in reproduce.TABLES[name].rows.items():
-        words = shlex.split(evaluation.command.format(out="o", seed=1, done=evaluation.done.format(out="o", seed=1)))
+        words = shlex.split(evaluation.command.format(runs="p", seed=1, done=evaluation.done.format(runs="p", seed=1)))
         recipe = shlex.split(pretraining.command)[2].removeprefix("pretrain/").removesuffix(".yaml")
-        assert recipe.startswith(row) and words[2] == f"o/seed1/{recipe}/model_final.pth"
-        assert words[-1] == f"o/seed1/{recipe}/linear.json" and words[words.index("--seed") + 1] == "1"
-        assert pretraining.done.format(out="o", seed=1) == words[2]
+        assert recipe.startswith(row) and words[2] == f"p/seed1/{recipe}/model_final.pth"
+        assert words[-1] == f"p/seed1/{recipe}/linear.json" and words[words.index("--seed") + 1] == "1"
+        assert pretraining.done.format(runs="p", seed=1) == words[2]
+
+
+def test_tables_share_what_they_need(here):
+    """RSA's 850 GPU-hours are spent once, whatever is asked for first, and so are the others'."""
+    def steps(name, row, seed=0):
+        return names(reproduce.plan(reproduce.TABLES[name], [row], seed + 1, out=name, runs="p", gpus=1, options="",
+                                    set="")[0])
+
+    pretraining = steps("table3", "imagenet_rsa")[0]
+    assert pretraining == "p/seed0/imagenet_rsa_R50_200ep/model_final.pth"
+    assert steps("table5", "rsa")[:2] == steps("table6", "rsa", seed=2)[:2] == [pretraining, "output/weights/rsa_r50.pkl"]
+    assert steps("table1", "cifar10_rsa") == steps("table4", "cifar10_rsa") == steps("figure3", "cifar10_rsa")
+
+
+def test_weights_of_another_pretraining_are_named(here, resnet50_checkpoint, monkeypatch, capsys):
+    convert(resnet50_checkpoint, here / "output" / "weights" / "rsa_r50.pkl")
+    command = ["reproduce.py", "table5", "--rows", "rsa", "--set", "SOLVER.AMP.ENABLED", "True", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", command)
+    reproduce.main()
+    said = capsys.readouterr().out
+    assert "output/weights/rsa_r50.pkl holds rsa, step 7, not RSA's 125000 steps" in said and "1 of 2 to run" in said
+    assert "SOLVER.AMP.ENABLED True" in said
+    (here / "output" / "weights" / "rsa_r50.pkl").write_bytes(b"")
+    with pytest.raises(InputError, match="rsa_r50.pkl"):
+        reproduce.main()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["table1", "--set", "SOLVER.EPOCHS", "1"], "--set: for fine-tuning, of which table1 has none"),
+    (["figure3", "--protocol", "moco", "--num-gpus", "8"], "--num-gpus, --protocol: for"),
+    (["table5", "--seeds", "0"], "--seeds is 0: it must be at least 1")])
+def test_options_without_an_effect_are_refused(here, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *options])
+    with pytest.raises(InputError, match=message):
+        reproduce.main()
 
 
 def test_dry_run_prints_commands_and_cost_and_runs_nothing(tool, tmp_path):

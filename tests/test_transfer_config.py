@@ -189,6 +189,19 @@ def test_schedule_follows_the_size_of_the_data_set(images, max_iter, steps, warm
     assert f"{solver.MAX_ITER * 16 / images:.1f} epochs of {images} images" in line
 
 
+def test_schedule_of_a_smaller_batch_has_as_many_epochs(coco, tmp_path, capsys):
+    """IMS_PER_BATCH given as KEY VALUE counts."""
+    path = str(write(coco, tmp_path))
+    args = argparse.Namespace(config_file="transfer/mask_rcnn_R50_FPN_1x.yaml", protocol="infomin", eval_only=False,
+                              resume=False, scale_schedule=False, train=(path, str(tmp_path)), val=None,
+                              overrides=["SOLVER.IMS_PER_BATCH", "2"])
+    cfg = torchvision_defaults()
+    train_net.configure(cfg, args)
+    assert cfg.SOLVER.MAX_ITER == 24000 and cfg.SOLVER.STEPS == (16000, 21333)
+    said = capsys.readouterr().out
+    assert "48000.0 epochs of 1 images" in said and "SOLVER.BASE_LR is 0.02, that of the recipes is for 16" in said
+
+
 @pytest.fixture
 def coco(tmp_path):
     """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""

@@ -6,8 +6,9 @@
     tools/reproduce.py table5 --rows rsa --num-gpus 8
     tools/reproduce.py table6 --rows random msra rsa --seeds 3 --num-gpus 4
 
-Stopped at any point, the same command goes on. The rows of other methods need their authors' checkpoints, converted
-once with tools/convert_to_d2.py.
+Stopped at any point, the same command goes on; what several tables need is run once. The rows of other methods need
+their authors' checkpoints, converted once with tools/convert_to_d2.py; RSA's takes output/weights/rsa_r50.pkl if it is
+there, and else pre-trains.
 """
 
 import argparse
@@ -21,11 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import ROOT, run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
+from transfer.convert import load_weights  # noqa: E402
+from transfer.report import RSA_STEPS  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the file that says that it has run; both with {seed}, {gpus}, {out} (one table's folder).
+    """A command, and the file that says that it has run; both with {seed}, {gpus}, {out} (one table's folder) and {runs}
+    (pre-trainings, which tables share).
 
     gpu_hours: an estimate, of a V100. A step without a command is the user's: ``how`` says what to do.
     """
@@ -45,21 +49,27 @@ class Table:
     report: str = ""
 
 
+def pretraining(recipe, gpu_hours, seed="{seed}"):
+    folder = f"{{runs}}/seed{seed}/{recipe}"
+    command = f"tools/pretrain.py --config-file pretrain/{recipe}.yaml OUTPUT_DIR {folder} SEED {seed}"
+    return Step(f"{folder}/model_final.pth", command, gpu_hours)
+
+
 # MoCo's README states 53 hours on 8 V100 for 200 epochs; RSA has twice the forward and backward passes: a guess.
-PRETRAIN = Step("output/pretrain/model_final.pth", "tools/pretrain.py --epochs 200", 850)
-CONVERT = Step("output/weights/rsa_r50.pkl", "tools/convert_to_d2.py output/pretrain/model_final.pth {done}")
+PRETRAIN = pretraining("imagenet_rsa_R50_200ep", 850, seed=0)
+CONVERT = Step("output/weights/rsa_r50.pkl", f"tools/convert_to_d2.py {PRETRAIN.done} {{done}}")
 
 
 def fine_tuning(schedule, row, config, gpu_hours, overrides=""):
     folder = f"{{out}}/seed{{seed}}/{row}"
     command = (f"tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_{schedule}{config}.yaml --resume "
-               f"--num-gpus {{gpus}} {{options}} SEED {{seed}} OUTPUT_DIR {folder} {overrides}")
-    return Step(f"{folder}/results.json", command.strip(), gpu_hours)
+               f"--num-gpus {{gpus}} {{options}} SEED {{seed}} OUTPUT_DIR {folder} {overrides} {{set}}")
+    return Step(f"{folder}/results.json", command, gpu_hours)
 
 
 def transfer_table(schedule, gpu_hours):
     """Table 5 or 6. gpu_hours: 90,000 or 180,000 iterations of 0.345 s on 8 V100, by Detectron2's model zoo for
-    mask_rcnn_R_50_FPN_3x_syncbn, the same network."""
+    mask_rcnn_R_50_FPN_3x_syncbn, the same network with its first layers frozen."""
     rows = {"random": (fine_tuning(schedule, "random", "_random", gpu_hours),),
             "supervised": (fine_tuning(schedule, "supervised", "_supervised", gpu_hours),),
             "msra": (fine_tuning(schedule, "msra", "_msra", gpu_hours),)}
@@ -71,12 +81,11 @@ def transfer_table(schedule, gpu_hours):
     return Table(rows, "tools/report.py")
 
 
-def linear_evaluation(recipe, pretraining, linear):
+def linear_evaluation(recipe, *gpu_hours):
     """Pre-training by a recipe and linear evaluation of it, which take that many GPU-hours."""
-    folder = f"{{out}}/seed{{seed}}/{recipe}"
-    train = f"tools/pretrain.py --config-file pretrain/{recipe}.yaml OUTPUT_DIR {folder} SEED {{seed}}"
-    evaluate = f"tools/evaluate.py linear {folder}/model_final.pth --seed {{seed}} --output {{done}}"
-    return Step(f"{folder}/model_final.pth", train, pretraining), Step(f"{folder}/linear.json", evaluate, linear)
+    train = pretraining(recipe, gpu_hours[0])
+    evaluate = f"tools/evaluate.py linear {train.done} --seed {{seed}} --output {{done}}"
+    return train, Step(train.done.replace("model_final.pth", "linear.json"), evaluate, gpu_hours[1])
 
 
 # Per data set: what its recipes' names end in, and the GPU-hours of pre-training and of linear evaluation. Estimates,
@@ -137,8 +146,10 @@ def plan(table, rows, seeds, **words):
             chain = []
             for step in table.rows[row]:
                 done = step.done.format(seed=seed, **words)
-                quoted = words | {"out": shlex.quote(str(words["out"])), "done": shlex.quote(done)}
-                chain.append(replace(step, done=done, command=step.command.format(seed=seed, **quoted)))
+                quoted = words | {name: shlex.quote(str(path)) for name, path in
+                                  (("out", words["out"]), ("runs", words["runs"]), ("done", done))}
+                command = " ".join(step.command.format(seed=seed, **quoted).split())
+                chain.append(replace(step, done=done, command=command))
                 if Path(done).is_file():
                     chain = chain[-1:]
             for step in chain:
@@ -165,13 +176,38 @@ def choose_rows(table, wanted):
     return rows
 
 
+def check_options(args, table):
+    """Raises InputError for an option that would have no effect."""
+    if args.seeds < 1:
+        raise InputError(f"--seeds is {args.seeds}: it must be at least 1")
+    given = {"--num-gpus": args.num_gpus != 1, "--accumulate": args.accumulate is not None,
+             "--protocol": args.protocol != "infomin", "--set": args.overrides}
+    fine_tunes = any("train_net" in step.command for row in table.rows.values() for step in row)
+    if any(given.values()) and not fine_tunes:
+        raise InputError(f"{', '.join(name for name in given if given[name])}: for fine-tuning, of which {args.table} has "
+                         "none; leave it out")
+
+
+def check_weights(path):
+    """Says so where RSA's weights are not those of the paper's recipe. Raises InputError for a file that is none."""
+    provenance = load_weights(path)[1]
+    if provenance["method"] != "the authors' RSA" and (provenance["method"], provenance["step"]) != ("rsa", RSA_STEPS):
+        print(f"warning: {path} holds {provenance['method']}, step {provenance['step']}, not RSA's {RSA_STEPS} steps on "
+              "ImageNet-1K: the report will not set its row beside the paper's")
+
+
 def main():
     args = parse()
     table = TABLES[args.table]
+    check_options(args, table)
     folder = Path(args.output_dir, args.table + f"_{args.protocol}" * (args.protocol != "infomin"))
+    runs = Path(args.output_dir, "pretrain")
     options = f"--protocol {args.protocol}" + f" --accumulate {args.accumulate}" * bool(args.accumulate)
     rows = choose_rows(table, args.rows)
-    steps, missing = plan(table, rows, args.seeds, out=folder, gpus=args.num_gpus, options=options)
+    steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs,
+                          gpus=args.num_gpus, options=options, set=shlex.join(args.overrides))
+    if any(step.done == CONVERT.done and step not in missing for step in steps):
+        check_weights(CONVERT.done)
     for step in steps:
         state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"
         print(f"[{state}] {step.command if step in missing else step.done}")
@@ -180,7 +216,7 @@ def main():
     if args.dry_run:
         return None
     for step in missing:
-        words = shlex.split(step.command) + (args.overrides if "train_net" in step.command else [])
+        words = shlex.split(step.command)
         print(f"\n$ {shlex.join(words)}", flush=True)
         status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
         if status or not Path(step.done).is_file():
@@ -188,10 +224,10 @@ def main():
             return status or 1
     if not table.report:
         return 0
-    runs = [str(Path(table.rows[row][-1].done.format(seed=seed, out=folder)).parent)
+    folders = [str(Path(table.rows[row][-1].done.format(seed=seed, out=folder, runs=runs)).parent)
             for row in rows for seed in range(args.seeds)]
     report = shlex.split(table.report)
-    return subprocess.run([sys.executable, str(ROOT / report[0]), *report[1:], *runs,
+    return subprocess.run([sys.executable, str(ROOT / report[0]), *report[1:], *folders,
                            "--output", str(folder / "report")]).returncode
 
 

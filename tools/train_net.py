@@ -67,10 +67,10 @@ def configure(cfg, args):
             given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
     if args.train:
         given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
-        told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
-        if not told and not args.eval_only and cfg.SOLVER.MAX_ITER in SCHEDULES:  # COCO's, not a config file's own
-            print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)
     merge_config(cfg, None, [*given, *args.overrides], InputError)
+    told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
+    if args.train and not told and not args.eval_only and cfg.SOLVER.MAX_ITER in SCHEDULES:  # not a config file's own
+        print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)
 
 
 def processes(args):

@@ -108,21 +108,24 @@ def protocol_of(config):
 
 
 COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
+RECIPE_BATCH = 16  # images an iteration
 
 
 def scale_schedule(solver, images):
     """Give a data set of ``images`` annotated images as many epochs as COCO gets, in place: MAX_ITER and STEPS.
 
-    Under a thirtieth of COCO it stays at a thirtieth of the schedule: 3,000 iterations at 1x. Warm-up is at most a
-    tenth of the run. Returns a line that says what came out.
+    Under a thirtieth of COCO it stays at a thirtieth of the schedule: 3,000 iterations of 16 images at 1x. Warm-up is at
+    most a tenth of the run. Returns a line that says what came out.
     """
-    before, factor = solver.MAX_ITER, max(images / COCO_IMAGES, 1 / 30)
+    before, factor = solver.MAX_ITER, max(images / COCO_IMAGES, 1 / 30) * RECIPE_BATCH / solver.IMS_PER_BATCH
     solver.MAX_ITER = max(1, round(before * factor))
     solver.STEPS = tuple(round(step * factor) for step in solver.STEPS)
     solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.MAX_ITER // 10)
     return (f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
             f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
-            "SOLVER.MAX_ITER and SOLVER.STEPS override it")
+            "SOLVER.MAX_ITER and SOLVER.STEPS override it"
+            + f"; SOLVER.BASE_LR is {solver.BASE_LR}, that of the recipes is for {RECIPE_BATCH} images an iteration"
+            * (solver.IMS_PER_BATCH != RECIPE_BATCH))
 
 
 def torchvision_defaults():
