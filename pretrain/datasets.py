@@ -42,7 +42,8 @@ def open_images(path, split="pretrain", classes_file=""):
     if not path.is_dir():
         kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.get(path.name.lower().replace("-", ""))
         raise InputError(f"no image folder {path}: " + (_download(kind, path) if kind else
-                         "correct the path, or try tools/quickstart.py, which makes its own images"))
+                         "correct the path (tools/pretrain.py takes it as --data PATH), or try tools/quickstart.py, which "
+                         "makes its own images"))
     source = _open_data_set(path, split)
     if source:  # and it is not empty
         if classes_file:

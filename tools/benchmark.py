@@ -352,7 +352,8 @@ class Contender:
                                          METHODS[method].fix_predictor_lr)
         set_lr(self.optimizer, 0.01, 0.01)
         self.amp = amp_dtype(args.amp)
-        self.scaler = torch.amp.GradScaler(device().type, enabled=self.amp == torch.float16)
+        self.scaler = torch.amp.GradScaler(device().type, init_scale=1024.0,  # so low that no step is skipped
+                                           enabled=self.amp == torch.float16)
         self.method, self.points = method + ", compiled" * compiled, []
         if self.networks.target is not None:
             self.networks.target.register_forward_pre_hook(lambda *_: self.mark("forward online"))
