@@ -109,6 +109,18 @@ def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, mon
     assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
 
 
+def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted, monkeypatch):
+    """Which may take longer than a launcher waits before it kills."""
+    with monkeypatch.context() as patch:
+        calls = iter([50.0])  # before the first step
+        patch.setattr(train_loop, "evaluate_knn", lambda *_, **__: next(calls))
+        with pytest.raises(StopIteration):
+            train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
+    assert torch.load(tmp_path / "run" / LAST, weights_only=True)["step"] == 3
+    final = train_loop.train(tiny(image_folder, tmp_path))
+    assert_same(final_weights(final), final_weights(uninterrupted))
+
+
 def test_changed_data_set_is_refused(image_folder, tmp_path):
     copy = shutil.copytree(image_folder, tmp_path / "train")
     cfg = tiny(copy, tmp_path)
