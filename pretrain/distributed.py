@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import time
 from datetime import timedelta
 
@@ -99,6 +100,7 @@ def join_and_run(train, cfg):
     except InputError as error:  # plain, without a loader's traceback: the launcher knows it by its name
         raise InputError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
     except RuntimeError:  # most often a lost peer, whose own error the launcher must see first: it tells of one alone
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the wait
         time.sleep(PATIENCE)
         raise
     dist.destroy_process_group()
@@ -130,7 +132,8 @@ def local_world_size():
 def cores():
     """How many cores of this machine are this process's own. srun may have bound the task to its share already."""
     mine = len(os.sched_getaffinity(0))
-    bound = mine < int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) * local_world_size()
+    by_srun = "TORCHELASTIC_RUN_ID" not in os.environ  # else torchrun is the task, and its processes share the cores
+    bound = by_srun and mine < int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) * local_world_size()
     return mine if bound else max(1, mine // local_world_size())
 
 

@@ -185,7 +185,7 @@ def _train(cfg, stop):
                 save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
             if cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0 and not alarms.collapsed:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
-            if val and (k == K or cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked):
+            if val and k < K and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked:
                 assert_finite(networks, k)
                 log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
                 networks.train()
@@ -199,6 +199,9 @@ def _train(cfg, stop):
                        "NOT saved, the steps since the last checkpoint will be repeated")
             raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
     if main:
+        if val:
+            assert_finite(networks, K)
+            log.row({"step": K, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
         written = save(final, K, whole=False)
         log.close()
         if not written:

@@ -14,11 +14,15 @@ from pretrain import checkpoint, distributed
 from pretrain.config import InputError, Interrupted
 
 
+class Stopped(BaseException):
+    """Not an Exception: reading a file, for one, takes any of those for damage."""
+
+
 class StopSignals:
     """While it is entered, SIGTERM, SIGUSR1 and SIGINT make ``asked`` true, and the loop ends after its step. Before
-    ``stepping`` there is nothing to save: a single process is stopped at once, by Interrupted; several, of which some
-    may be stepping, make the first step. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on
-    twice."""
+    ``stepping`` there is nothing to save: a single process leaves at once, with Interrupted; several, of which some may
+    be stepping, make the first step. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on twice.
+    """
 
     def __init__(self):
         self.asked = self.stepping = False
@@ -30,16 +34,17 @@ class StopSignals:
 
     def handle(self, number, frame):
         if not self.stepping and distributed.world_size() == 1:
-            raise Interrupted(f"stopped by {signal.Signals(number).name} before its first step; the same command starts "
-                              "again from there")
+            raise Stopped(f"stopped by {signal.Signals(number).name} before its first step; the same command goes on")
         if number == signal.SIGINT and self.asked and not distributed.launched():
             raise KeyboardInterrupt
         self.asked = True
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, value, traceback):
         if distributed.world_size() == 1:  # of several, one may be signalled when the others are saving already
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
+        if kind is Stopped:
+            raise Interrupted(str(value)) from None
 
 
 class Meter:

@@ -6,23 +6,25 @@ from pretrain.config import InputError, check, differences, get_cfg
 from tools._cli import merge_config
 
 KEYS = {
-    "METHOD": "rsaa", "SEED": -1, "LOG_PERIOD": 0, "DATA.IMAGE_SIZE": 6, "DATA.EVAL_RESIZE": 223, "DATA.MEAN": (0.5,),
-    "DATA.STD": (0.2, 0.0, 0.2), "DATA.NUM_WORKERS": -2, "MODEL.HIDDEN_DIM": 0, "MODEL.OUT_DIM": 1, "MODEL.BETA": 1.1,
-    "MODEL.BETA_SCHEDULE": "linear", "MODEL.TAU": -0.1, "MODEL.TAU_SCHEDULE": "", "MODEL.TEMPERATURE": 0.0,
-    "SOLVER.OPTIMIZER": "adam", "SOLVER.BASE_LR": float("nan"), "SOLVER.MOMENTUM": 2.0, "SOLVER.WEIGHT_DECAY": -1e-6,
-    "SOLVER.TRUST_COEFFICIENT": 0.0, "SOLVER.BATCH_SIZE": 0, "SOLVER.MICRO_BATCH": -1, "SOLVER.EPOCHS": 0,
-    "SOLVER.WARMUP_EPOCHS": -3, "SOLVER.AMP": "fp8", "CHECKPOINT.PERIOD": 0, "CHECKPOINT.KEEP_PERIOD": -1,
-    "KNN.PERIOD": -1, "KNN.BANK": -1}
+    "choose one of": {"METHOD": "rsaa", "MODEL.BETA_SCHEDULE": "linear", "MODEL.TAU_SCHEDULE": "", "SOLVER.AMP": "fp8",
+                      "SOLVER.OPTIMIZER": "adam"},
+    "must be at least": {
+        "SEED": -1, "LOG_PERIOD": 0, "DATA.IMAGE_SIZE": 6, "DATA.EVAL_RESIZE": 223, "DATA.NUM_WORKERS": -2,
+        "MODEL.HIDDEN_DIM": 0, "MODEL.OUT_DIM": 1, "SOLVER.WEIGHT_DECAY": -1e-6, "SOLVER.BATCH_SIZE": 0,
+        "SOLVER.MICRO_BATCH": -1, "SOLVER.EPOCHS": 0, "SOLVER.WARMUP_EPOCHS": -3, "CHECKPOINT.PERIOD": 0,
+        "CHECKPOINT.KEEP_PERIOD": -1, "KNN.PERIOD": -1, "KNN.BANK": -1},
+    "must lie between 0 and 1": {"MODEL.BETA": 1.1, "MODEL.TAU": -0.1, "SOLVER.MOMENTUM": 2.0},
+    "must be positive": {"MODEL.TEMPERATURE": 0.0, "SOLVER.BASE_LR": float("nan"), "SOLVER.TRUST_COEFFICIENT": 0.0},
+    "takes three numbers": {"DATA.MEAN": (0.5,), "DATA.STD": (0.2, 0.0, 0.2)}}
 
 
-@pytest.mark.parametrize("key, value", KEYS.items())
-def test_values_that_no_run_could_use(key, value):
+@pytest.mark.parametrize("reason, key, value", [(reason, *pair) for reason in KEYS for pair in KEYS[reason].items()])
+def test_values_that_no_run_could_use(reason, key, value):
     cfg = get_cfg()
     check(cfg)  # the defaults are fine
     cfg.merge_from_list([key, value])
-    with pytest.raises(InputError, match=f"^{key} is ") as error:
+    with pytest.raises(InputError, match=f"^{key} is .*{reason}"):
         check(cfg)
-    assert "\n" not in str(error.value)
 
 
 def test_values_that_fit_only_together():
@@ -38,8 +40,9 @@ def test_whole_numbers_for_keys_that_hold_floats():
     cfg = merge_config(get_cfg(), None, ["MODEL.BETA", "0", "SOLVER.BASE_LR", "1", "SOLVER.EPOCHS", "20"], InputError)
     assert (cfg.MODEL.BETA, cfg.SOLVER.BASE_LR, cfg.SOLVER.EPOCHS) == (0.0, 1.0, 20)
     assert type(cfg.MODEL.BETA) is float and type(cfg.SOLVER.EPOCHS) is int
-    for key, value in (("SOLVER.EPOCHS", "2.5"), ("MODEL.BETA", "many"), ("MODEL.BETTA", "0"), ("MODEL.BETA.X", "0")):
-        with pytest.raises(InputError, match=key.split(".")[1]):
+    for key, value, reason in (("SOLVER.EPOCHS", "2.5", "int"), ("MODEL.BETA", "many", "float"),
+                               ("MODEL.BETTA", "0", "Non-existent key"), ("MODEL.BETA.X", "0", "")):
+        with pytest.raises(InputError, match=reason):
             merge_config(get_cfg(), None, [key, value], InputError)
 
 

@@ -96,8 +96,10 @@ def test_cores_of_a_process(monkeypatch):
     assert distributed.cores() == 12
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     assert distributed.cores() == 12
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
-    assert distributed.cores() == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "96")  # one task, in which torchrun has started eight processes
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert distributed.cores() == 12
 
 
 def test_torchrun(image_folder, tmp_path, two_processes):

@@ -318,7 +318,9 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
 
     assert set(labels("one", "two").values()) == {"rsa (rsa, step 9)"}
     kept = report.load_results(folders["one"])
-    for change in ({}, {"seed": 1, "weights": {**rsa, "branch": "target"}}):  # a seed in common, another network
+    # a seed in common; another network; a part of the training; no training of that config
+    for change in ({}, {"seed": 1, "weights": {**rsa, "branch": "target"}}, {"seed": 1, "iterations": 5000},
+                   {"seed": 1, "eval_only": True}):
         folders["other"] = tmp_path / "other" / "rsa"
         folders["other"].mkdir(parents=True, exist_ok=True)
         (folders["other"] / "results.json").write_text(json.dumps(kept | change))
@@ -330,17 +332,28 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
     report.check_unchanged(cfg)
-    assert report.read_training(tmp_path) is None
+    assert report.read_training(tmp_path) is None and not report.trained_with(cfg)
+    for name in ("last_checkpoint", "results.json"):  # of a run that was here before
+        (tmp_path / name).write_text("")
     report.begin_training(cfg, {"method": "rsa"})
+    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
     assert report.read_training(tmp_path)["weights"] == {"method": "rsa"}
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
     report.check_unchanged(cfg)
-    assert report.difference(cfg) is None
+    assert report.trained_with(cfg)
     for key, value, words in (("BASE_LR", 0.5, "0.001 and not 0.5"), ("MAX_ITER", 80000, "40000 and not 80000")):
         changed = cfg.clone()
         changed.SOLVER[key] = value
         with pytest.raises(InputError, match=f"began with SOLVER.{key} {words}: give another OUTPUT_DIR"):
             report.check_unchanged(changed)
+    moved = cfg.clone()  # the same files, in another machine's folders
+    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/scratch/w.pkl", ("/scratch/train.json::/scratch/images",)
+    assert not report.trained_with(moved)
+    report.begin_training(moved, None)
+    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/other/w.pkl", ("/other/train.json::/other/images",)
+    assert report.trained_with(moved)
+    moved.DATASETS.TRAIN = ("/other/val.json::/other/images",)
+    assert not report.trained_with(moved)
     (tmp_path / "training.json").write_text("[]")
     with pytest.raises(InputError, match="training.json is not what"):
         report.check_unchanged(cfg)

@@ -41,10 +41,10 @@ def test_plan_has_every_step_once_and_in_order(here):
 
 
 def test_folders_with_spaces_stay_one_word(here):
-    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my runs", runs="my runs/p", gpus=1,
+    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my  runs", runs="my  runs/p", gpus=1,
                               options="", set="")
     assert "OUTPUT_DIR" in (words := shlex.split(steps[-1].command))
-    assert words[words.index("OUTPUT_DIR") + 1] + "/results.json" == steps[-1].done == "my runs/seed0/rsa/results.json"
+    assert words[words.index("OUTPUT_DIR") + 1] + "/results.json" == steps[-1].done == "my  runs/seed0/rsa/results.json"
 
 
 def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here):

@@ -96,6 +96,19 @@ def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
     assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
 
 
+def test_signal_while_a_checkpoint_is_read(image_folder, tmp_path, uninterrupted, stop_after, monkeypatch):
+    """It is not taken for damage."""
+    stop_after(4)
+    with pytest.raises(Interrupted):
+        train_loop.train(tiny(image_folder, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted, match="before its first step; the same command goes on"):
+            train_loop.train(tiny(image_folder, tmp_path))
+    assert not list((tmp_path / "run").glob("*.damaged"))
+    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, monkeypatch, number):
     """While the data set is opened, or the first kNN runs: nothing is lost, and a scheduler is told to come again."""
@@ -116,9 +129,14 @@ def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted,
         patch.setattr(train_loop, "evaluate_knn", lambda *_, **__: next(calls))
         with pytest.raises(StopIteration):
             train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
-    assert torch.load(tmp_path / "run" / LAST, weights_only=True)["step"] == 3
+        assert torch.load(tmp_path / "run" / LAST, weights_only=True)["step"] == 3
+        with pytest.raises(StopIteration):  # at the end
+            train_loop.train(tiny(image_folder, tmp_path))
+        assert torch.load(tmp_path / "run" / LAST, weights_only=True)["step"] == 9
     final = train_loop.train(tiny(image_folder, tmp_path))
     assert_same(final_weights(final), final_weights(uninterrupted))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "knn_top1" in row] == [0, 9]
 
 
 def test_changed_data_set_is_refused(image_folder, tmp_path):

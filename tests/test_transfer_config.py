@@ -198,6 +198,9 @@ def test_schedule_of_a_smaller_batch_has_as_many_epochs(coco, tmp_path, capsys):
     cfg = torchvision_defaults()
     train_net.configure(cfg, args)
     assert cfg.SOLVER.MAX_ITER == 24000 and cfg.SOLVER.STEPS == (16000, 21333)
+    args.overrides = ["SOLVER.IMS_PER_BATCH", "0"]
+    with pytest.raises(InputError, match="SOLVER.IMS_PER_BATCH is 0"):
+        train_net.configure(torchvision_defaults(), args)
     said = capsys.readouterr().out
     assert "48000.0 epochs of 1 images" in said and "SOLVER.BASE_LR is 0.02, that of the recipes is for 16" in said
 

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import ROOT, run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.convert import load_weights  # noqa: E402
+from transfer.convert import DEFAULT_INPUT, load_weights  # noqa: E402
 from transfer.report import RSA_STEPS  # noqa: E402
 
 
@@ -148,7 +148,7 @@ def plan(table, rows, seeds, **words):
                 done = step.done.format(seed=seed, **words)
                 quoted = words | {name: shlex.quote(str(path)) for name, path in
                                   (("out", words["out"]), ("runs", words["runs"]), ("done", done))}
-                command = " ".join(step.command.format(seed=seed, **quoted).split())
+                command = shlex.join(shlex.split(step.command.format(seed=seed, **quoted)))
                 chain.append(replace(step, done=done, command=command))
                 if Path(done).is_file():
                     chain = chain[-1:]
@@ -184,8 +184,8 @@ def check_options(args, table):
              "--protocol": args.protocol != "infomin", "--set": args.overrides}
     fine_tunes = any("train_net" in step.command for row in table.rows.values() for step in row)
     if any(given.values()) and not fine_tunes:
-        raise InputError(f"{', '.join(name for name in given if given[name])}: for fine-tuning, of which {args.table} has "
-                         "none; leave it out")
+        names = ", ".join(name for name, value in given.items() if value)
+        raise InputError(f"{names}: for fine-tuning, of which {args.table} has none; leave it out")
 
 
 def check_weights(path):
@@ -206,8 +206,11 @@ def main():
     rows = choose_rows(table, args.rows)
     steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs,
                           gpus=args.num_gpus, options=options, set=shlex.join(args.overrides))
-    if any(step.done == CONVERT.done and step not in missing for step in steps):
+    converts = [step for step in steps if step.done == CONVERT.done]
+    if converts and converts[0] not in missing:
         check_weights(CONVERT.done)
+    elif converts and Path(DEFAULT_INPUT).is_file():
+        print(f"{DEFAULT_INPUT} is there: tools/convert_to_d2.py makes RSA's weights of it, and spares its pre-training")
     for step in steps:
         state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"
         print(f"[{state}] {step.command if step in missing else step.done}")

@@ -115,8 +115,10 @@ def scale_schedule(solver, images):
     """Give a data set of ``images`` annotated images as many epochs as COCO gets, in place: MAX_ITER and STEPS.
 
     Under a thirtieth of COCO it stays at a thirtieth of the schedule: 3,000 iterations of 16 images at 1x. Warm-up is at
-    most a tenth of the run. Returns a line that says what came out.
+    most a tenth of the run. Returns a line that says what came out. Raises InputError.
     """
+    if solver.IMS_PER_BATCH < 1:
+        raise InputError(f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}: it must be at least 1")
     before, factor = solver.MAX_ITER, max(images / COCO_IMAGES, 1 / 30) * RECIPE_BATCH / solver.IMS_PER_BATCH
     solver.MAX_ITER = max(1, round(before * factor))
     solver.STEPS = tuple(round(step * factor) for step in solver.STEPS)

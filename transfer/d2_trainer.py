@@ -33,7 +33,7 @@ from transfer.coco import check_datasets
 from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
 from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
-from transfer.report import (begin_training, check_unchanged, difference, load_results, read_training,
+from transfer.report import (begin_training, check_unchanged, load_results, read_training, trained_with,
                              write_results)
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
@@ -142,7 +142,6 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
-            check_unchanged(self.cfg)
             read_whole_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model))  # Detectron2 only warns
             try:
                 super().resume_or_load(True)
@@ -294,6 +293,8 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
             cfg.MODEL[part].NORM = cfg.MODEL[part].NORM.replace("SyncBN", "BN")
         print("SyncBN needs GPUs: on the CPU each process has a BatchNorm of its own", flush=True)
     accumulate = accumulate or 1
+    if resume and not eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+        check_unchanged(cfg)
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (FloatingPointError, torch.OutOfMemoryError, torch.multiprocessing.ProcessRaisedException) as error:
@@ -357,14 +358,14 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     if comm.is_main_process():
         training = read_training(Path(final).parent)
         write_results(cfg, "detectron2", ap, training["weights"] if training else {"source": str(final)}, iterations,
-                      time.perf_counter() - start, eval_only and not (resume and difference(cfg) is None),
+                      time.perf_counter() - start, eval_only and not (resume and trained_with(cfg)),
                       comm.get_world_size(), accumulate)
     comm.synchronize()  # nobody takes the group down while another still reads
 
 
 def read_whole_model(path, model):
-    """(state dict of a fine-tuned ``model``, every tensor of it; the iterations that it took, -1 where the file does not
-    say). Raises InputError, where Detectron2 would only warn."""
+    """(state dict of a fine-tuned ``model``, every tensor of it; the iterations that it took, -1 where the file does
+    not say). Raises InputError, where Detectron2 would only warn."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         saved, iterations = contents["model"], int(contents.get("iteration", -2)) + 1

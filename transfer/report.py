@@ -101,15 +101,18 @@ def load_results(folder):
 
 TRAINING = "training.json"  # in OUTPUT_DIR, from the first iteration on: the weights' provenance, and the config
 # Settings that may change when a run goes on, or when what it has trained is evaluated again.
-EVALUATION = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|DATASETS\.TEST|"
-                        r"TEST\.(?!PRECISE_BN).*|.*_TEST")
+EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|"
+                        r"DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST")
 # And those in which runs of one row may differ.
 OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\.NUM_WORKERS|SEED|"
                         r"MODEL\.WEIGHTS")
 
 
 def begin_training(cfg, weights):
-    """Leave the provenance of a run's ``weights`` (None: random) and its config beside the checkpoints to come."""
+    """Leave the provenance of a run's ``weights`` (None: random) and its config beside the checkpoints to come; those of
+    a run before it are no longer what it could go on from."""
+    for name in ("last_checkpoint", "results.json"):
+        Path(cfg.OUTPUT_DIR, name).unlink(missing_ok=True)
     _write_json(Path(cfg.OUTPUT_DIR, TRAINING), {"weights": weights, "config": cfg.dump()})
 
 
@@ -128,12 +131,15 @@ def read_training(folder):
 
 
 def difference(cfg):
-    """Words for the first setting that ``cfg`` and the training in ``cfg.OUTPUT_DIR`` do not share; None if they agree,
-    or where no training began."""
+    """Words for the first setting on which ``cfg`` and the training in ``cfg.OUTPUT_DIR`` disagree, None where there is
+    none. The training set is known by its files' names, for it may lie elsewhere on another machine."""
+    def plain(key, value):
+        return [name.split("::")[0].split("/")[-1] for name in value] if key == "DATASETS.TRAIN" else value
+
     training = read_training(cfg.OUTPUT_DIR)
-    before, now = (settings(config, EVALUATION) for config in (training["config"] if training else cfg.dump(), cfg.dump()))
-    return next((f"{key} {before.get(key)} and not {value}" for key, value in now.items() if before.get(key) != value),
-                None)
+    before = settings(training["config"], EVALUATION) if training else {}
+    return next((f"{key} {before[key]} and not {value}" for key, value in settings(cfg.dump(), EVALUATION).items()
+                 if key in before and plain(key, before[key]) != plain(key, value)), None)
 
 
 def check_unchanged(cfg):
@@ -142,6 +148,11 @@ def check_unchanged(cfg):
     if found := difference(cfg):
         raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {found}: give another OUTPUT_DIR, or leave the key as "
                          "it was")
+
+
+def trained_with(cfg):
+    """Whether the training in ``cfg.OUTPUT_DIR`` is known to have had the settings of ``cfg``."""
+    return read_training(cfg.OUTPUT_DIR) is not None and difference(cfg) is None
 
 
 def settings(config, without):
@@ -160,7 +171,7 @@ def row_labels(results):
     kinds, seeds = {}, {}
     for folder, name in names.items():
         result = results[folder]
-        kind = [result["engine"], settings(result["config"], OF_ONE_ROW),
+        kind = [result["engine"], result["iterations"], result["eval_only"], settings(result["config"], OF_ONE_ROW),
                 *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
         if kind not in kinds.setdefault(name, []):
             kinds[name].append(kind)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transfer.coco import CocoInstances, check_datasets, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_weights
-from transfer.report import begin_training, check_unchanged, difference, write_results
+from transfer.report import begin_training, check_unchanged, trained_with, write_results
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,6 @@ def fit(cfg, model, dataset, resume):
         saved = load_checkpoint(folder / last.read_text(), model)
         optimizer.load_state_dict(saved["optimizer"])
         start, provenance = saved["iteration"] + 1, saved["weights"]
-        check_unchanged(cfg)
         log.info("%s: resuming at iteration %d of %d", last.read_text(), start, solver.MAX_ITER)
         if last.read_text() == "model_final.pth":
             return
@@ -277,6 +276,8 @@ def train(cfg, resume=False, eval_only=False):
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     check(cfg)
     check_datasets(cfg, eval_only)
+    if resume and not eval_only and (folder / "last_checkpoint").is_file():
+        check_unchanged(cfg)
     val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False)
     if not eval_only:
         train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True)
@@ -301,4 +302,4 @@ def train(cfg, resume=False, eval_only=False):
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
     return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections),
                          weights=saved["weights"], iterations=saved["iteration"] + 1, seconds=time.time() - began,
-                         eval_only=eval_only and not (resume and difference(cfg) is None))
+                         eval_only=eval_only and not (resume and trained_with(cfg)))
