@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -94,8 +95,11 @@ def join_and_run(train, cfg):
     # wait for the others in its shutdown.
     try:
         result = train(cfg)
-    except Interrupted:
-        dist.destroy_process_group()  # all leave at the same step
+    except Interrupted as interruption:  # all leave at the same step
+        # DistributedDataParallel goes first, with the frames that hold it. As the last to hold the group it would take
+        # the group's threads down without letting go of Python's lock, which one of them may be waiting for.
+        traceback.clear_frames(interruption.__traceback__)
+        dist.destroy_process_group()
         raise
     except InputError as error:  # plain, without a loader's traceback: the launcher knows it by its name
         raise InputError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]) from None

@@ -140,7 +140,7 @@ def test_labels_and_unlabelled_images(image_folder, tmp_path):
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no image folder .*absent.*--data PATH, or try tools/quickstart.py"):
+    with pytest.raises(InputError, match="no image folder .*absent.*--data PATH.*, or try tools/quickstart.py"):
         open_images(tmp_path / "absent")
     for name, kind in (("cifar10", "CIFAR10"), ("CIFAR-100", "CIFAR100"), ("stl10", "STL10")):
         with pytest.raises(InputError, match=rf"import {kind}; {kind}\('{tmp_path / name}', download=True\)"):

@@ -7,12 +7,13 @@ import signal
 import stat
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
 from pretrain import distributed, train_loop
-from pretrain.config import InputError
+from pretrain.config import InputError, Interrupted
 from pretrain.datasets import UnreadableImage
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
@@ -56,20 +57,40 @@ def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
     assert not [record for record in records if record.exc_info]  # the user reads one line, and no traceback
 
 
-def test_a_kind_of_input_error_is_handed_on_as_one(monkeypatch):
-    """Elastic knows an error by its name; a loader's worker puts its traceback before the message."""
-    def train(cfg):
-        raise UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n"
-                              "pretrain.datasets.UnreadableImage: a.jpg cannot be decoded")
-
+@pytest.fixture
+def one_of_one(monkeypatch):
+    """As if a launcher had started this process, and the group were there."""
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+
+def test_a_kind_of_input_error_is_handed_on_as_one(one_of_one):
+    """Elastic knows an error by its name; a loader's worker puts its traceback before the message."""
+    def train(cfg):
+        raise UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n"
+                              "pretrain.datasets.UnreadableImage: a.jpg cannot be decoded")
+
     with pytest.raises(InputError, match="^a.jpg cannot be decoded$") as error:
         distributed.join_and_run(train, None)
     assert type(error.value) is InputError
+
+
+def test_model_goes_before_the_group(one_of_one, monkeypatch):
+    """The other way round is a deadlock, once in a while: of the group's threads with the thread that ends them."""
+    gone = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: gone.append("group"))
+
+    def train(cfg):
+        model = torch.nn.Module()
+        weakref.finalize(model, gone.append, "model")
+        raise Interrupted("stopped at step 3")
+
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        distributed.join_and_run(train, None)
+    assert gone == ["model", "group"]
 
 
 def fail_in(rank):
