@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pretrain.config import InputError, Interrupted
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
-PATIENCE = 10  # seconds
+PATIENCE = 10  # seconds that a process whose peer is lost waits before it says so
 HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
 
 

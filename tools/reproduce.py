@@ -22,7 +22,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import ROOT, run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.convert import DEFAULT_INPUT, load_weights  # noqa: E402
 from transfer.report import RSA_STEPS  # noqa: E402
 
 
@@ -47,6 +46,9 @@ class Table:
 
     rows: dict
     report: str = ""
+
+
+OWN_RUN = "output/pretrain/model_final.pth"  # where tools/pretrain.py leaves it by itself
 
 
 def pretraining(recipe, gpu_hours, seed="{seed}"):
@@ -81,11 +83,11 @@ def transfer_table(schedule, gpu_hours):
     return Table(rows, "tools/report.py")
 
 
-def linear_evaluation(recipe, *gpu_hours):
+def linear_evaluation(recipe, train_hours, linear_hours):
     """Pre-training by a recipe and linear evaluation of it, which take that many GPU-hours."""
-    train = pretraining(recipe, gpu_hours[0])
+    train = pretraining(recipe, train_hours)
     evaluate = f"tools/evaluate.py linear {train.done} --seed {{seed}} --output {{done}}"
-    return train, Step(train.done.replace("model_final.pth", "linear.json"), evaluate, gpu_hours[1])
+    return train, Step(train.done.replace("model_final.pth", "linear.json"), evaluate, linear_hours)
 
 
 # Per data set: what its recipes' names end in, and the GPU-hours of pre-training and of linear evaluation. Estimates,
@@ -116,7 +118,7 @@ def time_per_epoch(dataset):
     return (Step(f"{{out}}/{dataset}.json", command, 0.1),)
 
 
-CHECKPOINT = Step("output/pretrain/model_final.pth", how="tools/pretrain.py --epochs 200, or copy a checkpoint there")
+CHECKPOINT = Step(OWN_RUN, how="tools/pretrain.py --epochs 200, or copy a checkpoint there")
 VIEWS = "tools/show_views.py datasets/imagenet/train --output-dir"
 # Which data sets stand in which of Tables 1-4, and what Figure 3 shows, is a guess from public summaries of the paper.
 TABLES = {
@@ -190,6 +192,8 @@ def check_options(args, table):
 
 def check_weights(path):
     """Says so where RSA's weights are not those of the paper's recipe. Raises InputError for a file that is none."""
+    from transfer.convert import load_weights  # torch is slow to import, and a dry run seldom needs it
+
     provenance = load_weights(path)[1]
     if provenance["method"] != "the authors' RSA" and (provenance["method"], provenance["step"]) != ("rsa", RSA_STEPS):
         print(f"warning: {path} holds {provenance['method']}, step {provenance['step']}, not RSA's {RSA_STEPS} steps on "
@@ -204,13 +208,13 @@ def main():
     runs = Path(args.output_dir, "pretrain")
     options = f"--protocol {args.protocol}" + f" --accumulate {args.accumulate}" * bool(args.accumulate)
     rows = choose_rows(table, args.rows)
-    steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs,
-                          gpus=args.num_gpus, options=options, set=shlex.join(args.overrides))
+    steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs, gpus=args.num_gpus, options=options,
+                          set=shlex.join(args.overrides))
     converts = [step for step in steps if step.done == CONVERT.done]
     if converts and converts[0] not in missing:
         check_weights(CONVERT.done)
-    elif converts and Path(DEFAULT_INPUT).is_file():
-        print(f"{DEFAULT_INPUT} is there: tools/convert_to_d2.py makes RSA's weights of it, and spares its pre-training")
+    elif converts and Path(OWN_RUN).is_file():
+        print(f"{OWN_RUN} is there: tools/convert_to_d2.py makes RSA's weights of it, and spares its pre-training")
     for step in steps:
         state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"
         print(f"[{state}] {step.command if step in missing else step.done}")

@@ -110,9 +110,8 @@ OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT
 
 def begin_training(cfg, weights):
     """Leave the provenance of a run's ``weights`` (None: random) and its config beside the checkpoints to come; those of
-    a run before it are no longer what it could go on from."""
-    for name in ("last_checkpoint", "results.json"):
-        Path(cfg.OUTPUT_DIR, name).unlink(missing_ok=True)
+    a run before it are no longer what it could go on from. Its results stay until this run has its own."""
+    Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink(missing_ok=True)
     _write_json(Path(cfg.OUTPUT_DIR, TRAINING), {"weights": weights, "config": cfg.dump()})
 
 
