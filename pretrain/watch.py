@@ -33,11 +33,11 @@ class StopSignals:
         return self
 
     def handle(self, number, frame):
+        again, self.asked = self.asked, True  # first of all: Python drops what is raised amid a finalizer or a fork
         if not self.stepping and distributed.world_size() == 1:
             raise Stopped(f"stopped by {signal.Signals(number).name} before its first step; the same command goes on")
-        if number == signal.SIGINT and self.asked and not distributed.launched():
+        if number == signal.SIGINT and again and not distributed.launched():
             raise KeyboardInterrupt
-        self.asked = True
 
     def __exit__(self, kind, value, traceback):
         if distributed.world_size() == 1:  # of several, one may be signalled when the others are saving already

@@ -108,6 +108,31 @@ def test_signals_while_it_saves(image_folder, tmp_path):
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] > 3
 
 
+class SignalsWhenItEnds:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_signalled_in_a_finalizer(cfg):
+    open_images = train_loop.open_images
+
+    def signalled(*arguments):
+        SignalsWhenItEnds()
+        return open_images(*arguments)
+
+    train_loop.open_images = signalled
+    run(cfg)
+
+
+def test_signal_whose_exception_python_drops(image_folder, tmp_path):
+    """As it starts, amid a finalizer (a fork's callbacks do the same): the run leaves after its first step instead."""
+    process = processes.Process(target=run_signalled_in_a_finalizer, args=(tiny_cfg(image_folder, tmp_path, *LONG),))
+    process.start()
+    process.join()
+    assert process.exitcode == train_loop.REQUEUE
+    assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 1
+
+
 def test_second_run_in_a_folder_is_refused(image_folder, tmp_path):
     cfg = tiny_cfg(image_folder, tmp_path, *LONG)
     process = start(cfg)
