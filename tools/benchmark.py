@@ -33,7 +33,7 @@ from torch.utils.data import default_collate  # noqa: E402
 from torchvision import transforms  # noqa: E402
 from torchvision.transforms.v2 import functional as TF  # noqa: E402
 
-from pretrain import schedules, train_loop  # noqa: E402
+from pretrain import train_loop  # noqa: E402
 from pretrain.augment import (BLUR_RADIUS, FACTORS, GRAY, MAX_SIGMA, ORDER, SIGMA, aggressive,  # noqa: E402
                               draw_params, normalize, to_float)
 from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, check, get_cfg  # noqa: E402

@@ -32,7 +32,8 @@ from tools._cli import ROOT, merge_config, run  # noqa: E402
 from transfer import shapes  # noqa: E402
 from transfer.convert import convert  # noqa: E402
 from transfer.pictures import draw_detections, draw_views, plot_curves  # noqa: E402
-from transfer.report import ap_table, load_results, table_cells, to_markdown, write_csv, write_report  # noqa: E402
+from transfer.report import ap_table, table_cells, to_markdown, write_csv, write_report  # noqa: E402
+from transfer.results import load_results  # noqa: E402
 
 PRETRAIN_CONFIG = ROOT / "configs" / "pretrain" / "quickstart_rsa_R50.yaml"
 TRANSFER_CONFIG = ROOT / "configs" / "transfer" / "quickstart_mask_rcnn_R50_FPN.yaml"

@@ -22,8 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError, locate_dataset  # noqa: E402
 from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
-from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, load_results, row_labels,  # noqa: E402
-                             table_cells, to_markdown, write_csv, write_report)
+from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, row_labels, table_cells,  # noqa: E402
+                             to_markdown, write_csv, write_report)
+from transfer.results import load_results  # noqa: E402
 
 
 def main():
@@ -58,7 +59,7 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, output / "table.csv")
     settings = [["run", "weights", "engine", "protocol", "test set", "iterations", "images/batch", "GPUs x passes",
-                 "base lr", "seed", "hours"]]
+                 "base lr", "seed", "hours (last start)"]]
     for name, folder in folders.items():
         result, solver = results[folder], configs[folder]["SOLVER"]
         settings.append([str(x) for x in (

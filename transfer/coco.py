@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from transfer.config import COCO_2017, InputError, check_num_classes, locate_dataset, read_categories
-from transfer.report import AP_KEYS
+from transfer.results import AP_KEYS
 
 
 def check_datasets(cfg, eval_only=False):

@@ -33,8 +33,8 @@ from transfer.coco import check_datasets
 from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
 from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
-from transfer.report import (begin_training, check_unchanged, load_results, read_training, trained_with,
-                             write_results)
+from transfer.results import (begin_training, check_unchanged, load_results, read_training, trained_with,
+                              write_results)
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did.

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transfer.coco import CocoInstances, check_datasets, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_weights
-from transfer.report import begin_training, check_unchanged, trained_with, write_results
+from transfer.results import begin_training, check_unchanged, trained_with, write_results
 
 log = logging.getLogger(__name__)
 
