@@ -91,7 +91,8 @@ def plot_curves(pretrain_folder, runs, path):
                 # an axis of its own for one curve is told apart by that curve's colour
                 ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
             if len(curves) > 1:
-                ax.legend(fontsize=8, frameon=False)
+                beside = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2} if both else {}
+                ax.legend(fontsize=8, frameon=False, **beside)  # it would not see the curves of the other axis
             ax.spines["top"].set_visible(False)
         left.set_title(title, fontsize=11, loc="left")
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
