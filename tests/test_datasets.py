@@ -17,8 +17,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from pretrain.config import InputError, get_cfg
 from pretrain.datasets import BadImages, ImageFolder, UnreadableImage, decode, open_images, read_image, read_or_next
-from pretrain.evaluate import CenterCrops, Features, RandomCrops, evaluate_knn, find_labelled
+from pretrain.evaluate import CenterCrops, Features, evaluate_knn, find_labelled
 from pretrain.feature_cache import fingerprint
+from pretrain.linear import RandomCrops
 
 RNG = np.random.default_rng(0)
 

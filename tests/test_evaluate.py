@@ -10,9 +10,10 @@ import torch
 from pretrain import evaluate
 from pretrain.config import get_cfg
 from pretrain.datasets import ImageFolder, Source
-from pretrain.evaluate import (LINEAR, Features, LinearClassifier, RandomCrops, evaluate_linear, evaluate_linear_on,
-                               knn_top1, shorten, standardize)
+from pretrain.evaluate import Features, knn_top1
 from pretrain.feature_cache import FeatureCache
+from pretrain.linear import (LINEAR, LinearClassifier, RandomCrops, evaluate_linear, evaluate_linear_on, shorten,
+                             standardize)
 
 
 def test_knn_equals_a_loop():

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import transfer.config  # noqa: E402
-from pretrain import evaluate, networks  # noqa: E402
+from pretrain import evaluate, linear, networks  # noqa: E402
 from pretrain.checkpoint import FINAL, write_atomically  # noqa: E402
 from pretrain.config import InputError, get_cfg  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
@@ -145,8 +145,8 @@ def judge(path, method, seed, images):
     for part in PARTS:
         index = torch.tensor(part_of(sources[0].classes, part), device=labels.device)
         result[f"knn_{part}"] = evaluate.knn_top1(bank, index[labels], queries, index[query_labels], k=20)
-        result[f"linear_{part}"] = evaluate.evaluate_linear_on(bank, index[labels], queries, index[query_labels],
-                                                               evaluate.LINEAR["small"], seed)[-1]
+        result[f"linear_{part}"] = linear.evaluate_linear_on(bank, index[labels], queries, index[query_labels],
+                                                             linear.LINEAR["small"], seed)[-1]
     return result
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import transfer.config  # noqa: E402
-from pretrain import evaluate  # noqa: E402
+from pretrain import evaluate, linear  # noqa: E402
 from pretrain.checkpoint import write_atomically  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
@@ -44,8 +44,8 @@ def main():
         result["knn_top1"] = evaluate.evaluate_knn(features, train, val, args.bank)
     else:
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
-        protocol = evaluate.shorten(evaluate.LINEAR[name], args.epochs)
-        top1 = evaluate.evaluate_linear(features, train, val, protocol, args.seed)
+        protocol = linear.shorten(linear.LINEAR[name], args.epochs)
+        top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
         result |= {"protocol": name, "seed": args.seed, "epochs": len(top1), "linear_top1_last": top1[-1],
                    "linear_top1_best": max(top1), "best_epoch": 1 + top1.index(max(top1))}
     if args.output:
