@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain import checkpoint, distributed, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
-from pretrain.datasets import BadImages, open_images
+from pretrain.datasets import open_images
 from pretrain.evaluate import Features, evaluate_knn, find_labelled
+from pretrain.images import BadImages
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS

@@ -16,9 +16,10 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from pretrain.config import InputError, get_cfg
-from pretrain.datasets import BadImages, ImageFolder, UnreadableImage, decode, open_images, read_image, read_or_next
+from pretrain.datasets import ImageFolder, open_images
 from pretrain.evaluate import CenterCrops, Features, evaluate_knn, find_labelled
 from pretrain.feature_cache import fingerprint
+from pretrain.images import BadImages, UnreadableImage, decode, read_image, read_or_next
 from pretrain.linear import RandomCrops
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import torch
 
 from pretrain import distributed, train_loop
 from pretrain.config import InputError, Interrupted
-from pretrain.datasets import UnreadableImage
+from pretrain.images import UnreadableImage
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
 TOOL = str(ROOT / "tools" / "pretrain.py")
@@ -71,7 +71,7 @@ def test_a_kind_of_input_error_is_handed_on_as_one(one_of_one):
     """Elastic knows an error by its name; a loader's worker puts its traceback before the message."""
     def train(cfg):
         raise UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n"
-                              "pretrain.datasets.UnreadableImage: a.jpg cannot be decoded")
+                              "pretrain.images.UnreadableImage: a.jpg cannot be decoded")
 
     with pytest.raises(InputError, match="^a.jpg cannot be decoded$") as error:
         distributed.join_and_run(train, None)

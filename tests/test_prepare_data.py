@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from pretrain.config import InputError
-from pretrain.datasets import ImageFolder, read_image
+from pretrain.datasets import ImageFolder
+from pretrain.images import read_image
 from tools import prepare_data
 
 SIZES = {"a/wide.jpg": (90, 120), "a/tall.JPEG": (150, 75), "b/deep/noalpha.png": (80, 200), "b/small.jpg": (40, 60),

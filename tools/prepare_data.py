@@ -26,7 +26,8 @@ from tqdm import tqdm  # noqa: E402
 
 from pretrain.checkpoint import write_atomically  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
-from pretrain.datasets import ImageFolder, UnreadableImage  # noqa: E402
+from pretrain.datasets import ImageFolder  # noqa: E402
+from pretrain.images import UnreadableImage  # noqa: E402
 from pretrain.loader import ignore_stop_signals  # noqa: E402
 from tools._cli import run  # noqa: E402
 
