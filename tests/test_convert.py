@@ -105,7 +105,7 @@ def test_authors_layout(checkpoint, tmp_path):
     torch.save(state, tmp_path / "authors.pth.tar")
     for branch in ("online", "target"):
         read, provenance = read_checkpoint(tmp_path / "authors.pth.tar", branch)
-        assert provenance["format"] == "the authors' RSA" and len(read) == 265
+        assert provenance["format"] == "the authors' RSA or BYOL" and len(read) == 265
         assert all(torch.equal(read[name], checkpoint["model"][f"{branch}.backbone.{name}"]) for name in read)
 
 

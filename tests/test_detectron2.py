@@ -137,7 +137,7 @@ def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
         d2_trainer.Trainer(wider).resume_or_load(True)
     path = tmp_path / "model_0000000.pth"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="model_0000000.pth is not a model that Detectron2 has fine-tuned"):
+    with pytest.raises(InputError, match="model_0000000.pth cannot be read as a checkpoint"):
         trainer.resume_or_load(True)
 
 
@@ -275,6 +275,7 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     assert results["iterations"] == 4 and not results["eval_only"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in row for row in rows) and max(row["iteration"] for row in rows) == 3
+    assert rows[-1]["segm/AP"] == results["ap"]["segm"]["AP"] and rows[-1]["iteration"] == 3
     changed = tool("train_net", *arguments, "SOLVER.BASE_LR", 0.5)
     assert changed.returncode == 2 and "began with SOLVER.BASE_LR 0.01 and not 0.5" in changed.stderr, changed.stderr[-900:]
     judged = tool("train_net", "--config-file", tmp_path / "run" / "config.yaml", "--eval-only", "MODEL.WEIGHTS",
@@ -313,6 +314,8 @@ def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
     scaled = d2_trainer.DefaultTrainer.auto_scale_workers(cfg, 2)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (4, 0.005, 360000)
+    with pytest.raises(InputError, match="--accumulate is 0: it must be at least 1"):
+        d2_trainer.plan_passes(cfg, 2, 0)
     assert d2_trainer.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
     with pytest.raises(InputError, match="choose one"):
         d2_trainer.plan_passes(scaled, 2, 2)
@@ -363,6 +366,61 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
     trainer.cfg.MODEL.WEIGHTS = part
     with pytest.raises(InputError, match=f"1 backbone tensors did not arrive.*{name}"):
         trainer.resume_or_load(False)
+    for norm, lost in (("GN", 106), ("", 212)):  # what of the file's 265 has no place there
+        other = tiny(shapes, tmp_path, "MODEL.WEIGHTS", whole, "MODEL.RESNETS.DEPTH", 50,
+                     "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "MODEL.RESNETS.NORM", norm)
+        with pytest.raises(InputError, match=f"{lost} backbone tensors did not arrive.*NORM a BatchNorm"):
+            d2_trainer.Trainer(other).resume_or_load(False)
+
+
+def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monkeypatch):
+    """A file as MSRA's: Caffe's names, BatchNorm folded into scale and bias, a bias of conv1's that nobody needs, fc."""
+    def caffe(name):
+        stage, block, layer, kind = ([*name.split("."), ""] if name.startswith("stem") else name.split(".", 3))[:4]
+        if stage == "stem":
+            return {"stem.conv1.weight": "conv1_w", "stem.conv1.norm.weight": "res_conv1_bn_s",
+                    "stem.conv1.norm.bias": "res_conv1_bn_b"}[name]
+        branch = "branch1" if layer == "shortcut" else f"branch2{'abc'[int(layer[-1]) - 1]}"
+        end = {"weight": "_w", "norm.weight": "_bn_s", "norm.bias": "_bn_b"}[kind]
+        return f"{stage}_{block}_{branch}{end}"
+
+    arrays = {n: a for n, a in pickle.loads(weights.read_bytes())["model"].items() if "running" not in n}
+    blobs = {caffe(n): a for n, a in arrays.items()}
+    assert len(blobs) == 53 * 3
+    path = tmp_path / "msra.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs | {
+        "conv1_b": np.zeros(64, np.float32), "fc1000_w": np.zeros((1000, 2048), np.float32),
+        "fc1000_b": np.zeros(1000, np.float32), "conv1_w_momentum": np.zeros(3)}}))
+    cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", str(path), "MODEL.RESNETS.DEPTH", 50,
+               "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    d2_trainer.register_datasets(cfg)
+    monkeypatch.setitem(d2_trainer.ZOO, str(path), {"statistics": False})
+    trainer = d2_trainer.Trainer(cfg)
+    trainer.resume_or_load(False)
+    found = trainer.model.backbone.bottom_up.state_dict()
+    assert all(np.array_equal(found[n].numpy(), a) for n, a in arrays.items())
+    monkeypatch.setitem(d2_trainer.ZOO, str(path), {})
+    with pytest.raises(InputError, match="106 backbone tensors did not arrive.*running_mean"):
+        trainer.resume_or_load(False)
+
+
+def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
+    """Images of the iterations after the checkpoint, not those of the first again; so in each of the passes."""
+    def images(trainer, iterations):
+        batches = iter(trainer._trainer.data_loader)
+        return [[image["image_id"] for image in next(batches)] for _ in range(iterations * trainer.accumulate)]
+
+    cfg = tiny(shapes, tmp_path, "INPUT.MASK_FORMAT", "bitmask")
+    d2_trainer.register_datasets(cfg)
+    first = d2_trainer.Trainer(cfg, 2)
+    first.resume_or_load(False)
+    whole = images(first, 8)
+    assert all(len(batch) == 1 for batch in whole) and len({i for [i] in whole[:8]}) == 8  # an epoch, one image a pass
+    first.iter = 2
+    first.checkpointer.save("model_0000002", iteration=2)
+    again = d2_trainer.Trainer(cfg, 2)
+    again.resume_or_load(True)
+    assert again.start_iter == 3 and images(again, 5) == whole[6:]
 
 
 def test_only_known_zoo_files(shapes, tmp_path):

@@ -233,7 +233,7 @@ def layouts(pair):
 
 # Family: the format that must be found, and how torch.save writes the file.
 FAMILIES = {
-    "ours": OURS, "the authors' RSA": "the authors' RSA", "MoCo v2": "MoCo v1, v2", "MoCo v3": "MoCo v3",
+    "ours": OURS, "the authors' RSA": "the authors' RSA or BYOL", "MoCo v2": "MoCo v1, v2", "MoCo v3": "MoCo v3",
     "SimSiam": "SimSiam", "InfoMin": "InstDis, PIRL, InfoMin (PyContrast)",
     "DenseCL": "DenseCL, OpenSelfSup, MMSelfSup 0.x", "MMSelfSup BYOL": "MMSelfSup 1.x, OpenSelfSup",
     "BYOL sthalles": "BYOL (sthalles/PyTorch-BYOL)", "BYOL lucidrains": "BYOL (lucidrains/byol-pytorch)",
@@ -351,6 +351,10 @@ VARIANTS = {
         "projection_head.", "key_projection_head.", "criterion.memory_bank.bank", "online_classifier.")}, "lightly", 1),
     "lightly SwAV": ({"state_dict": small("backbone.", rename=by_number) | heads("projection_head.", "prototypes.")},
                      "lightly", 0),
+    "lightly benchmark DINO": ({"state_dict": small("student_backbone.", "backbone.") | heads(
+        "student_projection_head.", "projection_head.", "criterion.center", "online_classifier.")}, "lightly's DINO", 1),
+    "lightly benchmark VICRegL": ({"state_dict": small("backbone.") | heads(
+        "projection_head.", "local_projection_head.", "online_classifier.")}, "lightly", 0),
     "solo-learn DINO": ({"state_dict": small("backbone.", "momentum_backbone.") | heads(
         "head.mlp.", "momentum_head.mlp.", "dino_loss_func.center", "classifier.")}, "solo-learn", 1),
     "VISSL, trunk only": ({"model_state_dict": small("_feature_blocks.")}, "VISSL", 0),

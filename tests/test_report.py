@@ -82,7 +82,7 @@ def test_table_mean_std_and_missing_cells(tmp_path):
     report.write_csv(rows, tmp_path / "table.csv")
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         parsed = list(csv.DictReader(file))
-    assert len(parsed[0]) == 2 + 2 * 12
+    assert len(parsed[0]) == 4 + 2 * 12
     assert float(parsed[0]["box APs"]) == pytest.approx(np.mean(boxes)) and parsed[0]["seeds"] == "3"
     assert float(parsed[0]["mask AP std"]) == pytest.approx(np.std(boxes, ddof=1))
     assert parsed[1]["box AP std"] == "" and parsed[2]["box AP"] == ""
@@ -212,7 +212,8 @@ def test_tool_reports_a_missing_run_in_one_line(tmp_path):
 def full_run(folder, box, mask, weights, schedule="1x", protocol="infomin", **changes):
     """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have left it."""
     method = (weights or {"method": "random"})["method"]
-    config = {"rsa": "", "the authors' RSA": "", "random": "_random", "supervised": "_supervised"}.get(method, "_ssl")
+    config = {"rsa": "", "the authors' RSA or BYOL": "", "random": "_random", "supervised": "_supervised"}.get(method, "_ssl")
+    config = "_msra" if (weights or {}).get("stride_in_1x1") else config
     cfg = torchvision_defaults()
     cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}{config}.yaml"))
     if protocol == "moco":
@@ -231,7 +232,10 @@ RSA = {"method": "rsa", "step": 125_000}  # 200 epochs of 625 steps
 @pytest.mark.parametrize("weights, name, schedule, row", [
     (None, "x", "1x", ("1x", "random")), (RSA, "x", "2x", ("2x", "rsa")), (RSA, "x", "1x", ("1x", "rsa")),
     ({"method": "rsa", "step": 144}, "x", "1x", None),  # of a shorter pre-training
-    ({"method": "the authors' RSA"}, "x", "1x", ("1x", "rsa")),
+    ({"method": "rsa", "step": 125_000, "branch": "target"}, "x", "1x", None),
+    ({"method": "the authors' RSA or BYOL"}, "rsa", "1x", ("1x", "rsa")),  # by the folder's name alone
+    ({"method": "the authors' RSA or BYOL"}, "x", "1x", None), ({"method": "SimSiam"}, "infomin", "1x", None),
+    ({"method": "InstDis, PIRL, InfoMin (PyContrast)"}, "infomin", "1x", ("1x", "infomin")),
     ({"method": "supervised", "stride_in_1x1": True}, "x", "1x", ("1x", "msra")),
     ({"method": "supervised", "stride_in_1x1": False}, "x", "1x", None),  # nobody published that row
     ({"method": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")), ({"method": "MoCo v1, v2"}, "moco_v2", "1x", None),
@@ -245,9 +249,16 @@ def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
     {"keys": {"SOLVER.MAX_ITER": 3000}}, {"keys": {"DATASETS.TEST": ("a.json::b",)}}, {"engine": "torchvision"},
     {"keys": {"SOLVER.IMS_PER_BATCH": 8}}, {"keys": {"DATASETS.TRAIN": ("a.json::b",)}}, {"protocol": "moco"},
     {"iterations": 5000}, {"eval_only": True}, {"keys": {"SOLVER.BASE_LR": 0.03}},
-    {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}])
+    {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}, {"keys": {"TEST.PRECISE_BN.ENABLED": False}},
+    {"keys": {"INPUT.MIN_SIZE_TRAIN": (320,)}}, {"keys": {"SOLVER.STEPS": (1000,)}}, {"keys": {"INPUT.FORMAT": "BGR"}},
+    {"keys": {"SOLVER.WEIGHT_DECAY": 0.5}}, {"keys": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 1}}])
 def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
     assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
+
+
+def test_what_a_published_row_leaves_open(tmp_path):
+    keys = {"SOLVER.AMP.ENABLED": True, "SEED": 3, "DATALOADER.NUM_WORKERS": 9, "MODEL.DEVICE": "cuda:1"}
+    assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, keys=keys))) == ("1x", "random")
 
 
 def test_differences_and_their_mark(tmp_path):
@@ -272,6 +283,8 @@ def test_tool_compares_with_what_is_published(tmp_path):
     with open(tmp_path / "out" / "table.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["random (random)", "published 1x (InfoMin's authors)", "difference"]
+    assert [row["of"] for row in rows] == ["", "random (random)", "random (random)"]
+    assert [row["beyond seed noise"] for row in rows] == ["", "", "box AP"]
     assert float(rows[2]["box AP"]) == pytest.approx(-0.6)
     picture = np.asarray(Image.open(tmp_path / "out" / "ap.png").convert("RGB")).reshape(-1, 3).tolist()
     assert [0x00, 0x72, 0xB2] in picture and [0xD5, 0x5E, 0x00] in picture  # a dot and a diamond
@@ -295,7 +308,20 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
         folders["other"].mkdir(parents=True, exist_ok=True)
         (folders["other"] / "results.json").write_text(json.dumps(kept | change))
         assert len(set(labels("one", "other").values())) == 2
+    (folders["other"] / "results.json").write_text(json.dumps(kept | {"seed": 1, "engine": "torchvision"}))
+    assert set(labels("one", "other").values()) == {"rsa (rsa, step 9, detectron2)", "rsa (rsa, step 9, torchvision)"}
+    (folders["other"] / "results.json").write_text(json.dumps(kept | {"seed": 1, "accumulate": 4}))  # BatchNorm sees 4
+    assert len(set(labels("one", "other").values())) == 2
     assert labels("one", "longer") == {folders[name]: f"{folders[name]} (rsa, step 9)" for name in ("one", "longer")}
+
+
+def test_test_sets_are_never_mixed(tmp_path):
+    full_run(tmp_path / "a", 40.0, 36.0, None)
+    full_run(tmp_path / "b", 40.0, 36.0, None, keys={"DATASETS.TEST": ("/x/val.json::/x/images",)})
+    full_run(tmp_path / "c", 40.0, 36.0, None, keys={"DATASETS.TEST": ("/y/val.json::/y/images",)})
+    done = run_tool("a", "b", cwd=tmp_path)
+    assert done.returncode == 2 and "different test sets" in done.stderr and "b is val.json" in done.stderr
+    assert run_tool("b", "c", cwd=tmp_path).returncode == 0
 
 
 def test_protocols_are_never_mixed(tmp_path):

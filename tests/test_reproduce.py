@@ -10,8 +10,9 @@ import pytest
 from tests.conftest import ROOT
 from tools import reproduce
 from tools.reproduce import Step, Table
-from transfer.config import InputError
+from transfer.config import InputError, torchvision_defaults
 from transfer.convert import convert
+from transfer.results import write_results
 
 
 @pytest.fixture
@@ -135,7 +136,44 @@ def test_weights_of_another_pretraining_are_named(here, resnet50_checkpoint, mon
         reproduce.main()
 
 
+def test_weights_of_another_method_are_refused(here, resnet50_checkpoint, monkeypatch):
+    convert(resnet50_checkpoint, here / "output" / "weights" / "infomin_r50.pkl")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--rows", "infomin", "--dry-run"])
+    with pytest.raises(InputError, match=r"infomin_r50.pkl holds weights of rsa, and row infomin takes .*PyContrast"):
+        reproduce.main()
+
+
+def test_results_of_another_run_are_not_taken_for_done(here, monkeypatch, capsys):
+    def results(*keys, iterations=90000):
+        cfg = torchvision_defaults()
+        cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "mask_rcnn_R50_FPN_1x_random.yaml"))
+        cfg.merge_from_list(["OUTPUT_DIR", "output/reproduce/table5/seed0/random", *keys])
+        write_results(cfg, "detectron2", {}, None, iterations, 1.0)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--rows", "random", "--dry-run", *options])
+        reproduce.main()
+        return capsys.readouterr().out
+
+    results("SOLVER.AMP.ENABLED", True)
+    assert "0 of 1 to run" in run() and "0 of 1 to run" in run("--set", "SOLVER.AMP.ENABLED", "True")
+    with pytest.raises(InputError, match="results.json is of a run with SOLVER.STEPS .60000, 80000. and not .9, 10."):
+        run("--set", "SOLVER.STEPS", "(9, 10)")
+    results("SOLVER.MAX_ITER", 10, iterations=10)  # a trial of before
+    with pytest.raises(InputError, match="is of a run with SOLVER.MAX_ITER 10 and not 90000: move it away"):
+        run()
+    assert "0 of 1 to run" in run("--set", "SOLVER.MAX_ITER", "10")
+    results(iterations=5000)
+    with pytest.raises(InputError, match="of a run with 5000 iterations"):
+        run()
+    (here / "output/reproduce/table5/seed0/random/results.json").write_text("{}")
+    with pytest.raises(InputError, match="does not hold a run's results"):
+        run()
+
+
 @pytest.mark.parametrize("options, message", [
+    (["table5", "--num-gpus", "0"], "--num-gpus is 0: it must be at least 1"),
+    (["table5", "--set", "SEED"], "--set takes KEY VALUE pairs, but 'SEED' has no value"),
     (["table1", "--set", "SOLVER.EPOCHS", "1"], "--set: for fine-tuning, of which table1 has none"),
     (["figure3", "--protocol", "moco", "--num-gpus", "8"], "--num-gpus, --protocol: for"),
     (["table5", "--seeds", "0"], "--seeds is 0: it must be at least 1")])

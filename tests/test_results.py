@@ -43,12 +43,14 @@ def test_bad_results_are_one_line_that_names_the_file(tmp_path, content):
 def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
-    results.check_unchanged(cfg)
+    with pytest.raises(InputError, match="training.json is missing, which says what the run there began with"):
+        results.check_unchanged(cfg)
     assert results.read_training(tmp_path) is None and not results.trained_with(cfg)
-    for name in ("last_checkpoint", "results.json"):  # of a run that was here before
-        (tmp_path / name).write_text("")
+    for name in ("last_checkpoint", "results.json", "metrics.json"):  # of a run that was here before
+        (tmp_path / name).write_text("x")
     results.begin_training(cfg, {"method": "rsa"})
-    assert {path.name for path in tmp_path.iterdir()} == {"training.json", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"training.json", "results.json", "metrics.json"}
+    assert (tmp_path / "metrics.json").read_text() == "" and (tmp_path / "results.json").read_text() == "x"
     assert results.read_training(tmp_path)["weights"] == {"method": "rsa"}
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
     results.check_unchanged(cfg)
@@ -66,6 +68,53 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     assert results.trained_with(moved)
     moved.DATASETS.TRAIN = ("/other/val.json::/other/images",)
     assert not results.trained_with(moved)
+    moved.DATASETS.TRAIN, moved.MODEL.RESNETS.NORM = ("/other/train.json::/other/images",), "BN"
+    moved.MODEL.DEVICE = "cuda"
+    results.begin_training(moved, None, processes=2, accumulate=4)
+    results.check_unchanged(moved, processes=4, accumulate=2)  # 2 images at once without SyncBN, and 2 again
+    with pytest.raises(InputError, match=r"began with 2 x 4 passes .* over 2 images at once, and not 4"):
+        results.check_unchanged(moved, processes=2, accumulate=2)
+    moved.MODEL.RESNETS.NORM = "SyncBN"
+    with pytest.raises(InputError, match="over 2 images at once, and not 8"):
+        results.check_unchanged(moved, processes=4, accumulate=2)
     (tmp_path / "training.json").write_text("[]")
     with pytest.raises(InputError, match="training.json is not what"):
         results.check_unchanged(cfg)
+
+
+@pytest.mark.parametrize("key, value", [("INPUT.FORMAT", "RGB"), ("MODEL.PIXEL_STD", [2.0, 1.0, 1.0]),
+                                        ("MODEL.RESNETS.STRIDE_IN_1X1", False), ("MODEL.FPN.NORM", "BN")])
+def test_a_model_is_evaluated_as_it_was_trained(tmp_path, key, value):
+    cfg = torchvision_defaults()
+    cfg.OUTPUT_DIR, cfg.MODEL.RESNETS.NORM = str(tmp_path), "SyncBN"
+    results.check_network(cfg, tmp_path / "model_final.pth")  # nothing is known of it
+    results.begin_training(cfg, None)
+    cfg.MODEL.RESNETS.NORM, cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TEST = "BN", 9, 400
+    results.check_network(cfg, tmp_path / "model_final.pth")
+    cfg.merge_from_list([key, value])
+    with pytest.raises(InputError, match=f"model_final.pth was trained with {key} .* and not "):
+        results.check_network(cfg, tmp_path / "model_final.pth")
+
+
+@pytest.mark.parametrize("change", [
+    {"ap": {"bbox": {"AP": "41.1"}, "segm": {}}}, {"ap": {"bbox": [1], "segm": [2]}}, {"ap": {"bbox": None, "segm": None}},
+    {"seconds": None}, {"seed": None}, {"weights": "rsa.pkl"}, {"weights": {"method": "rsa", "step": None}},
+    {"config": "MODEL: 3"}, {"config": "[" * 100000}, {"config": "!!python/object/apply:os.getcwd []"}])
+def test_results_of_another_kind_are_one_line(tmp_path, change):
+    cfg = torchvision_defaults()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    whole = results.write_results(cfg, "torchvision", {}, {"method": "rsa", "step": 9}, 700, 12.5)
+    assert results.load_results(tmp_path)["weights"] == {"method": "rsa", "step": 9}
+    (tmp_path / "results.json").write_text(json.dumps(whole | change))
+    with pytest.raises(InputError, match="results.json does not hold a run's results") as error:
+        results.load_results(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_last_row_of_the_metrics_is_the_result(tmp_path):
+    cfg = torchvision_defaults()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    results.write_results(cfg, "torchvision", {"bbox": {"AP": 40.0}}, None, 700, 12.5)
+    results.write_results(cfg, "torchvision", {"bbox": {"AP": 30.0}}, None, 700, 12.5, eval_only=True)
+    [row] = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    assert row["iteration"] == 699 and row["bbox/AP"] == 40 and row["segm/APl"] is None and len(row) == 13

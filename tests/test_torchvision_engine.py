@@ -252,7 +252,8 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path):
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert {p.name for p in folder.glob("*.pth")} == {"model_0000002.pth", "model_0000005.pth", "model_final.pth"}
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [5]
+    assert [row["iteration"] for row in rows] == [5, 5] and "total_loss" in rows[0]
+    assert {"bbox/AP", "segm/APl"} <= set(rows[1])  # what results.json says, after the training's own rows
     assert set(rows[0]) == {"iteration", "total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls",
                             "loss_rpn_loc", "lr"}
 

@@ -8,7 +8,7 @@
 Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and detections.png. Only
 results.json is needed of a run; what the other files would have shown is left out. Under a full run of a row of Tables
 5 and 6 stand the published numbers and the difference, marked where it exceeds what another seed may change. Runs of
-different protocols are refused.
+different protocols or test sets are refused.
 """
 
 import argparse
@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError, locate_dataset  # noqa: E402
 from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
-from transfer.report import (SEED_NOISE, ap_table, check_one_protocol, row_labels, table_cells,  # noqa: E402
-                             to_markdown, write_csv, write_report)
+from transfer.report import (SEED_NOISE, ap_table, check_comparable, normalised_images, row_labels,  # noqa: E402
+                             table_cells, to_markdown, write_csv, write_report)
 from transfer.results import load_results  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def main():
     args = parser.parse_args()
 
     results = {folder: load_results(folder) for folder in args.runs}
-    protocol = check_one_protocol(results)
+    protocol, test_set = check_comparable(results)
     configs = {folder: yaml.safe_load(result["config"]) for folder, result in results.items()}
     labels = row_labels(results)
     seeds = {}
@@ -45,7 +45,6 @@ def main():
         seeds.setdefault(label, []).append(results[folder])
     # in pictures every run stands for itself
     folders = {label if len(seeds[label]) == 1 else folder: folder for folder, label in labels.items()}
-    test_sets = {folder: next(iter(configs[folder]["DATASETS"]["TEST"]), "–") for folder in configs}
     rows = ap_table(seeds, published=True)
     cells = table_cells(rows)
     print(to_markdown(cells))
@@ -59,22 +58,21 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, output / "table.csv")
     settings = [["run", "weights", "engine", "protocol", "test set", "iterations", "images/batch", "GPUs x passes",
-                 "base lr", "seed", "hours (last start)"]]
+                 "images/BatchNorm", "base lr", "seed", "hours (last start)"]]
     for name, folder in folders.items():
         result, solver = results[folder], configs[folder]["SOLVER"]
         settings.append([str(x) for x in (
-            name, (result["weights"] or {}).get("source", "–"), result["engine"], protocol, test_sets[folder],
+            name, (result["weights"] or {}).get("source", "–"), result["engine"], protocol, test_set,
             result["iterations"], solver["IMS_PER_BATCH"],
-            f"{result.get('processes', 1)} x {result.get('accumulate', 1)}", solver["BASE_LR"], result["seed"],
+            f"{result.get('processes', 1)} x {result.get('accumulate', 1)}", normalised_images(result),
+            solver["BASE_LR"], result["seed"],
             f"{result['seconds'] / 3600:.2f}")])
     sections += [("AP", plot_ap(rows, output / "ap.png")), ("Settings", settings)]
     if plot_curves(args.pretrain, folders, output / "curves.png"):
         sections.append(("Curves", output / "curves.png"))
     try:
-        test_set = test_sets[args.runs[0]]
-        annotations, images = locate_dataset(test_set)
-        same_set = {name: folder for name, folder in folders.items() if test_sets[folder] == test_set}
-        draw_detections(annotations, images, same_set, output / "detections.png", args.images)
+        annotations, images = locate_dataset(next(iter(configs[args.runs[0]]["DATASETS"]["TEST"])))
+        draw_detections(annotations, images, folders, output / "detections.png", args.images)
         sections.append(("Detections", output / "detections.png"))
     except InputError as error:
         print(f"no picture of detections: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ there, and else pre-trains.
 """
 
 import argparse
+import ast
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import ROOT, run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.report import RSA_STEPS  # noqa: E402
+from transfer.report import AUTHORS, CONFIGS, FREE, ROW_FORMATS, RSA_STEPS, recipe_settings, row_of_folder  # noqa: E402
+from transfer.results import load_results, settings  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,11 @@ def choose_rows(table, wanted):
 
 def check_options(args, table):
     """Raises InputError for an option that would have no effect."""
-    if args.seeds < 1:
-        raise InputError(f"--seeds is {args.seeds}: it must be at least 1")
+    for name in ("seeds", "num_gpus"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if len(args.overrides) % 2:
+        raise InputError(f"--set takes KEY VALUE pairs, but {args.overrides[-1]!r} has no value")
     given = {"--num-gpus": args.num_gpus != 1, "--accumulate": args.accumulate is not None,
              "--protocol": args.protocol != "infomin", "--set": args.overrides}
     fine_tunes = any("train_net" in step.command for row in table.rows.values() for step in row)
@@ -190,14 +195,47 @@ def check_options(args, table):
         raise InputError(f"{names}: for fine-tuning, of which {args.table} has none; leave it out")
 
 
-def check_weights(path):
-    """Says so where RSA's weights are not those of the paper's recipe. Raises InputError for a file that is none."""
+def check_weights(row, path):
+    """Says so where the weights of a row will not stand beside what is published. Raises InputError for a file that is
+    none, or that is of another method."""
     from transfer.convert import load_weights  # torch is slow to import, and a dry run seldom needs it
 
     provenance = load_weights(path)[1]
-    if provenance["method"] != "the authors' RSA" and (provenance["method"], provenance["step"]) != ("rsa", RSA_STEPS):
-        print(f"warning: {path} holds {provenance['method']}, step {provenance['step']}, not RSA's {RSA_STEPS} steps on "
-              "ImageNet-1K: the report will not set its row beside the paper's")
+    method, step = provenance["method"], provenance["step"]
+    if row == "rsa" and method != AUTHORS and (method, step) != ("rsa", RSA_STEPS):
+        print(f"warning: {path} holds {method}, step {step}, not RSA's {RSA_STEPS} steps on ImageNet-1K: the report will "
+              "not set its row beside the paper's")
+    elif row == "rsa" and method == AUTHORS:
+        print(f"{path} holds {method}, by its file's layout: that it is RSA's, of ImageNet-1K, is taken from you")
+    elif method not in ROW_FORMATS.get(row_of_folder(row), (method,)):
+        raise InputError(f"{path} holds weights of {method}, and row {row} takes {' or '.join(ROW_FORMATS[row_of_folder(row)])}"
+                         ": convert its authors' checkpoint")
+
+
+def check_results(step, overrides):
+    """Raises InputError where the results that a step would leave are there, but not of its command: a trial's, say."""
+    results = load_results(Path(step.done).parent)
+    words = shlex.split(step.command)
+    files = [ROOT / "configs" / words[words.index("--config-file") + 1]]
+    if (protocol := words[words.index("--protocol") + 1]) != "infomin":
+        files.append(CONFIGS / f"protocol_{protocol}.yaml")
+    wanted, found = recipe_settings(*files), settings(results["config"])
+    wanted = {key: value for key, value in wanted.items() if not FREE.fullmatch(key)}
+    wanted |= zip(overrides[::2], map(yaml_value, overrides[1::2]))
+    differ = [f"{key} {found.get(key)} and not {value}" for key, value in wanted.items() if found.get(key) != value]
+    if results["iterations"] != found["SOLVER.MAX_ITER"] or results["eval_only"]:
+        differ.insert(0, f"{results['iterations']} iterations")
+    if differ:
+        raise InputError(f"{step.done} is of a run with {differ[0]}: move it away, or give another --output-dir")
+
+
+def yaml_value(text):
+    """A VALUE of --set as it comes back from a run's config: yacs takes Python's literals."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
 
 
 def main():
@@ -210,10 +248,14 @@ def main():
     rows = choose_rows(table, args.rows)
     steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs, gpus=args.num_gpus, options=options,
                           set=shlex.join(args.overrides))
-    converts = [step for step in steps if step.done == CONVERT.done]
-    if converts and converts[0] not in missing:
-        check_weights(CONVERT.done)
-    elif converts and Path(OWN_RUN).is_file():
+    for step in steps:
+        if step not in missing and step.done.endswith("/results.json"):
+            check_results(step, args.overrides)
+    for row in rows:
+        weights = [step.done for step in table.rows[row] if step.done.endswith(".pkl")]
+        if weights and Path(weights[0]).is_file():
+            check_weights(row, weights[0])
+    if CONVERT.done in [step.done for step in missing] and Path(OWN_RUN).is_file():
         print(f"{OWN_RUN} is there: tools/convert_to_d2.py makes RSA's weights of it, and spares its pre-training")
     for step in steps:
         state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"

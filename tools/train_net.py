@@ -68,6 +68,9 @@ def configure(cfg, args):
     if args.train:
         given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
     merge_config(cfg, None, [*given, *args.overrides], InputError)
+    for key in ("MAX_ITER", "IMS_PER_BATCH"):
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
     told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
     if args.train and not told and not args.eval_only and cfg.SOLVER.MAX_ITER in SCHEDULES:  # not a config file's own
         print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)

@@ -25,8 +25,15 @@ COCO_2017 = {
 
 
 def dataset_name(annotations, images):
-    """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``."""
-    return f"{annotations}::{images}"
+    """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+
+    Raises InputError where :func:`locate_dataset` could not take it apart again.
+    """
+    name = f"{annotations}::{images}"
+    if name.split("::") != [str(annotations), str(images)]:
+        raise InputError(f"{annotations} and {images}: a data set's name is JSON::IMAGES, so neither path may "
+                         "contain '::', nor the first end in ':': rename the file or folder")
+    return name
 
 
 def locate_dataset(name):
@@ -49,14 +56,40 @@ def locate_dataset(name):
     return str(annotations), str(images)
 
 
+def is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)  # true is 1 in Python, in COCO's files it is no id
+
+
+def read_coco(path, *keys):
+    """COCO JSON -> the lists under ``keys``, "categories" as of :func:`read_categories`. Raises InputError."""
+    try:
+        coco = json.loads(Path(path).read_text())
+        lists = [coco[key] for key in keys]
+        if not all(isinstance(entries, list) for entries in lists):
+            raise TypeError(f"{' or '.join(keys)} is no list")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # RecursionError: nested without end
+        raise InputError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from None
+    return [_categories(path, entries) if key == "categories" else entries for key, entries in zip(keys, lists)]
+
+
+def _categories(path, entries):
+    found = {}
+    for entry in entries:
+        if not (isinstance(entry, dict) and is_integer(entry.get("id")) and isinstance(entry.get("name"), str)):
+            raise InputError(f"{path}: category {repr(entry)[:80]} needs an id that is an integer and a name that is a "
+                             "string")
+        if entry["id"] in found:
+            raise InputError(f"{path}: category id {entry['id']} occurs twice, for {found[entry['id']]!r} and "
+                             f"{entry['name']!r}: give every category an id of its own")
+        found[entry["id"]] = entry["name"]
+    if not found:
+        raise InputError(f"{path} has no categories")
+    return [{"id": number, "name": found[number]} for number in sorted(found)]
+
+
 def read_categories(annotations):
     """COCO JSON -> its categories ``[{"id": int, "name": str}]`` sorted by id. Raises InputError."""
-    try:
-        categories = json.loads(Path(annotations).read_text())["categories"]
-        return sorted(({"id": c["id"], "name": c["name"]} for c in categories), key=lambda c: c["id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{annotations} is not a COCO annotation file with categories "
-                         f"({type(error).__name__}: {error})") from None
+    return read_coco(annotations, "categories")[0]
 
 
 def check_num_classes(name, num_classes):
@@ -92,10 +125,12 @@ def check_weights(cfg, provenance):
             fixes.append(f"{key} {wanted!r} (it is {given!r})")
     if fixes:
         raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
-    frozen = [part for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
+    frozen = [f"{part}.NORM is FrozenBN" for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:  # Detectron2 makes FrozenBN of the BatchNorm in what it freezes
+        frozen.append(f"BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}")
     if frozen and needed.get("method") != "supervised":
-        raise InputError(f"MODEL.{frozen[0]}.NORM is FrozenBN, but {cfg.MODEL.WEIGHTS} is not known to be supervised "
-                         f"(method {needed.get('method')}): self-supervised weights need SyncBN")
+        raise InputError(f"MODEL.{frozen[0]}, but {cfg.MODEL.WEIGHTS} is not known to be supervised (method "
+                         f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0")
 
 
 def protocol_of(config):

@@ -17,7 +17,7 @@ import torch
 
 from transfer.config import InputError
 from transfer.readers import read_checkpoint, read_tensors, resnet50_shapes
-from transfer.safe_load import open_checkpoint
+from transfer.safe_load import as_tensor, open_checkpoint
 
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
 DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # the transfer configs look for their weights here
@@ -98,6 +98,29 @@ def load_weights(path):
         if contents.get("crc32", crc := checksum(state, provenance)) != crc:
             raise InputError(f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py")
     return state, provenance
+
+
+def load_model(path, needed):
+    """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them; the
+    iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps there, or None).
+
+    Raises InputError when the file is absent, unreadable, or lacks a tensor. Never runs code of the file.
+    """
+    foreign = f"{path} is not a model that tools/train_net.py has fine-tuned: "
+    with open_checkpoint(path) as contents:
+        stored = contents.get("model") if type(contents) is dict else None
+        if type(stored) is not dict:
+            raise InputError(foreign + "it has no model")
+        found = {name: as_tensor(stored.get(name)) for name in needed}
+        wrong = [name for name, tensor in found.items() if tensor is None or tensor.shape != needed[name].shape]
+        if wrong:
+            raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
+                             f"{', '.join(wrong[:3])}")
+        state = {name: tensor.read().to(needed[name].dtype, copy=True) for name, tensor in found.items()}
+        iteration, weights = contents.get("iteration", -2), contents.get("weights")
+        if type(iteration) is not int or weights is not None and not _is_plain(weights):
+            raise InputError(foreign + "its iteration or its weights' provenance is of another kind")
+    return state, iteration + 1, weights
 
 
 def _is_plain(provenance):

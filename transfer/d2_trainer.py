@@ -6,6 +6,7 @@ on a CPU, the backbone is known to have arrived, and the final AP is that of the
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -18,12 +19,14 @@ import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
@@ -31,18 +34,19 @@ from tqdm import tqdm
 
 from transfer.coco import check_datasets
 from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
-from transfer.convert import detectron2_name, load_weights
-from transfer.readers import sha256
-from transfer.results import (begin_training, check_unchanged, load_results, read_training, trained_with,
+from transfer.convert import detectron2_name, load_model, load_weights
+from transfer.readers import resnet50_shapes, sha256
+from transfer.results import (begin_training, check_network, check_unchanged, load_results, read_training, trained_with,
                               write_results)
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
-# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did.
+# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
+# running statistics are folded into its weight and bias.
 ZOO = {
     "detectron2://ImageNetPretrained/torchvision/R-50.pkl": RGB_IMAGENET,
     "detectron2://ImageNetPretrained/MSRA/R-50.pkl": {
         "input_format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0],
-        "stride_in_1x1": True},
+        "stride_in_1x1": True, "statistics": False},
 }
 # What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
 # scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
@@ -52,8 +56,9 @@ BYTES_PER_IMAGE = 3.6e9
 class AccumulatingTrainer(SimpleTrainer):
     """SimpleTrainer whose iteration is ``accumulate`` forward and backward passes and one optimizer step.
 
-    Each pass sees an equal share of the iteration's images, and so does its BatchNorm; the gradient is the mean over
-    the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient scaler over all passes.
+    ``data_loader`` gives the images of a pass, an equal share of the iteration's. They alone are what its BatchNorm sees;
+    the gradient is the mean over the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient scaler over all
+    passes.
     """
 
     def __init__(self, model, data_loader, optimizer, accumulate=1, amp=False):
@@ -62,12 +67,12 @@ class AccumulatingTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
 
     def run_step(self):
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
-        losses = {}
-        for n, images in enumerate(split(data, self.accumulate), 1):
+        losses, data_time = {}, 0
+        for n in range(1, self.accumulate + 1):
+            start = time.perf_counter()
+            images = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and n < self.accumulate else contextlib.nullcontext():
                 with torch.autocast("cuda", torch.float16, enabled=self.amp):
@@ -88,10 +93,14 @@ class AccumulatingTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def split(images, parts):
-    """List of images -> ``parts`` lists of the same length, in order."""
-    size = len(images) // parts
-    return [images[n * size:(n + 1) * size] for n in range(parts)]
+class Onwards(torch.utils.data.Sampler):
+    """A ``sampler`` without its first ``count`` indices."""
+
+    def __init__(self, sampler, count):
+        self.sampler, self.count = sampler, count
+
+    def __iter__(self):
+        return itertools.islice(iter(self.sampler), self.count, None)
 
 
 class Trainer(DefaultTrainer):
@@ -100,16 +109,30 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg, accumulate=1):
         TrainerBase.__init__(self)
         on_gpu = cfg.MODEL.DEVICE != "cpu"
+        self.start_iter, self.max_iter, self.cfg, self.accumulate = 0, cfg.SOLVER.MAX_ITER, cfg, accumulate
+        self.images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN,
+                                                  filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
         model = create_ddp_model(model, broadcast_buffers=False,
                                  device_ids=[comm.get_local_rank()] if on_gpu else None)
-        self._trainer = AccumulatingTrainer(model, loader, optimizer, accumulate, cfg.SOLVER.AMP.ENABLED and on_gpu)
+        self._trainer = AccumulatingTrainer(model, self.build_loader(cfg), optimizer, accumulate,
+                                            cfg.SOLVER.AMP.ENABLED and on_gpu)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
+
+    def build_loader(self, cfg, start=0):
+        """The loader of a pass's images from iteration ``start`` on. Detectron2's would begin anew whenever a run goes on,
+        in the same order: one that is stopped often would never see the other images."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH //= self.accumulate
+        sampler = None
+        if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+            seen = start * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+            sampler = Onwards(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
+        return build_detection_train_loader(cfg, dataset=self.images, sampler=sampler)
 
     @classmethod
     def build_model(cls, cfg):
@@ -129,9 +152,8 @@ class Trainer(DefaultTrainer):
             quiet = cfg.clone()
             quiet.defrost()
             quiet.DATALOADER.NUM_WORKERS = 0  # beside the training loader's
-            passes, loader = self._trainer.accumulate, self.build_train_loader(quiet)
-            result.append(EqualPreciseBN(cfg.TEST.EVAL_PERIOD, self.model, (
-                images for data in loader for images in split(data, passes)), cfg.TEST.PRECISE_BN.NUM_ITER * passes))
+            result.append(EqualPreciseBN(cfg.TEST.EVAL_PERIOD, self.model, self.build_loader(quiet),
+                                         cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate))
         if first:
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.EVAL_PERIOD:  # the evaluation at the end is that of the saved file (_train below)
@@ -142,15 +164,18 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
-            read_whole_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model))  # Detectron2 only warns
+            load_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model).state_dict())  # Detectron2 only warns
             try:
                 super().resume_or_load(True)
             except ValueError as error:  # the optimizer's
                 raise InputError(f"the checkpoint in {self.cfg.OUTPUT_DIR} is of other settings ({error}): restore them, "
                                  "or give another OUTPUT_DIR") from None
+            self._trainer.data_loader = self.build_loader(self.cfg, self.start_iter)
+            if self.cfg.SEED >= 0:  # else the augmentations of the first iterations would come again, too
+                seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
         elif weights in ZOO:
             super().resume_or_load(False)
-            self.checkpointer.assert_backbone_arrived()
+            self.checkpointer.assert_backbone_arrived(ZOO[weights].get("statistics", True))
         elif weights:
             load_backbone(self.model, weights)
             assert_backbone_arrived(self.model, weights)
@@ -163,19 +188,22 @@ def unwrap(model):
 class Checkpointer(DetectionCheckpointer):
     """DetectionCheckpointer that remembers what it could not place, of which Detectron2 only warns."""
 
-    absent = None
+    absent = unused = ("nothing was loaded",)
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
         self.absent = [name for name in (*incompatible.missing_keys, *(s[0] for s in incompatible.incorrect_shapes))
                        if ".bottom_up." in name and not name.endswith("num_batches_tracked")]
+        self.unused = [name for name in map(detectron2_name, resnet50_shapes()) if name in incompatible.unexpected_keys]
         return incompatible
 
-    def assert_backbone_arrived(self):
-        """Raises InputError that names the tensors of the backbone which the loaded file did not fill."""
-        if self.absent is None or self.absent:
-            raise InputError(f"{len(self.absent or ())} backbone tensors did not arrive from MODEL.WEIGHTS "
-                             f"({', '.join(self.absent or ['nothing was loaded'])[:200]})")
+    def assert_backbone_arrived(self, statistics=True):
+        """Raises InputError that names the tensors of the backbone which the loaded file did not fill, but for BatchNorm's
+        running ``statistics`` where the file has none, or those of the file's ResNet-50 that found no place."""
+        absent = [name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))]
+        if lost := absent or self.unused:
+            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS ({', '.join(lost)[:200]}): is "
+                             "MODEL.RESNETS.DEPTH 50 and its NORM a BatchNorm?")
 
 
 class EqualPreciseBN(hooks.PreciseBN):
@@ -271,14 +299,19 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         cfg.MODEL.DEVICE = "cpu"
     elif processes > gpus or processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise InputError(f"{processes} processes on {cfg.MODEL.DEVICE}, but this machine shows {gpus} GPUs")
-    if eval_only and not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
-        raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
+    if eval_only and not resume:
+        if not Path(cfg.MODEL.WEIGHTS).is_file():
+            raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
+        check_network(cfg, cfg.MODEL.WEIGHTS)
     provenance = None
     if not eval_only:
-        if cfg.SOLVER.REFERENCE_WORLD_SIZE and cfg.SOLVER.IMS_PER_BATCH % cfg.SOLVER.REFERENCE_WORLD_SIZE:
-            raise InputError(f"the schedule is scaled from {cfg.SOLVER.REFERENCE_WORLD_SIZE} GPUs, among which "
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+            raise InputError(f"the schedule is scaled from {reference} GPUs, among which "
                              f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide: leave out --scale-schedule")
         cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
+        if reference:  # its statistics need as many images as ever
+            cfg.TEST.PRECISE_BN.NUM_ITER = cfg.TEST.PRECISE_BN.NUM_ITER * reference // processes
         accumulate = plan_passes(cfg, processes, accumulate)
         if cfg.INPUT.MASK_FORMAT == "polygon" and any(annotations.rle for annotations in found):
             cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -294,7 +327,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         print("SyncBN needs GPUs: on the CPU each process has a BatchNorm of its own", flush=True)
     accumulate = accumulate or 1
     if resume and not eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
-        check_unchanged(cfg)
+        check_unchanged(cfg, processes, accumulate)
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (FloatingPointError, torch.OutOfMemoryError, torch.multiprocessing.ProcessRaisedException) as error:
@@ -316,6 +349,8 @@ def plan_passes(cfg, processes, accumulate=None):
     By default as few as fit the GPU by :data:`BYTES_PER_IMAGE`, since BatchNorm sees the images of one pass.
     """
     images, scaled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if accumulate is not None and accumulate < 1:
+        raise InputError(f"--accumulate is {accumulate}: it must be at least 1")
     if scaled and accumulate:
         raise InputError("--accumulate keeps the schedule and --scale-schedule adapts it: choose one")
     if accumulate is None:
@@ -345,14 +380,14 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
         trainer = Trainer(cfg, accumulate)
         trainer.resume_or_load(resume)
         if comm.is_main_process() and trainer.start_iter == 0:
-            begin_training(cfg, provenance)
+            begin_training(cfg, provenance, comm.get_world_size(), accumulate)
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
         comm.synchronize()  # only the main process writes the file that all read now
     model = Trainer.build_model(cfg)
     final = (cfg.MODEL.WEIGHTS if eval_only and not resume
              else DetectionCheckpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file())
-    state, iterations = read_whole_model(final, model)
+    state, iterations, _ = load_model(final, model.state_dict())
     model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
@@ -361,22 +396,6 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
                       time.perf_counter() - start, eval_only and not (resume and trained_with(cfg)),
                       comm.get_world_size(), accumulate)
     comm.synchronize()  # nobody takes the group down while another still reads
-
-
-def read_whole_model(path, model):
-    """(state dict of a fine-tuned ``model``, every tensor of it; the iterations that it took, -1 where the file does
-    not say). Raises InputError, where Detectron2 would only warn."""
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        saved, iterations = contents["model"], int(contents.get("iteration", -2)) + 1
-    except Exception as error:  # a broken or foreign file can fail in any way
-        raise InputError(f"{path} is not a model that Detectron2 has fine-tuned ({type(error).__name__})") from None
-    needed = model.state_dict()
-    wrong = [name for name, tensor in needed.items() if name not in saved or saved[name].shape != tensor.shape]
-    if wrong:
-        raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
-                         f"{', '.join(wrong[:3])}")
-    return saved, iterations
 
 
 def register_datasets(cfg, eval_only=False):

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
 from transfer.config import InputError, read_categories
+from transfer.report import PAPER_COLUMNS, table_cells
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -102,25 +103,29 @@ def plot_curves(pretrain_folder, runs, path):
 
 
 def plot_ap(rows, path):
-    """Rows of ``report.ap_table`` -> PNG: box and mask AP of each run, ± std over seeds, beside what is published."""
-    runs = [row for row in rows if row.get("kind") is None]
-    figure = Figure(figsize=(8, 0.45 * len(runs) + 1.4), dpi=150, layout="constrained")
-    for ax, column in zip(figure.subplots(1, 2, sharey=True), ("box AP", "mask AP")):
-        place = -1
-        for row in rows:
-            place += row.get("kind") is None
-            if row.get("kind") == "difference" or row[column] is None:
-                continue
-            mean, std = row[column]
-            ours = row.get("kind") is None
-            ax.errorbar(mean, place, xerr=std, capsize=3, color=PALETTE[0] if ours else PALETTE[1],
-                        marker="o" if ours else "D", markerfacecolor=None if ours else "none", linestyle="")
-        ax.set(title=column, xlabel="AP (%)", yticks=range(len(runs)), yticklabels=[row["run"] for row in runs])
-        ax.set_ylim(len(runs) - 0.5, -0.5)
+    """Rows of ``report.ap_table`` -> PNG: the six APs of each run, ± std over seeds, beside what is published, with the
+    difference as ``report.table_cells`` writes it."""
+    own = [row for row in rows if row.get("kind") is None]
+    beside = {(row["of"], row["kind"]): (row, cells) for row, cells in zip(rows, table_cells(rows)[1:]) if "of" in row}
+    figure = Figure(figsize=(11, 2 * (0.4 * len(own) + 1.1)), dpi=150, layout="constrained")
+    for i, (ax, column) in enumerate(zip(figure.subplots(2, 3, sharey=True).flat, PAPER_COLUMNS), start=1):
+        for place, row in enumerate(own):
+            if row[column]:
+                mean, std = row[column]
+                ax.errorbar(mean, place, xerr=std, capsize=3, color=PALETTE[0], marker="o", linestyle="")
+            published, _ = beside.get((row["run"], "published"), ({}, None))
+            if published.get(column):
+                ax.plot(published[column][0], place, color=PALETTE[1], marker="D", markerfacecolor="none", linestyle="")
+            if published.get(column) and row[column]:
+                ax.annotate(beside[row["run"], "difference"][1][i], (mean, place), (0, 7), textcoords="offset points",
+                            ha="center", fontsize=8)
+        ax.set(title=column, xlabel="AP (%)", yticks=range(len(own)), yticklabels=[row["run"] for row in own])
+        ax.set_ylim(len(own) - 0.5, -0.5)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    if len(runs) < len(rows):
-        figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published", fontsize=9)
+    if beside:
+        figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
+                        "* where it exceeds what another seed may change", fontsize=9)
     figure.savefig(path)
     return path
 

@@ -62,7 +62,8 @@ FORMATS = (
     Format("torchvision, timm", {"online": "", "target": "state_dict_ema/"}, drops=("fc.",)),
     Format("SwAV, DeepCluster v2", {"online": ""}, drops=("projection_head.", "prototypes.")),
     # encoder_q, encoder_k and their like
-    Format("the authors' RSA", {"online": "encoder_q.", "target": "encoder_k."},
+    # RSA is a subclass of BYOL there: a file does not say which of them it holds, nor on which data set.
+    Format("the authors' RSA or BYOL", {"online": "encoder_q.", "target": "encoder_k."},
            drops=("encoder_q_head.", "encoder_k_head.", "pred.")),
     Format("MoCo v1, v2", {"online": "encoder_q.", "target": "encoder_k."},
            drops=("encoder_q.fc.", "encoder_k.fc.", "queue")),
@@ -101,10 +102,13 @@ FORMATS = (
     Format("lightly",
            {"online": "backbone.",
             "target": ("backbone_momentum.", "momentum_backbone.", "teacher_backbone.", "key_backbone.")},
-           drops=("projection_head", "prediction_head", "projection_mlp.", "prediction_mlp.",
+           drops=("projection_head", "prediction_head", "projection_mlp.", "prediction_mlp.", "local_projection_head",
                   "momentum_projection_head.", "teacher_projection_head.", "key_projection_head.", "prototypes.",
                   "memory_bank.", "queues.", "criterion.", "online_classifier.", "knn_classifier."),
            rename=SEQUENTIAL),
+    # its teacher has the plain names
+    Format("lightly's DINO", {"online": "student_backbone.", "target": "backbone."},
+           drops=("student_projection_head.", "projection_head.", "criterion.", "online_classifier.")),
     Format("VISSL", {"online": ("classy_state_dict/base_model/model/trunk/_feature_blocks.", "_feature_blocks.",
                                 "classy_state_dict/base_model/model/trunk/base_model._feature_blocks."),
                      "target": "classy_state_dict/loss/moco_encoder.trunk._feature_blocks."},

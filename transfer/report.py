@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from transfer.config import InputError, protocol_of
-from transfer.results import AP_KEYS, settings
+from transfer.config import InputError, protocol_of, torchvision_defaults
+from transfer.results import AP_KEYS, normalised, settings
 
 # Box AP and mask AP on COCO val2017 under the InfoMin protocol, by schedule and row. RSA's are the paper's (Tables 5
 # and 6). The others are what InfoMin's authors published with their code (github.com/HobbitLong/PyContrast, detection),
@@ -30,19 +30,30 @@ RSA_STEPS = 200 * (1281167 // 2048)  # of the paper's 200 epochs of ImageNet-1K
 SEED_NOISE = 0.3  # AP by which two runs that differ in nothing but the seed may well differ
 COLUMNS = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
 PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75")
-# Settings in which runs of one row may differ.
+# Settings in which runs of one row may differ, and which a published row does not fix.
 OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\.NUM_WORKERS|SEED|"
                         r"MODEL\.WEIGHTS")
+FREE = re.compile(OF_ONE_ROW.pattern + r"|SOLVER\.AMP\.ENABLED|INPUT\.MASK_FORMAT")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "transfer"
+# Which formats of transfer/readers.py a row's weights may come in, for a file of another method does not name itself.
+PYCONTRAST, AUTHORS = "InstDis, PIRL, InfoMin (PyContrast)", "the authors' RSA or BYOL"
+ROW_FORMATS = {"instdis": (PYCONTRAST,), "pirl": (PYCONTRAST,), "infomin": (PYCONTRAST,),
+               "mocov1": ("MoCo v1, v2", PYCONTRAST), "mocov2": ("MoCo v1, v2", PYCONTRAST), "rsa": ("rsa", AUTHORS)}
 
 
 def row_labels(results):
-    """{folder: results} -> {folder: label}: folder name and weights; the same for runs that differ in the seed alone,
-    with the whole path instead of the name where runs of one name differ in more, or have a seed in common."""
-    names = {folder: f"{Path(folder).resolve().name} ({weights_label(result)})" for folder, result in results.items()}
+    """{folder: results} -> {folder: label}: folder name, weights, and the engine where there are two; the same for runs
+    that differ in the seed alone, with the whole path instead of the name where runs of one name differ in more, or have
+    a seed in common."""
+    mixed = len({result["engine"] for result in results.values()}) > 1
+    marks = {folder: f"({weights_label(result)}" + f", {result['engine']}" * mixed + ")"
+             for folder, result in results.items()}
+    names = {folder: f"{Path(folder).resolve().name} {mark}" for folder, mark in marks.items()}
     kinds, seeds = {}, {}
     for folder, name in names.items():
         result = results[folder]
-        kind = [result["engine"], result["iterations"], result["eval_only"], settings(result["config"], OF_ONE_ROW),
+        kind = [result["engine"], result["iterations"], result["eval_only"], normalised_images(result),
+                {key: value for key, value in settings(result["config"]).items() if not OF_ONE_ROW.fullmatch(key)},
                 *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
         if kind not in kinds.setdefault(name, []):
             kinds[name].append(kind)
@@ -50,8 +61,7 @@ def row_labels(results):
             seeds.setdefault(name, []).append(result["seed"])
     apart = {name for name, found in kinds.items() if len(found) > 1}
     apart |= {name for name, found in seeds.items() if len(set(found)) < len(found)}
-    return {folder: f"{folder} ({weights_label(results[folder])})" if name in apart else name
-            for folder, name in names.items()}
+    return {folder: f"{folder} {marks[folder]}" if name in apart else name for folder, name in names.items()}
 
 
 def weights_label(results):
@@ -63,43 +73,65 @@ def weights_label(results):
     return f"{method}, step {step}" if step >= 0 else method  # the converter writes -1 where a file names no step
 
 
-def table_row(results):
-    """A run's results -> (schedule, row) of :data:`PUBLISHED`, or None where it is no full run of one of its rows.
+def normalised_images(results):
+    """Images that BatchNorm saw at once in a run."""
+    return normalised(yaml.safe_load(results["config"]), results.get("processes", 1), results.get("accumulate", 1))
 
-    Other methods' rows are known by the name of the run's folder, for their files do not name them.
+
+def table_row(results):
+    """A run's results -> (schedule, row) of :data:`PUBLISHED`, or None where it is no full run of one of its recipes.
+
+    Other methods' rows, and the authors' own RSA, are known by the name of the run's folder and the format of their file,
+    which names no method.
     """
     config, weights = yaml.safe_load(results["config"]), results["weights"]
-    solver, sets = config["SOLVER"], [tuple(config["DATASETS"][part]) for part in ("TRAIN", "TEST")]
     schedule = SCHEDULES.get(results["iterations"])
-    if (schedule is None or results["eval_only"] or results["engine"] != "detectron2"
-            or sets != [("coco_2017_train",), ("coco_2017_val",)] or solver["MAX_ITER"] != results["iterations"]
-            or solver["IMS_PER_BATCH"] != 16 or config["MODEL"]["BACKBONE"]["FREEZE_AT"] != 0
-            or protocol_of(config) != "infomin"):
+    if schedule is None or results["eval_only"] or results["engine"] != "detectron2":
         return None
     if weights is None:
         row = "random"
     elif weights.get("method") == "supervised":
         row = "msra" if weights.get("stride_in_1x1") else "supervised"
-    elif weights.get("method") == "the authors' RSA" or weights.get("method") == "rsa" and weights["step"] == RSA_STEPS:
-        row = "rsa"
+    elif weights.get("method") == "rsa":
+        row = "rsa" if weights.get("step") == RSA_STEPS else None
     else:
-        row = re.sub("[^a-z0-9]", "", Path(config["OUTPUT_DIR"]).name.lower())
-        row = None if row in ("random", "msra", "rsa") else row
-    if solver["BASE_LR"] != (0.03 if (schedule, row) == ("2x", "rsa") else 0.02):
+        row = row_of_folder(Path(config["OUTPUT_DIR"]).name)
+        row = row if weights.get("method") in ROW_FORMATS.get(row, ()) else None
+    if row not in PUBLISHED[schedule] or (weights or {}).get("branch", "online") != "online":
         return None
-    return (schedule, row) if row in PUBLISHED[schedule] else None
+    suffix = {"rsa": "", "random": "_random", "msra": "_msra"}.get(row, "_ssl")
+    recipe = recipe_settings(CONFIGS / f"mask_rcnn_R50_FPN_{schedule}{suffix}.yaml")
+    own = settings(results["config"])
+    return (schedule, row) if all(FREE.fullmatch(key) or own.get(key) == value for key, value in recipe.items()) else None
 
 
-def check_one_protocol(runs):
-    """{name: results} -> the protocol of all of them. Raises InputError where they differ: one table holds one."""
-    names = {}
-    for name, results in runs.items():
-        names.setdefault(protocol_of(yaml.safe_load(results["config"])), name)
-    if len(names) > 1:
-        raise InputError("runs of different protocols are not comparable: "
-                         + ", ".join(f"{name} is {protocol}" for protocol, name in names.items())
-                         + "; make a report of each")
-    return next(iter(names))
+def row_of_folder(name):
+    """"moco_v2" -> "mocov2"."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def recipe_settings(*files):
+    """The settings of a fine-tuning with these config files, one on top of the other."""
+    cfg = torchvision_defaults()
+    for file in files:
+        cfg.merge_from_file(str(file))
+    return settings(cfg.dump())
+
+
+def check_comparable(runs):
+    """{name: results} -> their protocol and the name of their test set. Raises InputError where either differs: one table
+    holds one."""
+    def alike(words, kind_of):
+        kinds = {}
+        for name, results in runs.items():
+            kinds.setdefault(kind_of(yaml.safe_load(results["config"])), name)
+        if len(kinds) > 1:
+            raise InputError(f"runs of different {words} are not comparable: "
+                             + ", ".join(f"{name} is {kind}" for kind, name in kinds.items()) + "; make a report of each")
+        return next(iter(kinds))
+
+    return alike("protocols", protocol_of), alike("test sets", lambda config: ", ".join(
+        Path(name.split("::")[0]).name for name in config["DATASETS"]["TEST"]))
 
 
 def ap_table(runs, published=False):
@@ -107,7 +139,7 @@ def ap_table(runs, published=False):
 
     AP in percent; std is the sample standard deviation over seeds, None for a single run. A number that any
     seed lacks is None. ``published`` adds, under each run that is a row of :data:`PUBLISHED`, those numbers and the
-    differences from them, as rows that also have "kind": "published" or "difference".
+    differences from them, as rows that also have "kind": "published" or "difference", and "of": the run.
     """
     rows = []
     for name, seeds in runs.items():
@@ -123,9 +155,9 @@ def ap_table(runs, published=False):
             schedule, key = known
             values = dict(zip(("box AP", "mask AP"), PUBLISHED[schedule][key]))
             source = "paper" if key == "rsa" else "InfoMin's authors"
-            rows.append({"run": f"published {schedule} ({source})", "seeds": 1, "kind": "published",
+            rows.append({"run": f"published {schedule} ({source})", "seeds": 1, "kind": "published", "of": name,
                          **{column: (values[column], None) if column in values else None for column in COLUMNS}})
-            rows.append({"run": "difference", "seeds": len(seeds), "kind": "difference", **{
+            rows.append({"run": "difference", "seeds": len(seeds), "kind": "difference", "of": name, **{
                 column: (row[column][0] - values[column], None) if column in values and row[column] else None
                 for column in COLUMNS}})
     return rows
@@ -141,11 +173,15 @@ def table_cells(rows):
             return "–"
         mean, std = value
         if kind == "difference":
-            return f"{mean:+.1f}" + " *" * (round(abs(mean), 6) > SEED_NOISE)
+            return f"{mean:+.1f}" + " *" * beyond_noise(mean)
         return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
     return [["", *PAPER_COLUMNS]] + [
         [row["run"], *(cell(row[column], row.get("kind")) for column in PAPER_COLUMNS)] for row in rows]
+
+
+def beyond_noise(difference):
+    return round(abs(difference), 6) > SEED_NOISE
 
 
 def to_markdown(cells):
@@ -158,12 +194,17 @@ def to_markdown(cells):
 
 
 def write_csv(rows, path):
-    """Rows of :func:`ap_table` -> CSV: run, seeds, then mean and std of all twelve APs; empty where unknown."""
+    """Rows of :func:`ap_table` -> CSV: run, the run that a published row or a difference belongs to, seeds, mean and std
+    of all twelve APs, empty where unknown, and for a difference the APs by which it exceeds :data:`SEED_NOISE`."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "seeds", *(name for column in COLUMNS for name in (column, f"{column} std"))])
+        writer.writerow(["run", "of", "seeds", *(name for column in COLUMNS for name in (column, f"{column} std")),
+                         "beyond seed noise"])
         for row in rows:
-            writer.writerow([row["run"], row["seeds"], *(x for column in COLUMNS for x in row[column] or (None, None))])
+            marked = [column for column in COLUMNS
+                      if row.get("kind") == "difference" and row[column] and beyond_noise(row[column][0])]
+            writer.writerow([row["run"], row.get("of"), row["seeds"],
+                             *(x for column in COLUMNS for x in row[column] or (None, None)), ", ".join(marked)])
 
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }

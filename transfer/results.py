@@ -20,7 +20,8 @@ AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False, processes=1, accumulate=1):
-    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
+    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs of a training also end
+    its ``metrics.json``.
 
     engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
     or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
@@ -53,6 +54,10 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
         "seconds": float(seconds),
     }
     _write_json(Path(cfg.OUTPUT_DIR, "results.json"), results)
+    if not eval_only:
+        last = {f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()}
+        with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
+            metrics.write(json.dumps({"iteration": iterations - 1, **last}) + "\n")
     return results
 
 
@@ -63,18 +68,31 @@ def _write_json(path, content):
     os.replace(temporary, path)
 
 
+NUMBER, NOTHING = (int, float), type(None)
+CONTENT = {"engine": str, "ap": dict, "iterations": int, "eval_only": bool, "seed": int, "weights": (dict, NOTHING),
+           "config": str, "seconds": NUMBER}
+
+
 def load_results(folder):
     """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
     path = Path(folder, "results.json")
     try:
         results = json.loads(path.read_text())
-        missing = {"engine", "ap", "iterations", "eval_only", "seed", "weights", "config", "seconds"} - set(results)
-        if missing or not {"bbox", "segm"} <= set(results["ap"]):
-            raise ValueError(f"lacks {', '.join(sorted(missing)) or 'bbox or segm APs'}")
-        protocol_of(yaml.safe_load(results["config"]))
+        wrong = [key for key, kind in CONTENT.items() if not isinstance(results[key], kind)]
+        wrong += [f"{task} AP" for task in ("bbox", "segm") for value in results["ap"][task].values()
+                  if not isinstance(value, (*NUMBER, NOTHING))]
+        weights = results["weights"] or {}
+        wrong += [f"weights' {key}" for key, kind in (("method", str), ("step", int))
+                  if not isinstance(weights.get(key, kind()), kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of another kind")
+        config = yaml.safe_load(results["config"])
+        protocol_of(config)
+        config["DATASETS"]["TEST"], config["SOLVER"]["IMS_PER_BATCH"]
         return results
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = ("no such file" if isinstance(error, FileNotFoundError) else
+                  f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split()))
         raise InputError(f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it "
                          "when a run ends") from None
 
@@ -83,13 +101,20 @@ TRAINING = "training.json"  # in OUTPUT_DIR, from the first iteration on: the we
 # Settings that may change when a run goes on, or when what it has trained is evaluated again.
 EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|"
                         r"DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST")
+# And those that make the network, and what it sees, what they were in training.
+NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
 
-def begin_training(cfg, weights):
-    """Leave the provenance of a run's ``weights`` (None: random) and its config beside the checkpoints to come; those of
-    a run before it are no longer what it could go on from. Its results stay until this run has its own."""
-    Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink(missing_ok=True)
-    _write_json(Path(cfg.OUTPUT_DIR, TRAINING), {"weights": weights, "config": cfg.dump()})
+def begin_training(cfg, weights, processes=1, accumulate=1):
+    """Leave the provenance of a run's ``weights`` (None: random), its config, processes and passes beside the checkpoints
+    to come; those of a run before it are no longer what it could go on from, and its metrics go. Its results stay until
+    this run has its own."""
+    folder = Path(cfg.OUTPUT_DIR)
+    (folder / "last_checkpoint").unlink(missing_ok=True)
+    if (folder / "metrics.json").is_file():
+        os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
+    _write_json(folder / TRAINING, {"weights": weights, "config": cfg.dump(), "processes": processes,
+                                    "accumulate": accumulate})
 
 
 def read_training(folder):
@@ -99,42 +124,70 @@ def read_training(folder):
         return None
     try:
         training = json.loads(path.read_text())
-        settings(training["config"], EVALUATION)
-        return {"weights": training["weights"], "config": training["config"]}
+        settings(training["config"])
+        return {key: training[key] for key in ("weights", "config", "processes", "accumulate")}
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise InputError(f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "
                          "OUTPUT_DIR") from None
 
 
-def difference(cfg):
-    """Words for the first setting on which ``cfg`` and the training in ``cfg.OUTPUT_DIR`` disagree, None where there is
-    none. The training set is known by its files' names, for it may lie elsewhere on another machine."""
+def difference(cfg, training, of=None):
+    """Words for the first setting on which ``cfg`` and a ``training`` disagree, None where there is none; ``of``: a
+    pattern of the settings that count, by default all but those of evaluation. The training set is known by its files'
+    names, for it may lie elsewhere on another machine."""
     def plain(key, value):
+        if key.endswith(".NORM"):  # over how many images is another question
+            return value.replace("SyncBN", "BN")
         return [name.split("::")[0].split("/")[-1] for name in value] if key == "DATASETS.TRAIN" else value
 
-    training = read_training(cfg.OUTPUT_DIR)
-    before = settings(training["config"], EVALUATION) if training else {}
-    return next((f"{key} {before[key]} and not {value}" for key, value in settings(cfg.dump(), EVALUATION).items()
-                 if key in before and plain(key, before[key]) != plain(key, value)), None)
+    before, now = settings(training["config"]), settings(cfg.dump())
+    counts = of.fullmatch if of else lambda key: not EVALUATION.fullmatch(key)
+    return next((f"{key} {before[key]} and not {value}" for key, value in now.items()
+                 if key in before and counts(key) and plain(key, before[key]) != plain(key, value)), None)
 
 
-def check_unchanged(cfg):
+def check_unchanged(cfg, processes=1, accumulate=1):
     """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings: what goes on from its
     checkpoints keeps some of them, such as the learning rate, and would be given others that it never had."""
-    if found := difference(cfg):
+    training = read_training(cfg.OUTPUT_DIR)
+    if training is None:
+        raise InputError(f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
+                         "it, or give another OUTPUT_DIR")
+    if found := difference(cfg, training):
         raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {found}: give another OUTPUT_DIR, or leave the key as "
                          "it was")
+    before = normalised(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
+    now = normalised(yaml.safe_load(cfg.dump()), processes, accumulate)
+    if before != now:
+        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {training['processes']} x {training['accumulate']} passes "
+                         f"(processes, --accumulate), BatchNorm over {before} images at once, and not {now}: give as many "
+                         "again, or another OUTPUT_DIR")
+
+
+def normalised(config, processes, accumulate):
+    """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all GPUs with SyncBN."""
+    synchronised = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
+    return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronised else processes))
+
+
+def check_network(cfg, model):
+    """Raises InputError where the training beside the fine-tuned ``model``, a file, had another input or other layers than
+    ``cfg``, of which its tensors need not show a thing."""
+    training = read_training(Path(model).parent)
+    if training and (found := difference(cfg, training, NETWORK)):
+        raise InputError(f"{model} was trained with {found}: evaluate it with the config of its training")
 
 
 def trained_with(cfg):
     """Whether the training in ``cfg.OUTPUT_DIR`` is known to have had the settings of ``cfg``."""
-    return read_training(cfg.OUTPUT_DIR) is not None and difference(cfg) is None
+    training = read_training(cfg.OUTPUT_DIR)
+    return training is not None and difference(cfg, training) is None
 
 
-def settings(config, without):
-    """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...} but for keys that match ``without``."""
+def settings(config):
+    """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...}."""
     def leaves(node, prefix=""):
         for key, value in node.items():
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else ((prefix + key, value),)
 
-    return {key: value for key, value in leaves(yaml.safe_load(config)) if not without.fullmatch(key)}
+    return dict(leaves(yaml.safe_load(config)))

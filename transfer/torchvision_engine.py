@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from transfer.coco import CocoInstances, check_datasets, coco_ap
 from transfer.config import InputError, check_weights
-from transfer.convert import load_weights
-from transfer.results import begin_training, check_unchanged, trained_with, write_results
+from transfer.convert import load_model, load_weights
+from transfer.results import begin_training, check_network, check_unchanged, trained_with, write_results
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def learning_rate(solver, i):
 
 
 def load_checkpoint(path, model):
-    """Load one of this engine's files into ``model`` and return all of its content. Raises InputError."""
+    """Load one of this run's own checkpoints into ``model`` and return all of its content. Raises InputError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
@@ -278,6 +278,8 @@ def train(cfg, resume=False, eval_only=False):
     check_datasets(cfg, eval_only)
     if resume and not eval_only and (folder / "last_checkpoint").is_file():
         check_unchanged(cfg)
+    if eval_only and not resume:
+        check_network(cfg, cfg.MODEL.WEIGHTS)
     val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False)
     if not eval_only:
         train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True)
@@ -297,9 +299,11 @@ def train(cfg, resume=False, eval_only=False):
         except torch.OutOfMemoryError:
             raise InputError(f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
                              "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR") from None
-    saved = load_checkpoint(cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth", model)
+    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth"
+    state, iterations, weights = load_model(final, model.state_dict())
+    model.load_state_dict(state)
     detections = detect(cfg, model, val_set)
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
     return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections),
-                         weights=saved["weights"], iterations=saved["iteration"] + 1, seconds=time.time() - began,
+                         weights=weights, iterations=iterations, seconds=time.time() - began,
                          eval_only=eval_only and not (resume and trained_with(cfg)))
