@@ -73,24 +73,22 @@ def aggressive(views, params):
     device a synchronisation per operation.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
-    on_device = params.to(images.device, non_blocking=True)
-    factors, sigma = on_device[:, FACTORS], on_device[:, SIGMA]
-    for slot in params[:, ORDER].unbind(1):
-        for operation, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            picked = _indices(slot == operation, images.device)
-            if len(picked):
-                images[picked] = adjust(images[picked], factors[picked, operation, None, None, None])
-    picked = _indices(params[:, GRAY] > 0, images.device)
-    images[picked] = grayscale(images[picked]).expand(-1, 3, -1, -1)
-    picked = _indices(params[:, SIGMA] > 0, images.device)
-    if len(picked):
-        images[picked] = gaussian_blur(images[picked], sigma[picked])
+    taken = torch.stack([*(slot == operation for slot in params[:, ORDER].unbind(1) for operation in range(4)),
+                         params[:, GRAY] > 0, params[:, SIGMA] > 0])  # which samples each of 18 operations takes
+    indices = taken.nonzero()[:, 1]
+    if images.is_cuda:
+        indices = indices.pin_memory().to(images.device, non_blocking=True)
+    *jitter, gray, blurred = indices.split(taken.sum(1).tolist())
+    params = params.to(images.device, non_blocking=True)
+    for n, picked in enumerate(jitter):
+        if len(picked):
+            factor = params[picked, n % 4, None, None, None]
+            images[picked] = ADJUST[n % 4](images[picked], factor)
+    if len(gray):
+        images[gray] = grayscale(images[gray]).expand(-1, 3, -1, -1)
+    if len(blurred):
+        images[blurred] = gaussian_blur(images[blurred], params[blurred, SIGMA])
     return images.view(views.shape)
-
-
-def _indices(mask, device):
-    indices = mask.nonzero().squeeze(1)
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
 
 
 def grayscale(images):
@@ -132,6 +130,9 @@ def adjust_hue(images, factor):
     return torch.stack(channels, 1)
 
 
+ADJUST = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue  # in the order of FACTORS
+
+
 def gaussian_blur(images, sigma):
     """Separable Gaussian, each image with its sigma: [N, 3, H, W], sigma [N] in pixels; the border is reflected."""
     count, channels, height, width = images.shape
@@ -145,8 +146,5 @@ def gaussian_blur(images, sigma):
 
 
 def normalize(images, mean, std):
-    """[..., 3, H, W] -> (images - mean) / std, with mean and std of length 3. Tensors on the images' device spare it a
-    synchronisation."""
-    mean, std = (torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
-                 for values in (mean, std))
-    return (images - mean) / std
+    """[..., 3, H, W] -> (images - mean) / std, with mean and std float32 [3] on the images' device."""
+    return (images - mean[:, None, None]) / std[:, None, None]

@@ -50,6 +50,7 @@ class Features:
 
     def __init__(self, backbone, data, amp, cache=None):
         self.backbone, self.data, self.amp, self.cache = backbone, data, amp, cache
+        self.mean, self.std = (torch.tensor(values, device=device()) for values in (data.MEAN, data.STD))
 
     def __call__(self, images):
         return self.of_floats(to_float(images.to(device(), non_blocking=True)))
@@ -58,7 +59,7 @@ class Features:
     def of_floats(self, images):
         """The same of float32 images in [0, 1]."""
         self.backbone.eval()  # here, because the training loop that shares it has set it back
-        images = normalize(images, self.data.MEAN, self.data.STD)
+        images = normalize(images, self.mean, self.std)
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
 

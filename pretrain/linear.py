@@ -134,7 +134,7 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
     loader = build_loader(RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS)
     progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
     for step, (images, labels) in enumerate(progress, start=done + 1):
-        classifier.step(features(images), labels.to(device()), len(top1))
+        classifier.step(features(images), labels.to(device(), non_blocking=True), len(top1))
         if step % steps_per_epoch == 0:
             top1.append(classifier.top1(val_features, val_labels))
             progress.set_postfix(epoch=len(top1), top1=f"{top1[-1]:.2f}")

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,8 +36,7 @@ def train(cfg):
 
 def _train(cfg, stop):
     folder, device = Path(cfg.OUTPUT_DIR), distributed.device()
-    rank, ranks = distributed.rank(), distributed.world_size()
-    main = rank == 0
+    ranks, main = distributed.world_size(), distributed.rank() == 0
     if cfg.SOLVER.DETERMINISTIC:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -59,75 +58,27 @@ def _train(cfg, stop):
                          "restore the data set, or give another --output-dir")
     bank, val = find_labelled(cfg, images)
 
-    # ---- networks ----
-    torch.manual_seed(cfg.SEED)
-    networks = build_networks(cfg, METHODS[cfg.METHOD])
     share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
-    size = micro_batch.resolve(cfg.SOLVER.MICRO_BATCH, share,
-                               lambda: kept or micro_batch.room(networks, cfg.DATA.IMAGE_SIZE, amp))
-    cfg.SOLVER.MICRO_BATCH = size
-    networks = networks.to(device)
-    sync_bn = cfg.MODEL.SYNC_BN and ranks > 1 and device.type == "cuda"
-    if sync_bn:
-        networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
-    normalised = size * ranks if sync_bn else size  # images that BatchNorm sees at once
-    if normalised == 1:
-        raise InputError("BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size")
-    if cfg.SOLVER.COMPILE:
-        if sync_bn and main:
-            print("warning: torch.compile stops at every SyncBatchNorm and gains little: try MODEL.SYNC_BN False")
-        networks.compile_backbones()
-    optimizer = build_optimizer(networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
-                                cfg.SOLVER.TRUST_COEFFICIENT, METHODS[cfg.METHOD].fix_predictor_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    start = 0
-    if saved:
-        networks.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
-            scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
-    model = networks
-    if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
-        model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+    networks, model, optimizer, scaler, normalised = build(cfg, amp, share, kept, saved)
+    size, start = cfg.SOLVER.MICRO_BATCH, saved["step"] if saved else 0
 
     # ---- data and schedules ----
     steps_per_epoch = len(images) // cfg.SOLVER.BATCH_SIZE
     K = cfg.SOLVER.EPOCHS * steps_per_epoch
-    parts = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED, start, rank, ranks, size)
+    parts = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED, start, distributed.rank(), ranks, size)
     loader = build_loader(MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED), parts, cfg.DATA.NUM_WORKERS)
     bad_images = BadImages(folder / "bad_images.txt", images)
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     features = Features(networks.online.backbone, cfg.DATA, amp)
     mean, std = (torch.tensor(values, device=device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
-    meter, alarms = Meter(), Alarms(cfg.ALARM)
+    meter, alarms = Meter(cfg.SOLVER.BATCH_SIZE), Alarms(cfg.ALARM)
     log = None
-    if main:
-        print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
-              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
-              f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
-        if cfg.MODEL.SYNC_BN and ranks > 1 and not sync_bn:
-            print("warning: SyncBatchNorm needs GPUs; each process normalises over its own micro-batch")
-        if saved and saved["normalised"] != normalised:
-            print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
-                  "goes on with the same samples, but not bit for bit")
-        if cfg.METHOD == "simclr" and size < share:
-            print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
-        if not val:
-            print(f"no labelled images in val/ or test/ beside {images.root}: kNN top-1 is left out")
-        log = Log(folder, K, start)
-        if val and not start:
-            log.row({"step": 0, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
-        checkpoint.write_config(cfg)
 
     def prepare(batch):
-        """A micro-batch's weak and aggressive views, float32 [B, 2, 3, S, S], normalised, on the device."""
         if batch["skipped"].any():
             bad_images.add([(index + i) % len(images) for index, skipped in
                             zip(batch["index"].tolist(), batch["skipped"].tolist()) for i in range(skipped)])
-        views = batch["views"]
-        return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
+        return normalised_views(batch, mean, std)
 
     def save(path, step, whole=True, previous=None):
         """Whether the disk took it: a run goes on without, and tries again at the next interval."""
@@ -144,32 +95,46 @@ def _train(cfg, stop):
                     f"with the checkpoint before, and tries again")
             return False
 
+    def save_last(step):
+        return save(folder / checkpoint.LAST, step, previous=folder / checkpoint.PREVIOUS)
+
+    def watch_knn(step):
+        assert_finite(networks, step)
+        log.row({"step": step, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
+        networks.train()
+
+    if main:
+        print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
+              f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
+              f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
+        if saved and saved["normalised"] != normalised:
+            print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
+                  "goes on with the same samples, but not bit for bit")
+        if cfg.METHOD == "simclr" and size < share:
+            print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
+        if not val:
+            print(f"no labelled images in val/ or test/ beside {images.root}: kNN top-1 is left out")
+        log = Log(folder, K, start)
+        if val and not start:
+            watch_knn(0)
+        checkpoint.write_config(cfg)
+
     # ---- the loop over global batches ----
     networks.train()
-    batches = ahead(loader, device)
+    views = map(prepare, meter.timed(ahead(loader, device)))
     meter.reset()
     stop.stepping = True
     for k in range(start + 1, K + 1):
-        waited = 0.0
-
-        def micro_batches():
-            nonlocal waited
-            for _ in range(share // size):
-                before = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - before
-                yield prepare(batch)
-
         lr = schedules.learning_rate(k, K, peak_lr, cfg.SOLVER.WARMUP_EPOCHS * steps_per_epoch)
         beta = schedules.beta(k, K, cfg.MODEL.BETA, cfg.MODEL.BETA_SCHEDULE)
         tau = schedules.tau(k, K, cfg.MODEL.TAU, cfg.MODEL.TAU_SCHEDULE)
         set_lr(optimizer, lr, peak_lr)
+        count = share // size
         try:
-            figures = train_step(model, optimizer, scaler, amp, micro_batches(), share // size, beta, tau)
+            meter.add(train_step(model, optimizer, scaler, amp, islice(views, count), count, beta, tau))
         except torch.OutOfMemoryError:
             raise InputError(f"{size} images of {cfg.DATA.IMAGE_SIZE} px at once do not fit into the memory of {device}: "
                              f"give --micro-batch {max(1, size // 2)}") from None
-        meter.add(figures, waited, cfg.SOLVER.BATCH_SIZE)
 
         if main:
             log.progress.update()
@@ -183,16 +148,14 @@ def _train(cfg, stop):
         if main and ends_epoch:  # saved first: a launcher grants seconds after a signal, and kNN may take minutes
             # Features that have collapsed may recover; they must not push out the checkpoint from before.
             if k == K or epoch % cfg.CHECKPOINT.PERIOD == 0 and not alarms.collapsed and not asked:
-                save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
+                save_last(k)
             if cfg.CHECKPOINT.KEEP_PERIOD and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0 and not alarms.collapsed:
                 save(folder / f"checkpoint_{k:07d}.pth", k)
             if val and k < K and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked:
-                assert_finite(networks, k)
-                log.row({"step": k, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
-                networks.train()
+                watch_knn(k)
                 meter.reset()
         if asked and k < K:
-            written = main and save(folder / checkpoint.LAST, k, previous=folder / checkpoint.PREVIOUS)
+            written = main and save_last(k)
             if main:
                 log.close()
             # All wait for it: the launcher takes the first process that leaves for the end of all.
@@ -201,14 +164,60 @@ def _train(cfg, stop):
             raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
     if main:
         if val:
-            assert_finite(networks, K)
-            log.row({"step": K, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
+            watch_knn(K)
         written = save(final, K, whole=False)
         log.close()
         if not written:
             raise InputError(f"{final} could not be written: make room, and run the same command again")
     distributed.any_rank(False)
     return str(final)
+
+
+def build(cfg, amp, share, kept, saved):
+    """Networks, their DistributedDataParallel (or themselves), optimizer, scaler, and how many images BatchNorm sees at
+    once, all in the state of the checkpoint ``saved``, if any.
+
+    Sets SOLVER.MICRO_BATCH to what goes through at once of this process's ``share``: ``kept``, the run's own from
+    before, or by free memory where it is 0. Raises InputError.
+    """
+    device, ranks, main = distributed.device(), distributed.world_size(), distributed.rank() == 0
+    torch.manual_seed(cfg.SEED)
+    method = METHODS[cfg.METHOD]
+    networks = build_networks(cfg, method)
+    size = cfg.SOLVER.MICRO_BATCH = micro_batch.resolve(
+        cfg.SOLVER.MICRO_BATCH, share, lambda: kept or micro_batch.room(networks, cfg.DATA.IMAGE_SIZE, amp))
+    networks = networks.to(device)
+    sync_bn = cfg.MODEL.SYNC_BN and ranks > 1 and device.type == "cuda"
+    if sync_bn:
+        networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
+    elif main and cfg.MODEL.SYNC_BN and ranks > 1:
+        print("warning: SyncBatchNorm needs GPUs; each process normalises over its own micro-batch")
+    normalised = size * ranks if sync_bn else size
+    if normalised == 1:
+        raise InputError("BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size")
+    if cfg.SOLVER.COMPILE:
+        if sync_bn and main:
+            print("warning: torch.compile stops at every SyncBatchNorm and gains little: try MODEL.SYNC_BN False")
+        networks.compile_backbones()
+    optimizer = build_optimizer(networks, cfg.SOLVER, method.fix_predictor_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    if saved:
+        networks.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
+            scaler.load_state_dict(saved["scaler"])
+    model = networks
+    if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
+        model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+    return networks, model, optimizer, scaler, normalised
+
+
+def normalised_views(batch, mean, std):
+    """A micro-batch's weak and aggressive views, float32 [B, 2, 3, S, S] each, normalised, on the device. ``mean`` and
+    ``std`` float32 [3] lie there, which spares it a synchronisation."""
+    views = batch["views"]
+    return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
 
 
 def train_step(model, optimizer, scaler, amp, micro_batches, count, beta, tau):

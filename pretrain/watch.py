@@ -51,22 +51,31 @@ class Meter:
     """Sums the figures of the steps since its last reading. They stay on the device until then, which spares it a
     synchronisation per step."""
 
-    def __init__(self):
+    def __init__(self, batch_size):
+        self.batch_size = batch_size  # global
         self.streak = torch.zeros((), device=distributed.device())  # steps in a row without a finite loss, up to now
         self.reset()
 
     def reset(self):
-        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
+        self.sums, self.steps, self.waited = {}, 0, 0.0
         self.since = time.perf_counter()
         self.longest = self.streak
 
-    def add(self, figures, waited, images):
-        """A step's figures {name: 0-dim tensor}, the seconds it waited for data, and the images of its global batch."""
+    def timed(self, batches):
+        """``batches``; the time that it takes to get them counts as ``data_wait``."""
+        before = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - before
+            yield batch
+            before = time.perf_counter()
+
+    def add(self, figures):
+        """A step's figures {name: 0-dim tensor}."""
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.streak = torch.where(figures["loss"].isfinite(), 0, self.streak + 1)
         self.longest = torch.maximum(self.longest, self.streak)
-        self.steps, self.images, self.waited = self.steps + 1, self.images + images, self.waited + waited
+        self.steps += 1
 
     def read(self):
         """Means over the steps and the ranks, with ``nonfinite_steps``, the longest streak; starts anew."""
@@ -74,7 +83,7 @@ class Meter:
         row = dict(zip(self.sums, means.tolist()))
         row["nonfinite_steps"] = -distributed.least(-int(self.longest))
         seconds = time.perf_counter() - self.since
-        row |= {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        row |= {"images_per_s": self.steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
         self.reset()
         return row
 

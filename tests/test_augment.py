@@ -85,7 +85,8 @@ def test_blur_is_a_gaussian(views, sigma):
 
 def test_normalize_equals_torchvision(views):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    torch.testing.assert_close(normalize(to_float(views), mean, std), TF.normalize(to_float(views), mean, std))
+    torch.testing.assert_close(normalize(to_float(views), torch.tensor(mean), torch.tensor(std)),
+                               TF.normalize(to_float(views), mean, std))
 
 
 def test_draws_follow_the_recipe():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pretrain import train_loop
-from pretrain.augment import aggressive, normalize, to_float
-from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, get_cfg
+from pretrain.augment import aggressive
+from pretrain.config import InputError, get_cfg
 from tools import benchmark
 
 
@@ -131,7 +131,7 @@ def test_hooks_leave_the_step_as_it_is(monkeypatch):
         patch.setattr(benchmark.Contender, "turn", lambda *_: None)
         plain = benchmark.Contender("rsa", args)
     views, params = benchmark.synthetic(4, 32)
-    pair = tuple(normalize(images, IMAGENET_MEAN, IMAGENET_STD) for images in (to_float(views), aggressive(views, params)))
+    pair = train_loop.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
     for _ in range(3):
         train_loop.train_step(plain.networks, plain.optimizer, plain.scaler, None, [pair], 1, 0.2, 0.99)
     weights = measured.networks.state_dict()

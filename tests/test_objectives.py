@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain import schedules
+from pretrain.config import get_cfg
 from pretrain.networks import KeyQueue, Networks, build_backbone
 from pretrain.objectives import METHODS, byol, byol_aw, distance, moco, rsa, simclr, simsiam, simsiam_rsa
 from pretrain.optim import build_optimizer, set_lr
@@ -253,7 +254,7 @@ def test_five_steps_equal_algorithm_1():
     batches = [tuple(torch.randn(6, 2, 3, 8, 8, dtype=torch.float64) for _ in range(2)) for _ in range(K)]
     straight_line_run(reference, batches, K, lr, 0.9, 5e-4, 0.4, 0.9)
 
-    optimizer = build_optimizer(networks, "sgd", 0.9, 5e-4, None)
+    optimizer = build_optimizer(networks, solver("sgd", 5e-4))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     networks.train()
     for k, (weak, strong) in enumerate(batches, start=1):
@@ -267,11 +268,17 @@ def test_five_steps_equal_algorithm_1():
     assert moved.abs().max() > 1e-4  # the target follows, it is not the online network
 
 
+def solver(name, decay):
+    solver = get_cfg().SOLVER
+    solver.OPTIMIZER, solver.WEIGHT_DECAY = name, decay
+    return solver
+
+
 def test_step_that_overflows_leaves_weights_and_target():
     torch.manual_seed(0)
     networks = Networks(build_backbone("resnet18", small_stem=True), 32, 8, rsa)
     networks.predictor[3].weight.register_hook(lambda gradient: gradient * math.inf)
-    optimizer = build_optimizer(networks, "sgd", 0.9, 5e-4, None)
+    optimizer = build_optimizer(networks, solver("sgd", 5e-4))
     set_lr(optimizer, 0.1, None)
     before = {name: p.clone() for name, p in networks.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -288,7 +295,7 @@ def test_step_that_overflows_leaves_weights_and_target():
 def test_lars_equals_a_straight_line_derivation(decay, norm):
     torch.manual_seed(0)
     networks = Networks(build_backbone("resnet18"), 32, 8, rsa).double()
-    optimizer = build_optimizer(networks, "lars", 0.9, decay, 0.001)
+    optimizer = build_optimizer(networks, solver("lars", decay))
     decayed, plain = ([p for group in optimizer.param_groups if group["always_adapt"] == decays
                        for p in group["params"]] for decays in (True, False))
     assert all(group["weight_decay"] == decay * group["always_adapt"] for group in optimizer.param_groups)

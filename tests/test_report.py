@@ -111,19 +111,6 @@ def test_curves_hold_only_panels_with_data(tmp_path):
     assert pictures.plot_curves(None, {}, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
 
 
-def test_views_are_drawn_in_order(tmp_path):
-    views = np.zeros((2, 4, 32, 32, 3), np.uint8)
-    for column, color in enumerate(([255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0])):
-        views[:, column] = color
-    picture = np.asarray(Image.open(pictures.draw_views(views, tmp_path / "views.png")).convert("RGB"))
-    height, width = picture.shape[:2]
-    assert width == 1200
-    for row in (0.3, 0.75):
-        for column in range(4):
-            drawn = picture[int(row * height), int((column + 0.5) * width / 4)]
-            assert drawn.tolist() == views[0, column, 0, 0].tolist()
-
-
 def test_masks_from_polygons_and_both_rle_forms():
     square = np.zeros((20, 30), bool)
     square[5:10, 10:20] = True

@@ -18,32 +18,32 @@ def figures(loss, std=1.0):
 
 
 def test_meter_means_and_longest_streak():
-    meter = Meter()
+    meter = Meter(8)
     for loss in (1.0, math.nan, math.inf, 3.0):
-        meter.add(figures(loss), 0.0, 8)
+        meter.add(figures(loss))
     assert meter.read()["nonfinite_steps"] == 2
     for loss, std in ((1.0, 0.5), (2.0, 0.7)):
-        meter.add(figures(loss, std), 0.0, 8)
+        meter.add(figures(loss, std))
     row = meter.read()
     assert row["loss"] == pytest.approx(1.5) and row["feature_std"] == pytest.approx(0.6) and row["nonfinite_steps"] == 0
 
 
 def test_streak_goes_on_over_readings():
     """Three steps before a reading and two after it are five in a row."""
-    meter, alarms = Meter(), Alarms(get_cfg().ALARM)
+    meter, alarms = Meter(8), Alarms(get_cfg().ALARM)
     for _ in range(3):
-        meter.add(figures(math.nan), 0.0, 8)
+        meter.add(figures(math.nan))
     alarms.check(3, meter.read(), 3)
     for _ in range(2):
-        meter.add(figures(math.nan), 0.0, 8)
+        meter.add(figures(math.nan))
     with pytest.raises(InputError, match="loss is nan at step 5, not finite for 5 steps: lower SOLVER.BASE_LR"):
         alarms.check(5, meter.read(), 2)
 
 
 def test_single_overflow_is_no_alarm():
-    meter, alarms = Meter(), Alarms(get_cfg().ALARM)
+    meter, alarms = Meter(8), Alarms(get_cfg().ALARM)
     for step in range(1, 100):
-        meter.add(figures(math.inf if step % 3 == 0 else 1.0), 0.0, 8)
+        meter.add(figures(math.inf if step % 3 == 0 else 1.0))
         if step % 10 == 0:
             alarms.check(step, meter.read(), 10)
 

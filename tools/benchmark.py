@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as TF  # noqa: E402
 
 from pretrain import train_loop  # noqa: E402
 from pretrain.augment import (BLUR_RADIUS, FACTORS, GRAY, MAX_SIGMA, ORDER, SIGMA, aggressive,  # noqa: E402
-                              draw_params, normalize, to_float)
+                              draw_params, to_float)
 from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, check, get_cfg  # noqa: E402
 from pretrain.datasets import ImageFolder, open_images  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
@@ -347,11 +347,10 @@ class Contender:
         self.networks = build_networks(cfg, METHODS[method]).to(device()).train()
         if compiled:
             self.networks.compile_backbones()
-        self.optimizer = build_optimizer(self.networks, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM,
-                                         cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.TRUST_COEFFICIENT,
-                                         METHODS[method].fix_predictor_lr)
+        self.optimizer = build_optimizer(self.networks, cfg.SOLVER, METHODS[method].fix_predictor_lr)
         set_lr(self.optimizer, 0.01, 0.01)
         self.amp = amp_dtype(args.amp)
+        self.mean, self.std = (torch.tensor(values, device=device()) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
         self.scaler = torch.amp.GradScaler(device().type, init_scale=1024.0,  # so low that no step is skipped
                                            enabled=self.amp == torch.float16)
         self.method, self.points = method + ", compiled" * compiled, []
@@ -395,9 +394,7 @@ class Contender:
         self.mark("optimizer")  # which has cleared the gradients
         batch = next(batches)
         self.mark("data wait")
-        views = (normalize(images, IMAGENET_MEAN, IMAGENET_STD)
-                 for images in (to_float(batch["views"]), aggressive(batch["views"], batch["params"])))
-        views = tuple(views)
+        views = train_loop.normalised_views(batch, self.mean, self.std)
         self.mark("aggressive stage")
         yield views
 
@@ -420,7 +417,7 @@ def memory(read, held=0):
 def optim(args):
     """Milliseconds of the optimizer and of the EMA, which do not depend on the images."""
     cfg = args.cfg.clone()
-    cfg.MODEL.BACKBONE = args.backbone
+    cfg.MODEL.BACKBONE, cfg.SOLVER.OPTIMIZER = args.backbone, "lars"
     torch.manual_seed(0)
     networks = build_networks(cfg, METHODS["rsa"]).to(device())
     parameters = [p for p in networks.parameters() if p.requires_grad]
@@ -428,8 +425,7 @@ def optim(args):
         parameter.grad = torch.randn_like(parameter)
 
     def lars(foreach):
-        optimizer = build_optimizer(networks, "lars", cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY,
-                                    cfg.SOLVER.TRUST_COEFFICIENT)
+        optimizer = build_optimizer(networks, cfg.SOLVER)
         for group in optimizer.param_groups:
             group["lr"], group["foreach"] = 1e-6, foreach
         return lambda _: optimizer.step()

@@ -20,18 +20,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch  # noqa: E402
-
 import pretrain.config  # noqa: E402
 import transfer.config  # noqa: E402
 from pretrain import train_loop  # noqa: E402
-from pretrain.augment import aggressive  # noqa: E402
-from pretrain.datasets import ImageFolder  # noqa: E402
-from pretrain.loader import MultiStageViews  # noqa: E402
+from pretrain.datasets import open_images  # noqa: E402
+from pretrain.view_pictures import draw_views  # noqa: E402
 from tools._cli import ROOT, merge_config, run  # noqa: E402
 from transfer import shapes  # noqa: E402
 from transfer.convert import convert  # noqa: E402
-from transfer.pictures import draw_detections, draw_views, plot_curves  # noqa: E402
+from transfer.pictures import draw_detections, plot_curves  # noqa: E402
 from transfer.report import ap_table, table_cells, to_markdown, write_csv, write_report  # noqa: E402
 from transfer.results import load_results  # noqa: E402
 
@@ -100,7 +97,8 @@ def main():
     write_report(folder, "Quick start", [
         ("What came out", f"{summary} {note} Engine: {engine}; {minutes:.1f} minutes in this call."),
         ("AP (%)", cells),
-        ("Weak views beside their aggressive views", views_picture(cfg, folder / "views.png")),
+        ("Weak views beside their aggressive views",
+         draw_views(open_images(cfg.DATA.PATH), cfg.DATA.IMAGE_SIZE, cfg.SEED, 4, folder / "views.png")),
         ("Curves", plot_curves(folder / "pretrain", folders, folder / "curves.png")),
         ("Detections", draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png"))])
     print(f"\n{to_markdown(cells)}\n{summary}\n{note}\n{folder / 'report.html'}, after {minutes:.1f} minutes")
@@ -139,17 +137,6 @@ def compare(results):
         random, rsa = (results[name]["ap"][task]["AP"] or 0.0 for name in ("random", "RSA"))
         parts.append(f"{word} AP {random:.1f} from random and {rsa:.1f} from RSA weights ({rsa - random:+.1f})")
     return "; ".join(parts) + "."
-
-
-def views_picture(cfg, path, count=4):
-    """The four views of one image of each of the first ``count`` classes, as pre-training sees them."""
-    images = ImageFolder(cfg.DATA.PATH)
-    dataset = MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED)
-    samples = [dataset[0, int((images.labels == label).argmax())] for label in range(count)]
-    views, params = (torch.stack([sample[name] for sample in samples]) for name in ("views", "params"))
-    strong = aggressive(views, params).mul(255).round().byte()
-    order = torch.stack([views[:, 0], strong[:, 0], views[:, 1], strong[:, 1]], 1)
-    return draw_views(order.permute(0, 1, 3, 4, 2).numpy(), path)
 
 
 def say(line):

@@ -1,4 +1,4 @@
-"""Pictures of a run: the views that pre-training sees, its curves, and detections drawn on images."""
+"""Pictures of runs: curves, APs, and detections drawn on images."""
 
 import json
 import math
@@ -126,21 +126,6 @@ def plot_ap(rows, path):
     if beside:
         figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
                         "* where it exceeds what another seed may change", fontsize=9)
-    figure.savefig(path)
-    return path
-
-
-def draw_views(views, path):
-    """uint8 [N, 4, H, W, 3] in the order weak 1, aggressive 1, weak 2, aggressive 2 -> PNG, one row per image."""
-    titles = ("weak  $v_w$", "aggressive  $v_a$", "weak  $v_w'$", "aggressive  $v_a'$")
-    figure = Figure(figsize=(8, 2 * len(views) + 0.3), dpi=150, layout="constrained")
-    grid = figure.subplots(len(views), 4, squeeze=False)
-    for row, images in zip(grid, views):
-        for ax, image in zip(row, images):
-            ax.imshow(image)
-            ax.set_axis_off()
-    for ax, title in zip(grid[0], titles):
-        ax.set_title(title, fontsize=11)
     figure.savefig(path)
     return path
 
