@@ -40,11 +40,14 @@ def launch(train, cfg, processes):
     if launched() or processes == 1:
         return join_and_run(train, cfg)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0)
+                          rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0,
+                          local_addr="localhost")  # not this machine's name, which need not resolve
     # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does. Recent versions of
     # torch take the list from the config, earlier ones from the environment.
     config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                                                                signal.SIGQUIT, signal.SIGUSR1)}
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
@@ -56,6 +59,9 @@ def launch(train, cfg, processes):
             if name == kind.__name__:
                 raise kind(text) from None
         raise
+    finally:  # elastic leaves its own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def is_a_crash(record):

@@ -18,7 +18,7 @@ from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
 from pretrain.optim import build_optimizer, set_lr
-from pretrain.watch import Alarms, Log, Meter, StopSignals, assert_finite
+from pretrain.watch import Alarms, Log, Meter, Stopped, StopSignals, assert_finite
 
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 
@@ -30,8 +30,11 @@ def train(cfg):
     SIGINT once the state is saved, if there is any yet.
     """
     lock = checkpoint.locked(Path(cfg.OUTPUT_DIR)) if distributed.rank() == 0 else contextlib.nullcontext()
-    with lock, StopSignals() as stop:
-        return _train(cfg, stop)
+    try:
+        with lock, StopSignals() as stop:
+            return _train(cfg, stop)
+    except Stopped as stopped:
+        raise Interrupted(str(stopped)) from None
 
 
 def _train(cfg, stop):

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain import checkpoint, distributed
-from pretrain.config import InputError, Interrupted
+from pretrain.config import InputError
 
 
 class Stopped(BaseException):
@@ -20,8 +20,8 @@ class Stopped(BaseException):
 
 class StopSignals:
     """While it is entered, SIGTERM, SIGUSR1 and SIGINT make ``asked`` true, and the loop ends after its step. Before
-    ``stepping`` there is nothing to save: a single process leaves at once, with Interrupted; several, of which some may
-    be stepping, make the first step. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on twice.
+    ``stepping`` there is nothing to save: a single process stops at once, with Stopped; with several, some may already be
+    in the first step, and all finish it. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on twice.
     """
 
     def __init__(self):
@@ -43,8 +43,6 @@ class StopSignals:
         if distributed.world_size() == 1:  # of several, one may be signalled when the others are saving already
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
-        if kind is Stopped:
-            raise Interrupted(str(value)) from None
 
 
 class Meter:

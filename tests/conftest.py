@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the tests are those of a CPU, to the bit
+
 import numpy as np
 import pytest
 import torch
@@ -70,8 +72,9 @@ class Program:
 
     def wait_for(self, path, text=""):
         """Until the file holds the text, or the program has ended."""
-        while self.process.is_alive() and not (path.is_file() and text.encode() in path.read_bytes()):
-            time.sleep(0.1)
+        until = time.monotonic() + 900
+        while self.process.is_alive() and time.monotonic() < until and not (path.is_file() and text.encode() in path.read_bytes()):
+            time.sleep(0.01)
 
     def finish(self):
         """Wait for its end: a CompletedProcess."""

@@ -17,6 +17,7 @@ from pretrain.config import InputError, Interrupted
 from pretrain.images import UnreadableImage
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
+EPOCHS = 10  # of three steps: long enough to be signalled on the way
 TOOL = str(ROOT / "tools" / "pretrain.py")
 
 
@@ -26,14 +27,14 @@ def arguments(image_folder, folder, *more):
 
 @pytest.fixture(scope="module")
 def two_processes(image_folder, tmp_path_factory):
-    """Final file of a run of 12 steps in two processes that this one started."""
-    cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("two"), "SOLVER.EPOCHS", 4, "KNN.PERIOD", 1)
+    """Final file of a run in two processes that this one started."""
+    cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("two"), "SOLVER.EPOCHS", EPOCHS, "KNN.PERIOD", 1)
     return distributed.launch(train_loop.train, cfg, processes=2)
 
 
 def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_processes):
-    """Parameters of online network, predictor and target after 12 steps, to 1e-5 of each tensor's largest."""
-    cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", 4, "SOLVER.MICRO_BATCH", 4)
+    """Parameters of online network, predictor and target after the last step, to 1e-5 of each tensor's largest."""
+    cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS, "SOLVER.MICRO_BATCH", 4)
     one, two = final_weights(train_loop.train(cfg)), final_weights(two_processes)
     checked = 0
     for name, tensor in one.items():
@@ -44,7 +45,7 @@ def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_p
     rows = [[json.loads(line) for line in open(os.path.join(os.path.dirname(final), "metrics.jsonl"))]
             for final in (two_processes, str(tmp_path / "run" / "model_final.pth"))]
     losses = [[row["loss"] for row in part if "loss" in row] for part in rows]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 12  # both are the global batch's mean
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3 * EPOCHS  # both are the global batch's mean
 
 
 def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
@@ -110,6 +111,8 @@ def test_error_of_one_process_is_the_one_that_is_told(rank):
 
 def test_cores_of_a_process(monkeypatch):
     """srun may have bound a task to its share of the machine; torchrun has not."""
+    for name in ("SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert distributed.cores() == 12
@@ -124,8 +127,8 @@ def test_cores_of_a_process(monkeypatch):
 
 
 def test_torchrun(image_folder, tmp_path, two_processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TOOL,
-               *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2", TOOL,
+               *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done:") == 1 and "2 cpu x 1 accumulated x 4" in done.stdout
@@ -141,7 +144,7 @@ def slurm(rank):
 def test_tasks_of_srun_need_no_launcher(image_folder, tmp_path, two_processes):
     """The tool with the variables that srun sets; a warning before the time limit on the way."""
     def both():
-        return [Program(tmp_path, "pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4),
+        return [Program(tmp_path, "pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS),
                         environment=slurm(rank)) for rank in (0, 1)]
 
     tasks = both()
@@ -178,8 +181,8 @@ def test_slurm_batch_script_is_one_process():
 
 @pytest.mark.parametrize("status, requeued", [(75, True), (0, False), (2, False)])
 def test_sbatch_file_requeues_itself(tmp_path, status, requeued):
-    for name, body in {"srun": f'echo "$@" > {tmp_path}/srun.txt; exit {status}',
-                       "scontrol": f'echo "$@" > {tmp_path}/scontrol.txt'}.items():
+    for name, body in {"srun": f'echo "$@" > "{tmp_path}/srun.txt"; exit {status}',
+                       "scontrol": f'echo "$@" > "{tmp_path}/scontrol.txt"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     done = subprocess.run(["bash", str(ROOT / "tools" / "pretrain.sbatch"), "--epochs", "200", "--data", "a b"], timeout=60,
@@ -192,7 +195,7 @@ def test_sbatch_file_requeues_itself(tmp_path, status, requeued):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_to_the_launcher_reaches_its_processes(image_folder, tmp_path, two_processes, tool, number):
-    command = ["pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", 4), "--num-processes", "2"]
+    command = ["pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS), "--num-processes", "2"]
     first = Program(tmp_path, *command)
     first.wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
     os.kill(first.process.pid, number)

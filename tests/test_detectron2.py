@@ -199,10 +199,6 @@ def assert_close(a, b, rel):
         assert (a[name] - b[name]).abs().max() <= rel * b[name].abs().max().clamp(min=1e-3), name
 
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="several processes on the CPU: not where there is a GPU")
-
-
-@on_cpu
 def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
     """Norm layers frozen: 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same weights, to 1e-5."""
     two = same_number_of_objects(shapes, tmp_path)
@@ -240,7 +236,6 @@ def record_statistics(cfg, folder):
     torch.save([before, statistics()], f"{folder}/{comm.get_rank()}.pth")
 
 
-@on_cpu
 def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN",
                "MODEL.ROI_MASK_HEAD.NORM", "BN", "INPUT.MASK_FORMAT", "bitmask")
@@ -256,7 +251,6 @@ def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_pat
     assert differ == len(before0) > 10
 
 
-@on_cpu
 def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_path, tool):
     """The tool itself, stopped at half of the schedule and resumed, with evaluation on the way."""
     cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
@@ -326,7 +320,6 @@ def test_schedule_that_cannot_be_scaled(shapes, tmp_path):
         d2_trainer.train(tiny(shapes, tmp_path, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 8))
 
 
-@on_cpu
 def test_an_error_in_another_process_is_its_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "SOLVER.BASE_LR", 1e12, "SOLVER.MAX_ITER", 8, *FROZEN)
     with pytest.raises(InputError, match="(?s)NaN.*lower SOLVER.BASE_LR") as error:

@@ -204,8 +204,9 @@ def test_stopped_and_called_again_it_goes_on_and_reports(here, monkeypatch, capf
                       "done.parent.mkdir(parents=True, exist_ok=True); done.write_text('x')\n")
     report = here / "report.py"
     report.write_text("import sys, json; json.dump(sys.argv[1:], open('report.json', 'w'))\n")
-    rows = {"a": (Step("{out}/a/r", f"{script} {{done}} -", 1),), "b": (Step("{out}/b/r", f"{script} {{done}} m", 1),)}
-    monkeypatch.setitem(reproduce.TABLES, "table5", Table(rows, str(report)))
+    word = shlex.quote(str(script))
+    rows = {"a": (Step("{out}/a/r", f"{word} {{done}} -", 1),), "b": (Step("{out}/b/r", f"{word} {{done}} m", 1),)}
+    monkeypatch.setitem(reproduce.TABLES, "table5", Table(rows, shlex.quote(str(report))))
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--output-dir", "o"])
     assert reproduce.main() == 75
     first = capfd.readouterr()

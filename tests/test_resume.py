@@ -1,7 +1,6 @@
 """A run that was stopped, killed or moved, against one that was not: the same bits at the end."""
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from pretrain import train_loop
 from pretrain.checkpoint import FINAL, LAST, PREVIOUS
 from pretrain.config import METHODS, InputError, Interrupted
-from tests.conftest import TINY, Program, assert_same, final_weights
+from tests.conftest import assert_same, final_weights
 from tests.conftest import tiny_cfg as tiny
 
 
@@ -69,31 +68,6 @@ def test_evaluating_on_the_way_changes_nothing(image_folder, tmp_path, uninterru
     """kNN after every epoch: BatchNorm's running statistics must not see the evaluation."""
     final = train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
     assert_same(final_weights(final), final_weights(uninterrupted))
-
-
-def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted, tool):
-    """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
-    cfg = tiny(image_folder, tmp_path)
-    command = ["pretrain", "--data", image_folder, "--output-dir", cfg.OUTPUT_DIR, *TINY]
-    first = Program(tmp_path, *command)
-    first.wait_for(Path(cfg.OUTPUT_DIR, LAST))
-    first.process.kill()
-    first.finish()
-    assert not Path(cfg.OUTPUT_DIR, FINAL).exists()
-    again = tool(*command)
-    assert again.returncode == 0 and "goes on after step" in again.stdout, again.stderr
-    assert_same(final_weights(Path(cfg.OUTPUT_DIR, FINAL)), final_weights(uninterrupted))
-
-
-def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
-    """A scheduler's SIGTERM reaches the loader's workers too; the command still saves, and says 75."""
-    folder = tmp_path / "run"
-    first = Program(tmp_path, "pretrain", "--data", image_folder, "--output-dir", folder, *TINY, "DATA.NUM_WORKERS", 1)
-    first.wait_for(folder / "metrics.jsonl", '"loss"')
-    os.killpg(first.process.pid, signal.SIGTERM)
-    done = first.finish()
-    assert done.returncode == 75 and "the same command goes on" in done.stderr, done.stderr
-    assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
 
 
 def test_signal_while_a_checkpoint_is_read(image_folder, tmp_path, uninterrupted, stop_after, monkeypatch):

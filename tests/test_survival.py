@@ -11,7 +11,7 @@ import pytest
 
 from pretrain import checkpoint, train_loop
 from pretrain.config import InputError, Interrupted
-from tests.conftest import assert_same, final_weights, processes, tiny_cfg
+from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg
 
 STEPS = 150  # 50 epochs of three
 LONG = ("SOLVER.EPOCHS", STEPS // 3, "CHECKPOINT.KEEP_PERIOD", 0)
@@ -71,9 +71,12 @@ def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number,
         before = last_step(cfg)
         process = start(cfg)
         if rng.random() < 0.3:
-            process.join(rng.uniform(0, seconds))
+            until = time.perf_counter() + rng.uniform(0, seconds)
+            while process.is_alive() and time.perf_counter() < until and last_step(cfg) <= before:
+                time.sleep(0.01)
         else:
             wait_for_step(cfg, process, before + rng.integers(1, STEPS // kills))
+        assert process.is_alive(), "it came to its end before it could be killed"
         os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
@@ -86,6 +89,33 @@ def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number,
     process.join()
     assert process.exitcode == 0
     assert_same(final_weights(tmp_path / "run" / checkpoint.FINAL), weights)
+
+
+def command(image_folder, folder, *more):
+    return ["pretrain", "--data", image_folder, "--output-dir", folder, *TINY, *LONG, *more]
+
+
+def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted, tool):
+    """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
+    folder = tmp_path / "run"
+    first = Program(tmp_path, *command(image_folder, folder))
+    first.wait_for(folder / checkpoint.LAST)
+    first.process.kill()
+    first.finish()
+    assert not Path(folder, checkpoint.FINAL).exists()
+    again = tool(*command(image_folder, folder))
+    assert again.returncode == 0 and "goes on after step" in again.stdout, again.stderr
+    assert_same(final_weights(folder / checkpoint.FINAL), uninterrupted[0])
+
+
+def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
+    """A scheduler's SIGTERM reaches the loader's workers too; the command still saves, and says 75."""
+    first = Program(tmp_path, *command(image_folder, tmp_path / "run", "DATA.NUM_WORKERS", 1))
+    first.wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
+    os.killpg(first.process.pid, signal.SIGTERM)
+    done = first.finish()
+    assert done.returncode == 75 and "the same command goes on" in done.stderr, done.stderr
+    assert_same(final_weights(train_loop.train(tiny_cfg(image_folder, tmp_path, *LONG))), uninterrupted[0])
 
 
 def run_signalled_while_it_saves(cfg):
@@ -106,6 +136,24 @@ def test_signals_while_it_saves(image_folder, tmp_path):
     process.join()
     assert process.exitcode == train_loop.REQUEUE
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] > 3
+
+
+def test_signal_as_the_handlers_are_set(image_folder, tmp_path, monkeypatch):
+    install = signal.signal
+
+    def signalled(number, handler):
+        previous = install(number, handler)
+        if number == signal.SIGUSR1:
+            signal.raise_signal(signal.SIGTERM)
+        return previous
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", signalled)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM before its first step"):
+            train_loop.train(tiny_cfg(image_folder, tmp_path))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class SignalsWhenItEnds:

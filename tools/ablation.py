@@ -95,7 +95,7 @@ def run_all(runs, images, jobs, overrides):
                 result = judge(path, method, seed, images)
                 write_atomically(path / RESULT, lambda file: file.write(json.dumps(result, indent=2).encode()))
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of the except below
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of the except below
     torch.set_num_threads(1 if device().type == "cpu" else torch.get_num_threads())
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="runs", dynamic_ncols=True) as progress:
         try:
@@ -108,6 +108,8 @@ def run_all(runs, images, jobs, overrides):
             for process in processes:
                 process.terminate()  # it saves, and the same command goes on
             raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def pretraining(path, method, seed, images, overrides):
