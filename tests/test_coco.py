@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from transfer.coco import Annotations, check_annotations, run_lengths
+from transfer.annotations import Annotations, check_annotations, run_lengths
 from transfer.shapes import write_coco
 
 

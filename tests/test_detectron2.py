@@ -17,7 +17,8 @@ from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
 from transfer import d2_trainer  # noqa: E402
-from transfer.config import RGB_IMAGENET, InputError, dataset_name, torchvision_defaults  # noqa: E402
+from transfer.annotations import dataset_name  # noqa: E402
+from transfer.config import RGB_IMAGENET, InputError, torchvision_defaults  # noqa: E402
 from transfer.convert import convert  # noqa: E402
 from transfer.shapes import write_coco  # noqa: E402
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
 from transfer import pictures, report, results
-from transfer.config import InputError, dataset_name, torchvision_defaults
+from transfer.annotations import dataset_name
+from transfer.config import InputError, torchvision_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,9 +12,9 @@ from PIL.PngImagePlugin import PngImageFile
 from tests.conftest import ROOT
 from tools import train_net
 from tools._cli import merge_config
-from transfer.coco import Annotations, check_annotations, check_datasets
-from transfer.config import (RGB_IMAGENET, InputError, check_weights, dataset_name, locate_dataset, protocol_of,
-                             read_categories, scale_schedule, torchvision_defaults)
+from transfer.annotations import (Annotations, check_annotations, check_datasets, dataset_name, locate_dataset,
+                                  read_categories)
+from transfer.config import RGB_IMAGENET, InputError, check_weights, protocol_of, scale_schedule, torchvision_defaults
 
 CONFIGS = ROOT / "configs" / "transfer"
 INFOMIN = {  # DESIGN's list of what the InfoMin protocol changes in the stock config
@@ -412,7 +412,7 @@ def test_sizes_are_read_without_decoding_and_shown_for_many(coco, tmp_path, monk
         return iterable
 
     bars = []
-    monkeypatch.setattr("transfer.coco.tqdm", shown)
+    monkeypatch.setattr("transfer.annotations.tqdm", shown)
     coco["images"] = [{**coco["images"][0], "id": number} for number in range(4, 5005)]
     coco["annotations"] = coco["annotations"][:2]
     path = write(coco, tmp_path)

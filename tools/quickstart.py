@@ -27,6 +27,7 @@ from pretrain.datasets import open_images  # noqa: E402
 from pretrain.view_pictures import draw_views  # noqa: E402
 from tools._cli import ROOT, merge_config, run  # noqa: E402
 from transfer import shapes  # noqa: E402
+from transfer.annotations import dataset_name  # noqa: E402
 from transfer.convert import convert  # noqa: E402
 from transfer.pictures import draw_detections, plot_curves  # noqa: E402
 from transfer.report import ap_table, table_cells, to_markdown, write_csv, write_report  # noqa: E402
@@ -124,7 +125,7 @@ def fine_tune(engine, weights, folder, output, fast):
         from transfer import torchvision_engine as module
         cfg = transfer.config.torchvision_defaults()
     coco = folder / "coco"
-    train, val = ((transfer.config.dataset_name(coco / f"{name}.json", coco / "images"),) for name in ("train", "val"))
+    train, val = ((dataset_name(coco / f"{name}.json", coco / "images"),) for name in ("train", "val"))
     options = ["DATASETS.TRAIN", train, "DATASETS.TEST", val, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output)]
     merge_config(cfg, str(TRANSFER_CONFIG), options + FAST_TRANSFER * fast, transfer.config.InputError)
     return module.train(cfg, resume=True)

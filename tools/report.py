@@ -20,7 +20,8 @@ import yaml
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
-from transfer.config import InputError, locate_dataset  # noqa: E402
+from transfer.annotations import locate_dataset  # noqa: E402
+from transfer.config import InputError  # noqa: E402
 from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
 from transfer.report import (SEED_NOISE, ap_table, check_comparable, normalised_images, row_labels,  # noqa: E402
                              table_cells, to_markdown, write_csv, write_report)

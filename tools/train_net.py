@@ -18,10 +18,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import find_config, merge_config, run  # noqa: E402
-from transfer.coco import check_annotations  # noqa: E402
-from transfer.config import (InputError, dataset_name, read_categories, scale_schedule,  # noqa: E402
-                             torchvision_defaults)
-from transfer.convert import DEFAULT_WEIGHTS  # noqa: E402
+from transfer.annotations import check_annotations, dataset_name, read_categories  # noqa: E402
+from transfer.config import DEFAULT_WEIGHTS, InputError, scale_schedule, torchvision_defaults  # noqa: E402
 from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (

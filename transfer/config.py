@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run: Detectron2's keys, and where a data set's files lie.
+"""The configuration of a fine-tuning run: Detectron2's keys, and what weights ask of them.
 
 Detectron2 reads the YAML files under ``configs/transfer`` into its own defaults. Where it is not installed, the
 embedded engine (``torchvision_engine.py``) reads the same files into :func:`torchvision_defaults`, which holds the
@@ -6,9 +6,6 @@ keys that it honours with Detectron2's default values; any other key is refused.
 """
 
 import functools
-import json
-import os
-from pathlib import Path
 
 from fvcore.common.config import CfgNode as CN
 
@@ -17,90 +14,7 @@ class InputError(ValueError):
     """Something the user can mend: one line that names the file or key and the fix."""
 
 
-# Detectron2's built-in names that the recipes use, under $DETECTRON2_DATASETS (default: datasets/).
-COCO_2017 = {
-    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
-    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
-}
-
-
-def dataset_name(annotations, images):
-    """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-
-    Raises InputError where :func:`locate_dataset` could not take it apart again.
-    """
-    name = f"{annotations}::{images}"
-    if name.split("::") != [str(annotations), str(images)]:
-        raise InputError(f"{annotations} and {images}: a data set's name is JSON::IMAGES, so neither path may "
-                         "contain '::', nor the first end in ':': rename the file or folder")
-    return name
-
-
-def locate_dataset(name):
-    """Data set name -> (annotation file, image folder), both checked to exist.
-
-    ``name`` is one of :data:`COCO_2017` or a :func:`dataset_name`. Raises InputError.
-    """
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    if name in COCO_2017:
-        annotations, images = (Path(root) / part for part in COCO_2017[name])
-    elif "::" in name:
-        annotations, images = map(Path, name.split("::", 1))
-    else:
-        raise InputError(f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES")
-    if not annotations.is_file():
-        raise InputError(f"no annotation file {annotations}: put COCO 2017 under {root}/coco "
-                         "(or set DETECTRON2_DATASETS), or give --train/--val JSON IMAGES")
-    if not images.is_dir():
-        raise InputError(f"no image folder {images}, which belongs to {annotations}")
-    return str(annotations), str(images)
-
-
-def is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)  # true is 1 in Python, in COCO's files it is no id
-
-
-def read_coco(path, *keys):
-    """COCO JSON -> the lists under ``keys``, "categories" as of :func:`read_categories`. Raises InputError."""
-    try:
-        coco = json.loads(Path(path).read_text())
-        lists = [coco[key] for key in keys]
-        if not all(isinstance(entries, list) for entries in lists):
-            raise TypeError(f"{' or '.join(keys)} is no list")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # RecursionError: nested without end
-        raise InputError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from None
-    return [_categories(path, entries) if key == "categories" else entries for key, entries in zip(keys, lists)]
-
-
-def _categories(path, entries):
-    found = {}
-    for entry in entries:
-        if not (isinstance(entry, dict) and is_integer(entry.get("id")) and isinstance(entry.get("name"), str)):
-            raise InputError(f"{path}: category {repr(entry)[:80]} needs an id that is an integer and a name that is a "
-                             "string")
-        if entry["id"] in found:
-            raise InputError(f"{path}: category id {entry['id']} occurs twice, for {found[entry['id']]!r} and "
-                             f"{entry['name']!r}: give every category an id of its own")
-        found[entry["id"]] = entry["name"]
-    if not found:
-        raise InputError(f"{path} has no categories")
-    return [{"id": number, "name": found[number]} for number in sorted(found)]
-
-
-def read_categories(annotations):
-    """COCO JSON -> its categories ``[{"id": int, "name": str}]`` sorted by id. Raises InputError."""
-    return read_coco(annotations, "categories")[0]
-
-
-def check_num_classes(name, num_classes):
-    """Raises InputError unless the model's ``num_classes`` is the number of categories of data set ``name``."""
-    annotations, _ = locate_dataset(name)
-    found = 80 if name in COCO_2017 else len(read_categories(annotations))  # COCO's file takes long to parse
-    if found != num_classes:
-        raise InputError(f"{annotations} has {found} categories, but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: "
-                         f"add MODEL.ROI_HEADS.NUM_CLASSES {found}")
-
-
+DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # of tools/convert_to_d2.py; the transfer configs look for them there
 # How the weights of tools/convert_to_d2.py see pixels (0-255), where their provenance does not say otherwise.
 RGB_IMAGENET = {"input_format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375],
                 "stride_in_1x1": False}

@@ -15,12 +15,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from transfer.config import InputError
+from transfer.config import DEFAULT_WEIGHTS, InputError
 from transfer.readers import read_checkpoint, read_tensors, resnet50_shapes
 from transfer.safe_load import as_tensor, open_checkpoint
 
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
-DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # the transfer configs look for their weights here
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 

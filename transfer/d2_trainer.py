@@ -32,8 +32,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from transfer.coco import check_datasets
-from transfer.config import COCO_2017, NORMALISED, RGB_IMAGENET, InputError, check_weights, locate_dataset
+from transfer.annotations import COCO_2017, check_datasets, locate_dataset
+from transfer.config import NORMALISED, RGB_IMAGENET, InputError, check_weights
 from transfer.convert import detectron2_name, load_model, load_weights
 from transfer.readers import resnet50_shapes, sha256
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, read_training, trained_with,

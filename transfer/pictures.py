@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
-from transfer.config import InputError, read_categories
+from transfer.annotations import read_categories
+from transfer.config import InputError
 from transfer.report import PAPER_COLUMNS, table_cells
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
