@@ -124,6 +124,13 @@ def lazy_map(path):
     return b"cbuiltins\nmap\ncos\nmkdir\n](" + text(path) + b"e\x86\x81"
 
 
+def fine_tuned(path):
+    """What is evaluated or resumed."""
+    state, iterations, weights = convert.load_model(path, STATE)
+    assert iterations == 90
+    return state, weights
+
+
 MKDIR = b"cos\nmkdir\n"
 RAW = {  # what Python's own pickler does not write; PROTO and STOP are added
     "GLOBAL": lambda path: MKDIR + text(path) + b"\x85R",
@@ -176,6 +183,21 @@ def test_nothing_runs_in_torch_files(tmp_path, canary, kind, legacy):
         except TypeError:
             continue  # an array is no key
         assert outcome(written(tmp_path / "hostile.pth", content)) == expected
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_nothing_runs_in_fine_tuned_models(tmp_path, canary, kind, legacy):
+    thing, good = OBJECTS[kind](canary), {"model": STATE, "iteration": 89}
+    for contents, expected in ((good, "right"), (thing, "refused"), (good | {"model": thing}, "refused"),
+                               (good | {"model": STATE | {"conv1.weight": thing}}, "refused"),
+                               (good | {"iteration": thing}, "refused"),
+                               # of that one an empty dict is left
+                               (good | {"weights": thing}, "right" if kind == "in state" else "refused"),
+                               (good | {"weights": {"method": thing}}, "refused"),
+                               (good | {"optimizer": thing, "trainer": [thing]}, "right")):
+        content = saved(contents, _use_new_zipfile_serialization=not legacy)
+        assert outcome(written(tmp_path / "hostile.pth", content), fine_tuned) == expected
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
@@ -334,6 +356,7 @@ def test_bombs(tmp_path, kind):
     for make in CARRIERS.values():
         path = written(tmp_path / "bomb.pth", make(pickled(BOMBS[kind])))
         assert cheap(outcome, path) == "refused"
+        assert cheap(outcome, path, fine_tuned) == "refused"
     assert cheap(outcome, path, convert.load_weights) == "refused"
 
 
