@@ -299,10 +299,10 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         cfg.MODEL.DEVICE = "cpu"
     elif processes > gpus or processes > 1 and cfg.MODEL.DEVICE == "cpu":
         raise InputError(f"{processes} processes on {cfg.MODEL.DEVICE}, but this machine shows {gpus} GPUs")
-    if eval_only and not resume:
-        if not Path(cfg.MODEL.WEIGHTS).is_file():
+    if eval_only:
+        if not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
             raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
-        check_network(cfg, cfg.MODEL.WEIGHTS)
+        check_network(cfg, cfg.OUTPUT_DIR if resume else Path(cfg.MODEL.WEIGHTS).parent)
     provenance = None
     if not eval_only:
         reference = cfg.SOLVER.REFERENCE_WORLD_SIZE

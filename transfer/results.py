@@ -170,12 +170,12 @@ def normalised(config, processes, accumulate):
     return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronised else processes))
 
 
-def check_network(cfg, model):
-    """Raises InputError where the training beside the fine-tuned ``model``, a file, had another input or other layers than
-    ``cfg``, of which its tensors need not show a thing."""
-    training = read_training(Path(model).parent)
+def check_network(cfg, folder):
+    """Raises InputError where the training in ``folder`` had another input or other layers than ``cfg``, of which the
+    tensors of its model need not show a thing."""
+    training = read_training(folder)
     if training and (found := difference(cfg, training, NETWORK)):
-        raise InputError(f"{model} was trained with {found}: evaluate it with the config of its training")
+        raise InputError(f"the model in {folder} was trained with {found}: evaluate it with the config of its training")
 
 
 def trained_with(cfg):

@@ -190,8 +190,8 @@ def train(cfg, resume=False, eval_only=False):
     check_datasets(cfg, eval_only)
     if resume and not eval_only and (folder / "last_checkpoint").is_file():
         check_unchanged(cfg)
-    if eval_only and not resume:
-        check_network(cfg, cfg.MODEL.WEIGHTS)
+    if eval_only:
+        check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
     val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False)
     if not eval_only:
         train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True)
