@@ -29,7 +29,7 @@ def get_cfg():
     cfg.LOG_PERIOD = 10  # steps between two rows of metrics.jsonl
 
     cfg.DATA = CN()
-    cfg.DATA.PATH = "datasets/imagenet/train"  # folder of images; first-level folders are the classes, if any
+    cfg.DATA.PATH = "datasets/imagenet/train"  # whatever pretrain/datasets.py knows; of a folder, the first-level folders are classes
     cfg.DATA.CLASSES = ""  # file with the class folders to keep, one a line; "" keeps all
     cfg.DATA.VAL = ""  # labelled folder for kNN top-1; "" looks for val/ or test/ beside PATH
     cfg.DATA.IMAGE_SIZE = 224

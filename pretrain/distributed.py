@@ -65,7 +65,7 @@ def launch(train, cfg, processes):
 
 
 def is_a_crash(record):
-    """Of a process that failed, elastic logs the traceback: not where one line is to tell the user what to mend."""
+    """False for InputError and Interrupted: the tool prints one line for those, so elastic need not log a traceback."""
     error = str(record.exc_info[1]) if record.exc_info else ""
     return not any(f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON)
 

@@ -19,8 +19,8 @@ from pretrain.loader import build_loader
 class CenterCrops(Dataset):
     """The validation transform, short side to ``resize`` and centre crop: index -> (uint8 [3, size, size], label).
 
-    With ``replace`` the next image stands in for one that cannot be decoded; without, as befits what a figure is
-    reported on, UnreadableImage is raised.
+    With ``replace`` the next image stands in for one that cannot be decoded. Without, UnreadableImage is raised: a figure
+    that is reported must be of all images.
     """
 
     def __init__(self, images, indices, resize, size, replace=False):

@@ -48,7 +48,8 @@ class StepBatches(Sampler):
     """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index);
     a part that is larger than ``micro_batch`` comes in several lists, one after the other.
 
-    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches.
+    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches. Raises InputError
+    where there are fewer images than that.
     """
 
     def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1, micro_batch=None):

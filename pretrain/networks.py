@@ -14,7 +14,8 @@ from pretrain.config import InputError
 def build_backbone(name, small_stem=False):
     """A timm ResNet without classifier, [B, 3, H, W] -> [B, D]; its state dict has torchvision's names.
 
-    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels.
+    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels. Raises InputError for a
+    name that timm does not know.
     """
     try:
         backbone = timm.create_model(name, num_classes=0, zero_init_last=True)
@@ -131,7 +132,7 @@ class Networks(nn.Module):
 
     def end_step(self, tau, skipped=False):
         """Once after each optimizer step: the target follows, the queue takes the step's keys. A skipped step changes
-        neither; what it has left of an overflow in BatchNorm's running statistics would stay, so they start anew."""
+        neither. If its overflow has reached BatchNorm's running statistics, those are reset: it would stay there."""
         if skipped:
             for layer in self.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (

@@ -73,8 +73,8 @@ def simsiam(networks, weak, aggressive, beta):
 
 
 def simsiam_rsa(networks, weak, aggressive, beta):
-    """SimSiam with RSA (paper, 4.7): eq. 5 in negative cosines; what the target network is to RSA is the online network
-    under stop-gradient, for lack of another."""
+    """SimSiam with RSA (paper, 4.7): eq. 5 in negative cosines. SimSiam has no target network: the online network under
+    stop-gradient takes its place."""
     # The predictions first: autocast keeps a weight's cast copy, and one made under stop-gradient would serve both.
     p, p_ = networks.predict(aggressive[:, 0]), networks.predict(aggressive[:, 1])
     z, z_ = networks.project_target(weak[:, 0]), networks.project_target(weak[:, 1])
@@ -144,8 +144,8 @@ def gather(x):
 
 
 class Gather(torch.autograd.Function):
-    """A row's gradient is the sum of what all ranks' losses say of it: with DistributedDataParallel, which takes the
-    mean over the ranks, that is the gradient of the mean of their losses."""
+    """[B, D] of each rank -> [ranks · B, D] on every rank. Backward sums a row's gradient over the ranks; the mean that
+    DistributedDataParallel then takes makes it the gradient of the mean of their losses."""
 
     @staticmethod
     def forward(ctx, x):

@@ -84,7 +84,8 @@ def _train(cfg, stop):
         return normalised_views(batch, mean, std)
 
     def save(path, step, whole=True, previous=None):
-        """Whether the disk took it: a run goes on without, and tries again at the next interval."""
+        """Returns whether it was written. A full disk is no error: the run goes on, and tries again at the next
+        interval."""
         assert_finite(networks, step)
         state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step, "num_images": len(images),
                  "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}

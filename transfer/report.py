@@ -42,9 +42,11 @@ ROW_FORMATS = {"instdis": (PYCONTRAST,), "pirl": (PYCONTRAST,), "infomin": (PYCO
 
 
 def row_labels(results):
-    """{folder: results} -> {folder: label}: folder name, weights, and the engine where there are two; the same for runs
-    that differ in the seed alone, with the whole path instead of the name where runs of one name differ in more, or have
-    a seed in common."""
+    """{folder: results} -> {folder: label}: folder name, weights, and the engine where there are two.
+
+    Runs that differ only in the seed share a label. Where runs of one name differ in more, or repeat a seed, theirs have
+    the whole path instead of the name.
+    """
     mixed = len({result["engine"] for result in results.values()}) > 1
     marks = {folder: f"({weights_label(result)}" + f", {result['engine']}" * mixed + ")"
              for folder, result in results.items()}

@@ -106,9 +106,11 @@ NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*
 
 
 def begin_training(cfg, weights, processes=1, accumulate=1):
-    """Leave the provenance of a run's ``weights`` (None: random), its config, processes and passes beside the checkpoints
-    to come; those of a run before it are no longer what it could go on from, and its metrics go. Its results stay until
-    this run has its own."""
+    """Write what a run begins with: the provenance of its ``weights`` (None: random), config, processes and passes.
+
+    Checkpoints of an earlier run in this folder can no longer be resumed, and its metrics.json is emptied; its
+    results.json stays until this run writes its own.
+    """
     folder = Path(cfg.OUTPUT_DIR)
     (folder / "last_checkpoint").unlink(missing_ok=True)
     if (folder / "metrics.json").is_file():
@@ -147,8 +149,8 @@ def difference(cfg, training, of=None):
 
 
 def check_unchanged(cfg, processes=1, accumulate=1):
-    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings: what goes on from its
-    checkpoints keeps some of them, such as the learning rate, and would be given others that it never had."""
+    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings. Resuming restores some of
+    them from the checkpoint, the learning rate for one, so that changed ones would hold in part only."""
     training = read_training(cfg.OUTPUT_DIR)
     if training is None:
         raise InputError(f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
