@@ -66,7 +66,7 @@ def test_weights_label():
 
 def test_table_mean_std_and_missing_cells(tmp_path):
     boxes = [40.2, 41.1, 39.5]
-    runs = {"rsa": [{"ap": aps(x, x - 4)} for x in boxes], "one": {"ap": aps(30.04)},
+    runs = {"rsa": [{"ap": aps(x, x - 4)} for x in boxes], "one": [{"ap": aps(30.04)}],
             "gap": [{"ap": aps(1.0)}, {"ap": aps(None)}]}
     rows = report.ap_table(runs)
     mean, std = rows[0]["box AP75"]
@@ -251,8 +251,8 @@ def test_what_a_published_row_leaves_open(tmp_path):
 
 def test_differences_and_their_mark(tmp_path):
     runs = {"a": [results.load_results(full_run(tmp_path / str(box), box, 37.3, RSA)) for box in (40.7, 40.9)],
-            "b": results.load_results(full_run(tmp_path / "b", 40.7, 37.7, RSA)),
-            "c": results.load_results(full_run(tmp_path / "c", None, 37.0, RSA))}
+            "b": [results.load_results(full_run(tmp_path / "b", 40.7, 37.7, RSA))],
+            "c": [results.load_results(full_run(tmp_path / "c", None, 37.0, RSA))]}
     cells = report.table_cells(report.ap_table(runs, published=True))
     assert cells[1][:2] == ["a", "40.8 ± 0.1"]
     assert cells[2] == ["published 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]

@@ -38,7 +38,7 @@ from pretrain.distributed import device  # noqa: E402
 from tools._cli import ROOT, run  # noqa: E402
 from tools._weights import load_features  # noqa: E402
 from transfer import shapes  # noqa: E402
-from transfer.report import to_markdown  # noqa: E402
+from transfer.report import cell, mean_std, to_markdown  # noqa: E402
 
 METHODS = {"rsa": "RSA, β fades out", "rsa_fixed_beta": "RSA, β fixed", "rsa_beta_0": "RSA, β = 0", "byol": "BYOL AA",
            "byol_aw": "BYOL AW", "simsiam": "SimSiam", "simsiam_rsa": "SimSiam with RSA"}
@@ -166,10 +166,9 @@ def write_report(folder, results):
         writer = csv.writer(file)
         writer.writerow(["method", "seeds", *(column for name in FIGURES for column in (name, f"{name} std"))])
         for method, seeds in results.items():
-            figures = [spread([seed[name] for seed in seeds]) for name in FIGURES]
+            figures = [mean_std([seed[name] for seed in seeds]) for name in FIGURES]
             writer.writerow([method, len(seeds), *(value for pair in figures for value in pair)])
-            table.append([names[method], *(f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-                                           for mean, std in figures)])
+            table.append([names[method], *map(cell, figures)])
     plot(results, names, folder / "ablation.png")
     count = len(next(iter(results.values())))
     markdown = to_markdown(table)
@@ -179,11 +178,6 @@ def write_report(folder, results):
         f"{len(shapes.COLOUR_FORMS)} forms, {len(shapes.HUES)} colours: chance is {chance}.\n\n{markdown}\n"
         "![top-1 by method](ablation.png)\n", encoding="utf-8")
     return markdown
-
-
-def spread(values):
-    """Mean and sample standard deviation, None of a single one."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def plot(results, names, path):

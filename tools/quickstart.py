@@ -86,7 +86,7 @@ def main():
         results = {name: fine_tune(engine, path, folder, folders[name], args.fast) for name, path in runs.items()}
 
     say("5/5 writing the report")
-    cells = table_cells(rows := ap_table(results))
+    cells = table_cells(rows := ap_table({name: [result] for name, result in results.items()}))
     write_csv(rows, folder / "table.csv")
     knn = [row["knn_top1"] for row in map(json.loads, open(folder / "pretrain" / "metrics.jsonl")) if "knn_top1" in row]
     minutes = (time.perf_counter() - start) / 60

@@ -10,7 +10,6 @@ of one name are seeds of one row. Leaves report.md, report.html and table.csv.
 import argparse
 import csv
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.report import to_markdown, write_report  # noqa: E402
+from transfer.report import cell, mean_std, to_markdown, write_report  # noqa: E402
 
 # Linear evaluation: what is known here of the paper's Tables 1-4, by recipe. Its authors' code reports the best epoch,
 # so that this stands beside ours. BYOL's on ImageNet is the abstract's "2.5 % improvement over BYOL" taken from RSA's.
@@ -42,9 +41,9 @@ def main():
         writer = csv.writer(file)
         writer.writerow(["run", "seeds", *(word for name in COLUMNS for word in (name, f"{name} std")), "paper"])
         for name, seeds in rows.items():
-            spreads = [spread([seed.get(column) for seed in seeds]) for column in COLUMNS]
-            writer.writerow([name, len(seeds), *(value for pair in spreads for value in pair), PAPER.get(name)])
-            table.append([name, str(len(seeds)), *map(cell, spreads), PAPER.get(name, "–")])
+            figures = [mean_std([seed.get(column) for seed in seeds]) for column in COLUMNS]
+            writer.writerow([name, len(seeds), *(x for pair in figures for x in pair or (None, None)), PAPER.get(name)])
+            table.append([name, str(len(seeds)), *map(cell, figures), PAPER.get(name, "–")])
     write_report(folder, "Linear evaluation", [("Top-1", table)])
     print(to_markdown(table) + f"\n{folder / 'report.html'}")
 
@@ -62,18 +61,6 @@ def read_run(folder):
     if not figures:
         raise InputError(f"{folder} holds no linear.json or knn.json: write them with tools/evaluate.py --output FILE")
     return figures
-
-
-def spread(values):
-    """(mean, sample standard deviation or None); (None, None) when a seed lacks the figure."""
-    if None in values:
-        return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def cell(pair):
-    mean, std = pair
-    return "–" if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def load_weights(path):
             raise InputError(foreign + f"{len(resnet50_shapes()) - len(found)} of {len(resnet50_shapes())} tensors are "
                              f"missing, {len(stored) - len(found)} are unknown")
         state = read_tensors(found, path)
-        if contents.get("crc32", crc := checksum(state, provenance)) != crc:
+        if contents.get("crc32") != checksum(state, provenance):
             raise InputError(f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py")
     return state, provenance
 

@@ -137,7 +137,7 @@ def check_comparable(runs):
 
 
 def ap_table(runs, published=False):
-    """{name: results, or a list of them (seeds)} -> rows {"run", "seeds", and for each of COLUMNS (mean, std) or None}.
+    """{name: results of its seeds} -> rows {"run", "seeds", and for each of COLUMNS (mean, std) or None}.
 
     AP in percent; std is the sample standard deviation over seeds, None for a single run. A number that any
     seed lacks is None. ``published`` adds, under each run that is a row of :data:`PUBLISHED`, those numbers and the
@@ -145,12 +145,9 @@ def ap_table(runs, published=False):
     """
     rows = []
     for name, seeds in runs.items():
-        seeds = seeds if isinstance(seeds, list) else [seeds]
         row = {"run": name, "seeds": len(seeds)}
         for column, (task, key) in COLUMNS.items():
-            values = [seed["ap"][task].get(key) for seed in seeds]
-            row[column] = None if None in values else (
-                statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+            row[column] = mean_std([seed["ap"][task].get(key) for seed in seeds])
         rows.append(row)
         known = table_row(seeds[0]) if published else None
         if known:
@@ -170,16 +167,25 @@ def table_cells(rows):
 
     A difference of more than :data:`SEED_NOISE` carries a ``*``.
     """
-    def cell(value, kind):
-        if value is None:
-            return "–"
-        mean, std = value
-        if kind == "difference":
-            return f"{mean:+.1f}" + " *" * beyond_noise(mean)
-        return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-
     return [["", *PAPER_COLUMNS]] + [
         [row["run"], *(cell(row[column], row.get("kind")) for column in PAPER_COLUMNS)] for row in rows]
+
+
+def mean_std(values):
+    """Mean and sample standard deviation (None of a single one) over seeds; None where a seed lacks the figure."""
+    if None in values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def cell(value, kind=None):
+    """(mean, std) of :func:`mean_std` -> "41.1 ± 0.2"; with ``kind`` "difference" -> "+0.4 *"."""
+    if value is None:
+        return "–"
+    mean, std = value
+    if kind == "difference":
+        return f"{round(mean, 1) + 0:+.1f}" + " *" * beyond_noise(mean)  # + 0: no -0.0
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
 def beyond_noise(difference):
