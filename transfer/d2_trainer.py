@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import DatasetCatalog, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (DatasetCatalog, DatasetFromList, build_detection_train_loader,
+                             get_detection_dataset_dicts)
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
@@ -110,8 +111,9 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         on_gpu = cfg.MODEL.DEVICE != "cpu"
         self.start_iter, self.max_iter, self.cfg, self.accumulate = 0, cfg.SOLVER.MAX_ITER, cfg, accumulate
-        self.images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN,
-                                                  filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take gigabytes in each process.
+        self.images = DatasetFromList(get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS), copy=False)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = create_ddp_model(model, broadcast_buffers=False,
@@ -171,7 +173,7 @@ class Trainer(DefaultTrainer):
                 raise InputError(f"the checkpoint in {self.cfg.OUTPUT_DIR} is of other settings ({error}): restore them, "
                                  "or give another OUTPUT_DIR") from None
             self._trainer.data_loader = self.build_loader(self.cfg, self.start_iter)
-            if self.cfg.SEED >= 0:  # else the augmentations of the first iterations would come again, too
+            if self.cfg.SEED >= 0:  # or else the same random numbers as in its first iterations would be drawn again
                 seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
         elif weights in ZOO:
             super().resume_or_load(False)
