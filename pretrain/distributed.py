@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -59,9 +60,10 @@ def launch(train, cfg, processes):
             if name == kind.__name__:
                 raise kind(text) from None
         raise
-    finally:  # elastic leaves its own
+    finally:  # elastic leaves its own, unless another thread than the main one has called
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
 
 
 def is_a_crash(record):

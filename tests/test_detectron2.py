@@ -20,6 +20,8 @@ from transfer import d2_trainer  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
 from transfer.config import RGB_IMAGENET, InputError, torchvision_defaults  # noqa: E402
 from transfer.convert import convert  # noqa: E402
+from transfer.report import DETECTRON2_ALONE  # noqa: E402
+from transfer.results import settings  # noqa: E402
 from transfer.shapes import write_coco  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "transfer"
@@ -42,6 +44,12 @@ def load(name):
 def test_embedded_defaults_are_detectron2s():
     detectron2 = dict(flat(get_cfg()))
     assert {k: v for k, v in flat(torchvision_defaults()) if detectron2[k] != v} == {}
+
+
+def test_other_defaults_are_detectron2s():
+    cfg = load("mask_rcnn_R50_FPN_1x.yaml")
+    found = settings(cfg.dump())
+    assert {key: found[key] for key in DETECTRON2_ALONE} == DETECTRON2_ALONE
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +279,10 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in row for row in rows) and max(row["iteration"] for row in rows) == 3
     assert rows[-1]["segm/AP"] == results["ap"]["segm"]["AP"] and rows[-1]["iteration"] == 3
+    again = tool("train_net", *arguments, "--eval-only", "--num-processes", 1)  # still the training's results
+    assert again.returncode == 0, again.stderr[-3000:]
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["ap"] == results["ap"] and again["processes"] == 2 and not again["eval_only"]
     changed = tool("train_net", *arguments, "SOLVER.BASE_LR", 0.5)
     assert changed.returncode == 2 and "began with SOLVER.BASE_LR 0.01 and not 0.5" in changed.stderr, changed.stderr[-900:]
     judged = tool("train_net", "--config-file", tmp_path / "run" / "config.yaml", "--eval-only", "MODEL.WEIGHTS",
@@ -314,6 +326,16 @@ def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
     assert d2_trainer.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
     with pytest.raises(InputError, match="choose one"):
         d2_trainer.plan_passes(scaled, 2, 2)
+
+
+def test_an_evaluation_of_a_scaled_training_is_its_own(shapes, tmp_path):
+    """Masks run-length encoded, the schedule scaled: the config of its results is that of the training."""
+    scaled = "SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()
+    first = d2_trainer.train(tiny(shapes, tmp_path, *scaled))
+    again = d2_trainer.train(tiny(shapes, tmp_path, *scaled), resume=True, eval_only=True)
+    assert first["config"] == again["config"] and "MASK_FORMAT: bitmask" in first["config"]
+    assert "MAX_ITER: 4" in first["config"] and "NUM_ITER: 6" in first["config"]  # 4 of 2 images, 6 of 2
+    assert not again["eval_only"] and again["iterations"] == 4 and again["ap"] == first["ap"]
 
 
 def test_schedule_that_cannot_be_scaled(shapes, tmp_path):

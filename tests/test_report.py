@@ -208,6 +208,7 @@ def full_run(folder, box, mask, weights, schedule="1x", protocol="infomin", **ch
         cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "protocol_moco.yaml"))
     cfg.OUTPUT_DIR = str(folder)
     cfg.merge_from_list([item for pair in changes.pop("keys", {}).items() for item in pair])
+    cfg.SOLVER.update(changes.get("more", {}))  # for which the embedded engine has no key
     iterations = changes.get("iterations", cfg.SOLVER.MAX_ITER)
     results.write_results(cfg, changes.get("engine", "detectron2"), aps(box, mask), weights, iterations, 12.5,
                          changes.get("eval_only", False), 8, 1)
@@ -239,7 +240,8 @@ def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
     {"iterations": 5000}, {"eval_only": True}, {"keys": {"SOLVER.BASE_LR": 0.03}},
     {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}, {"keys": {"TEST.PRECISE_BN.ENABLED": False}},
     {"keys": {"INPUT.MIN_SIZE_TRAIN": (320,)}}, {"keys": {"SOLVER.STEPS": (1000,)}}, {"keys": {"INPUT.FORMAT": "BGR"}},
-    {"keys": {"SOLVER.WEIGHT_DECAY": 0.5}}, {"keys": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 1}}])
+    {"keys": {"SOLVER.WEIGHT_DECAY": 0.5}}, {"keys": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 1}},
+    {"more": {"NESTEROV": True}}, {"more": {"CLIP_GRADIENTS": {"ENABLED": True}}}])
 def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
     assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
 

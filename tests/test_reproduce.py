@@ -159,6 +159,8 @@ def test_results_of_another_run_are_not_taken_for_done(here, monkeypatch, capsys
     assert "0 of 1 to run" in run() and "0 of 1 to run" in run("--set", "SOLVER.AMP.ENABLED", "True")
     with pytest.raises(InputError, match="results.json is of a run with SOLVER.STEPS .60000, 80000. and not .9, 10."):
         run("--set", "SOLVER.STEPS", "(9, 10)")
+    results("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [64]])
+    assert "0 of 1 to run" in run("--set", "MODEL.ANCHOR_GENERATOR.SIZES", "((16,), (64,))")
     results("SOLVER.MAX_ITER", 10, iterations=10)  # a trial of before
     with pytest.raises(InputError, match="is of a run with SOLVER.MAX_ITER 10 and not 90000: move it away"):
         run()

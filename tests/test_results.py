@@ -45,7 +45,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path)
     with pytest.raises(InputError, match="training.json is missing, which says what the run there began with"):
         results.check_unchanged(cfg)
-    assert results.read_training(tmp_path) is None and not results.trained_with(cfg)
+    assert results.read_training(tmp_path) is None and not results.own_training(cfg)
     for name in ("last_checkpoint", "results.json", "metrics.json"):  # of a run that was here before
         (tmp_path / name).write_text("x")
     results.begin_training(cfg, {"method": "rsa"})
@@ -54,7 +54,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     assert results.read_training(tmp_path)["weights"] == {"method": "rsa"}
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
     results.check_unchanged(cfg)
-    assert results.trained_with(cfg)
+    assert results.own_training(cfg)
     for key, value, words in (("BASE_LR", 0.5, "0.001 and not 0.5"), ("MAX_ITER", 80000, "40000 and not 80000")):
         changed = cfg.clone()
         changed.SOLVER[key] = value
@@ -62,12 +62,12 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
             results.check_unchanged(changed)
     moved = cfg.clone()  # the same files, in another machine's folders
     moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/scratch/w.pkl", ("/scratch/train.json::/scratch/images",)
-    assert not results.trained_with(moved)
+    assert not results.own_training(moved)
     results.begin_training(moved, None)
     moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/other/w.pkl", ("/other/train.json::/other/images",)
-    assert results.trained_with(moved)
+    assert results.own_training(moved)
     moved.DATASETS.TRAIN = ("/other/val.json::/other/images",)
-    assert not results.trained_with(moved)
+    assert not results.own_training(moved)
     moved.DATASETS.TRAIN, moved.MODEL.RESNETS.NORM = ("/other/train.json::/other/images",), "BN"
     moved.MODEL.DEVICE = "cuda"
     results.begin_training(moved, None, processes=2, accumulate=4)

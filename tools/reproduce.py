@@ -13,6 +13,7 @@ there, and else pre-trains.
 
 import argparse
 import ast
+import json
 import shlex
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def check_results(step, overrides):
     wanted, found = recipe_settings(*files), settings(results["config"])
     wanted = {key: value for key, value in wanted.items() if not FREE.fullmatch(key)}
     wanted |= zip(overrides[::2], map(yaml_value, overrides[1::2]))
-    differ = [f"{key} {found.get(key)} and not {value}" for key, value in wanted.items() if found.get(key) != value]
+    differ = [f"{key} {found.get(key)} and not {value}" for key, value in wanted.items() if found.get(key, value) != value]
     if results["iterations"] != found["SOLVER.MAX_ITER"] or results["eval_only"]:
         differ.insert(0, f"{results['iterations']} iterations")
     if differ:
@@ -235,7 +236,7 @@ def yaml_value(text):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return list(value) if isinstance(value, tuple) else value
+    return json.loads(json.dumps(value)) if isinstance(value, (tuple, list)) else value  # lists, as in YAML
 
 
 def main():

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -317,19 +318,21 @@ def run_lengths(text):
     A number is characters of five bits each, counted from "0", the lowest first; 32 is set in all but the last, whose
     16 is the sign. From the fourth on, a number is the difference to the count two before.
     """
-    counts, value, bits = [], 0, 0
-    for character in text:
-        code = ord(character) - ord("0")
-        if not 0 <= code < 64:
-            raise ValueError(f"has the character {character!r}")
-        value |= (code & 31) << bits
-        bits += 5
-        if bits > 30:  # more than an image has, and than pycocotools reads
-            raise ValueError("has a number of more than 30 bits")
-        if code < 32:
-            value -= (code >> 4) << bits
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = bits = 0
-    if bits:
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64) - ord("0")
+    strange = (codes < 0) | (codes >= 64)
+    if strange.any():
+        raise ValueError(f"has the character {text[strange.argmax()]!r}")
+    if not len(codes):
+        return []
+    if codes[-1] >= 32:
         raise ValueError("ends amid a number")
-    return counts
+    ends = np.flatnonzero(codes < 32)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > 6:  # more than an image has, and than pycocotools reads
+        raise ValueError("has a number of more than 30 bits")
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    counts = np.add.reduceat((codes & 31) << 5 * place, starts) - ((codes[ends] >> 4) << 5 * lengths)
+    for first in (1, 2):
+        counts[first::2] = counts[first::2].cumsum()
+    return counts.tolist()

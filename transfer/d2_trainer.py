@@ -37,8 +37,8 @@ from transfer.annotations import COCO_2017, check_datasets, locate_dataset
 from transfer.config import NORMALISED, RGB_IMAGENET, InputError, check_weights
 from transfer.convert import detectron2_name, load_model, load_weights
 from transfer.readers import resnet50_shapes, sha256
-from transfer.results import (begin_training, check_network, check_unchanged, load_results, read_training, trained_with,
-                              write_results)
+from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
+                              settings, write_results)
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
@@ -52,6 +52,10 @@ ZOO = {
 # What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
 # scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
 BYTES_PER_IMAGE = 3.6e9
+
+
+if not hasattr(SimpleTrainer, "_data_loader_iter"):
+    raise ImportError("older than June 2022, its release 0.6 among them: a resumed run could not go on in the data")
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -305,15 +309,18 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         if not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
             raise InputError(f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
         check_network(cfg, cfg.OUTPUT_DIR if resume else Path(cfg.MODEL.WEIGHTS).parent)
-    provenance = None
-    if not eval_only:
-        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-        if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+    provenance, reference, trained_on = None, cfg.SOLVER.REFERENCE_WORLD_SIZE, processes
+    if eval_only and resume and (training := read_training(cfg.OUTPUT_DIR)):
+        trained_on = training["processes"]
+        cfg.INPUT.MASK_FORMAT = settings(training["config"])["INPUT.MASK_FORMAT"]  # by the training set, see below
+    if reference and (not eval_only or resume):
+        if cfg.SOLVER.IMS_PER_BATCH % reference:
             raise InputError(f"the schedule is scaled from {reference} GPUs, among which "
                              f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide: leave out --scale-schedule")
-        cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
-        if reference:  # its statistics need as many images as ever
-            cfg.TEST.PRECISE_BN.NUM_ITER = cfg.TEST.PRECISE_BN.NUM_ITER * reference // processes
+        cfg = DefaultTrainer.auto_scale_workers(cfg, trained_on)
+        # precise BatchNorm needs as many images as ever
+        cfg.TEST.PRECISE_BN.NUM_ITER = cfg.TEST.PRECISE_BN.NUM_ITER * reference // trained_on
+    if not eval_only:
         accumulate = plan_passes(cfg, processes, accumulate)
         if cfg.INPUT.MASK_FORMAT == "polygon" and any(annotations.rle for annotations in found):
             cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -394,9 +401,10 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
         training = read_training(Path(final).parent)
+        own = own_training(cfg) if eval_only and resume else None  # then these are the training's results once more
+        processes, accumulate = ((own["processes"], own["accumulate"]) if own else (comm.get_world_size(), accumulate))
         write_results(cfg, "detectron2", ap, training["weights"] if training else {"source": str(final)}, iterations,
-                      time.perf_counter() - start, eval_only and not (resume and trained_with(cfg)),
-                      comm.get_world_size(), accumulate)
+                      time.perf_counter() - start, eval_only and not own, processes, accumulate)
     comm.synchronize()  # nobody takes the group down while another still reads
 
 

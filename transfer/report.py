@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from transfer.config import InputError, protocol_of, torchvision_defaults
-from transfer.results import AP_KEYS, normalised, settings
+from transfer.results import AP_KEYS, normalised, set_names, settings
 
 # Box AP and mask AP on COCO val2017 under the InfoMin protocol, by schedule and row. RSA's are the paper's (Tables 5
 # and 6). The others are what InfoMin's authors published with their code (github.com/HobbitLong/PyContrast, detection),
@@ -34,6 +34,19 @@ PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask
 OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\.NUM_WORKERS|SEED|"
                         r"MODEL\.WEIGHTS")
 FREE = re.compile(OF_ONE_ROW.pattern + r"|SOLVER\.AMP\.ENABLED|INPUT\.MASK_FORMAT")
+# Defaults of what the embedded engine has no key for, and no recipe changes.
+DETECTRON2_ALONE = {
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR", "SOLVER.WARMUP_METHOD": "linear", "SOLVER.NESTEROV": False,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": False, "SOLVER.BIAS_LR_FACTOR": 1.0, "INPUT.CROP.ENABLED": False,
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice", "DATALOADER.SAMPLER_TRAIN": "TrainingSampler",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True, "DATALOADER.ASPECT_RATIO_GROUPING": True, "TEST.AUG.ENABLED": False,
+    "MODEL.RESNETS.NUM_GROUPS": 1, "MODEL.RESNETS.WIDTH_PER_GROUP": 64, "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+    "MODEL.RESNETS.RES5_DILATION": 1, "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False] * 4, "MODEL.FPN.FUSE_TYPE": "sum",
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": "smooth_l1", "MODEL.RPN.SMOOTH_L1_BETA": 0.0, "MODEL.RPN.LOSS_WEIGHT": 1.0,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "smooth_l1", "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.0,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False, "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": False, "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
+}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "transfer"
 # Which formats of transfer/readers.py a row's weights may come in, for a file of another method does not name itself.
 PYCONTRAST, AUTHORS = "InstDis, PIRL, InfoMin (PyContrast)", "the authors' RSA or BYOL"
@@ -55,7 +68,8 @@ def row_labels(results):
     for folder, name in names.items():
         result = results[folder]
         kind = [result["engine"], result["iterations"], result["eval_only"], normalised_images(result),
-                {key: value for key, value in settings(result["config"]).items() if not OF_ONE_ROW.fullmatch(key)},
+                {key: set_names(value) if key.startswith("DATASETS.") else value
+                 for key, value in settings(result["config"]).items() if not OF_ONE_ROW.fullmatch(key)},
                 *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
         if kind not in kinds.setdefault(name, []):
             kinds[name].append(kind)
@@ -104,7 +118,8 @@ def table_row(results):
     suffix = {"rsa": "", "random": "_random", "msra": "_msra"}.get(row, "_ssl")
     recipe = recipe_settings(CONFIGS / f"mask_rcnn_R50_FPN_{schedule}{suffix}.yaml")
     own = settings(results["config"])
-    return (schedule, row) if all(FREE.fullmatch(key) or own.get(key) == value for key, value in recipe.items()) else None
+    same = all(FREE.fullmatch(key) or own.get(key, value) == value for key, value in recipe.items())
+    return (schedule, row) if same else None
 
 
 def row_of_folder(name):
@@ -113,11 +128,12 @@ def row_of_folder(name):
 
 
 def recipe_settings(*files):
-    """The settings of a fine-tuning with these config files, one on top of the other."""
+    """The settings of a fine-tuning with these config files, one on top of the other, as far as a result depends on
+    them."""
     cfg = torchvision_defaults()
     for file in files:
         cfg.merge_from_file(str(file))
-    return settings(cfg.dump())
+    return DETECTRON2_ALONE | settings(cfg.dump())
 
 
 def check_comparable(runs):
@@ -132,8 +148,8 @@ def check_comparable(runs):
                              + ", ".join(f"{name} is {kind}" for kind, name in kinds.items()) + "; make a report of each")
         return next(iter(kinds))
 
-    return alike("protocols", protocol_of), alike("test sets", lambda config: ", ".join(
-        Path(name.split("::")[0]).name for name in config["DATASETS"]["TEST"]))
+    return alike("protocols", protocol_of), alike(
+        "test sets", lambda config: ", ".join(set_names(config["DATASETS"]["TEST"])))
 
 
 def ap_table(runs, published=False):

@@ -99,8 +99,8 @@ def load_results(folder):
 
 TRAINING = "training.json"  # in OUTPUT_DIR, from the first iteration on: the weights' provenance, and the config
 # Settings that may change when a run goes on, or when what it has trained is evaluated again.
-EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\..*|"
-                        r"DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST")
+EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
+                        r"DATALOADER\.NUM_WORKERS|DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST")
 # And those that make the network, and what it sees, what they were in training.
 NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
@@ -140,12 +140,17 @@ def difference(cfg, training, of=None):
     def plain(key, value):
         if key.endswith(".NORM"):  # over how many images is another question
             return value.replace("SyncBN", "BN")
-        return [name.split("::")[0].split("/")[-1] for name in value] if key == "DATASETS.TRAIN" else value
+        return set_names(value) if key == "DATASETS.TRAIN" else value
 
     before, now = settings(training["config"]), settings(cfg.dump())
     counts = of.fullmatch if of else lambda key: not EVALUATION.fullmatch(key)
     return next((f"{key} {before[key]} and not {value}" for key, value in now.items()
                  if key in before and counts(key) and plain(key, before[key]) != plain(key, value)), None)
+
+
+def set_names(names):
+    """Data sets' names as they are on any machine: a COCO-format one's is that of its annotation file."""
+    return [name.split("::")[0].split("/")[-1] for name in names]
 
 
 def check_unchanged(cfg, processes=1, accumulate=1):
@@ -180,10 +185,11 @@ def check_network(cfg, folder):
         raise InputError(f"the model in {folder} was trained with {found}: evaluate it with the config of its training")
 
 
-def trained_with(cfg):
-    """Whether the training in ``cfg.OUTPUT_DIR`` is known to have had the settings of ``cfg``."""
+def own_training(cfg):
+    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the settings of ``cfg``, else
+    None."""
     training = read_training(cfg.OUTPUT_DIR)
-    return training is not None and difference(cfg, training) is None
+    return training if training and difference(cfg, training) is None else None
 
 
 def settings(config):

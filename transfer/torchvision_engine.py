@@ -32,7 +32,7 @@ from transfer.annotations import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
-from transfer.results import begin_training, check_network, check_unchanged, trained_with, write_results
+from transfer.results import begin_training, check_network, check_unchanged, own_training, write_results
 from transfer.torchvision_model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
@@ -218,4 +218,4 @@ def train(cfg, resume=False, eval_only=False):
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
     return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections),
                          weights=weights, iterations=iterations, seconds=time.time() - began,
-                         eval_only=eval_only and not (resume and trained_with(cfg)))
+                         eval_only=eval_only and not (resume and own_training(cfg)))
