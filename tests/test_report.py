@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fvcore.common.config import CfgNode as CN
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
@@ -241,7 +242,7 @@ def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
     {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}, {"keys": {"TEST.PRECISE_BN.ENABLED": False}},
     {"keys": {"INPUT.MIN_SIZE_TRAIN": (320,)}}, {"keys": {"SOLVER.STEPS": (1000,)}}, {"keys": {"INPUT.FORMAT": "BGR"}},
     {"keys": {"SOLVER.WEIGHT_DECAY": 0.5}}, {"keys": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 1}},
-    {"more": {"NESTEROV": True}}, {"more": {"CLIP_GRADIENTS": {"ENABLED": True}}}])
+    {"more": {"NESTEROV": True}}, {"more": {"CLIP_GRADIENTS": CN({"ENABLED": True})}}])
 def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
     assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
 
