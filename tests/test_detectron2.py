@@ -279,6 +279,8 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in row for row in rows) and max(row["iteration"] for row in rows) == 3
     assert rows[-1]["segm/AP"] == results["ap"]["segm"]["AP"] and rows[-1]["iteration"] == 3
+    table = tool("report", tmp_path / "run", "--output", tmp_path / "report")
+    assert table.returncode == 0 and "run (random)" in table.stdout, table.stderr
     again = tool("train_net", *arguments, "--eval-only", "--num-processes", 1)  # still the training's results
     assert again.returncode == 0, again.stderr[-3000:]
     again = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -68,7 +68,7 @@ def row_labels(results):
     for folder, name in names.items():
         result = results[folder]
         kind = [result["engine"], result["iterations"], result["eval_only"], normalised_images(result),
-                {key: set_names(value) if key.startswith("DATASETS.") else value
+                {key: set_names(value) if key in ("DATASETS.TRAIN", "DATASETS.TEST") else value
                  for key, value in settings(result["config"]).items() if not OF_ONE_ROW.fullmatch(key)},
                 *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
         if kind not in kinds.setdefault(name, []):
