@@ -214,7 +214,25 @@ def build(cfg, amp, share, kept, saved):
     if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
         model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None,
                                         broadcast_buffers=False, gradient_as_bucket_view=True)
+        settle_buckets(model)
     return networks, model, optimizer, scaler, normalised
+
+
+def settle_buckets(model):
+    """Give the buckets of DistributedDataParallel the layout that they keep, by a backward pass that trains nothing.
+
+    It lays its buckets out anew after the first backward pass, in the order in which the gradients arrived. A gradient's
+    place in its bucket decides in which order all-reduce adds the processes' parts, so from three processes on, the first
+    step of a resumed run would round otherwise than the same step of an uninterrupted run. Here every parameter gets a
+    gradient of zero, the last parameter first, as in a real backward pass. Neither the network nor the random state
+    takes part, and later steps cost nothing: ``find_unused_parameters=True``, which never lays out anew, would walk the
+    graph in each.
+    """
+    networks = model.module
+    networks.forward = lambda _: sum(p.sum() * 0 for p in networks.parameters() if p.requires_grad)
+    model(None).backward()
+    del networks.forward
+    networks.zero_grad(set_to_none=True)
 
 
 def normalised_views(batch, mean, std):
