@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import InputError, differences, get_cfg
+from pretrain.config import DATA_KEYS, FREE_KEYS, InputError, differences, get_cfg
 
 LAST, PREVIOUS, FINAL = "checkpoint_last.pth", "checkpoint_previous.pth", "model_final.pth"
 CONFIG = "config.yaml"
@@ -131,17 +131,18 @@ def newest(folder):
 
 
 def take_up(cfg, saved):
-    """The micro-batch of the run in the output folder, from its checkpoint ``saved`` or from config.yaml; 0 if there is
-    none. Raises InputError, naming each difference, when that run has another configuration and anything to lose: the
-    result would be neither the one run's nor the other's."""
+    """The micro-batch of the run in the output folder, from its checkpoint ``saved`` or from config.yaml, 0 if there is
+    none; and whether that run's data set has the same path. Raises InputError, naming each difference, when that run has
+    another configuration and anything to lose: the result would be neither the one run's nor the other's."""
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG
     text = saved["config"] if saved else config.read_text() if config.is_file() else get_cfg().dump()
-    own, changed = differences(text, cfg, config)
-    if changed and (saved or (folder / FINAL).is_file()):
+    known_images = saved is None or "data" in saved
+    own, changed = differences(text, cfg, config, FREE_KEYS + DATA_KEYS * known_images)
+    if changed and saved:
         raise InputError(f"{folder} holds a run with another configuration ({'; '.join(changed)}): "
                          "give the same options, or another --output-dir")
-    return 0 if changed else own["SOLVER.MICRO_BATCH"]
+    return 0 if changed else own["SOLVER.MICRO_BATCH"], own["DATA.PATH"] == cfg.DATA.PATH
 
 
 def write_config(cfg):

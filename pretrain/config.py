@@ -11,6 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD",
              "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
              "ALARM.COLLAPSE_STEPS")
+DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ as well where the images are known (pretrain/identity.py)
 
 
 class InputError(ValueError):
@@ -123,9 +124,9 @@ def check(cfg):
                          "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer")
 
 
-def differences(saved_yaml, cfg, source):
+def differences(saved_yaml, cfg, source, free=FREE_KEYS):
     """A saved configuration (YAML text of ``source``) as {key: value}, and the keys on which ``cfg`` disagrees with it,
-    as ``KEY: saved -> now``. Keys that it lacks had their default."""
+    as ``KEY: saved -> now``. Keys that it lacks had their default; ``free`` ones may differ."""
     try:
         saved = {**_flatten(get_cfg()), **_flatten(yaml.safe_load(saved_yaml))}
     except (yaml.YAMLError, AttributeError):
@@ -133,7 +134,7 @@ def differences(saved_yaml, cfg, source):
                          "or give another --output-dir") from None
     now = _flatten(cfg)
     return saved, [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in sorted({*saved, *now})
-                   if key not in FREE_KEYS and _plain(saved.get(key)) != _plain(now.get(key))]
+                   if key not in free and _plain(saved.get(key)) != _plain(now.get(key))]
 
 
 def _plain(value):

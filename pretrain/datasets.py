@@ -126,16 +126,20 @@ class ImageFolder(Source):
         names = sorted(os.path.relpath(os.path.join(folder, name), root)
                        for top in tops for folder, _, files in os.walk(top, followlinks=True) for name in files
                        if _is_image(name))
-        folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-        self.classes = sorted({folder for folder in folders if folder})
+        self.take([os.fsencode(name) for name in names])
         missing = sorted(set(classes or ()) - set(self.classes))
         if missing:
             raise InputError(f"{root} has no images of {len(missing)} of the classes asked for, {missing[0]} first: "
                              "complete it, or correct DATA.CLASSES")
         if not names:
             raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
+
+    def take(self, names):
+        """Hold the images of these ``names``, bytes below the root, in this order, whether they are there or not."""
+        folders = [os.fsdecode(name).split(os.sep)[0] if b"/" in name else None for name in names]
+        self.classes = sorted({folder for folder in folders if folder})
         index = {folder: i for i, folder in enumerate(self.classes)}
-        self.names = np.array([os.fsencode(name) for name in names])
+        self.names = np.array(names)
         self.labels = np.array([index.get(folder, -1) for folder in folders])
 
     def name(self, index):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain import checkpoint, distributed, micro_batch, schedules
+from pretrain import checkpoint, distributed, identity, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
 from pretrain.datasets import open_images
@@ -49,16 +49,20 @@ def _train(cfg, stop):
     # ---- what the run goes on from ----
     path = distributed.from_first(checkpoint.newest(folder) if main else None)
     saved = checkpoint.load(path) if path else None
-    kept = checkpoint.take_up(cfg, saved)
     final = folder / checkpoint.FINAL
-    if distributed.from_first(final.is_file()):
+    complete = distributed.from_first(final.is_file())
+    known = saved or (checkpoint.load(final) if complete else None)
+    kept, same_path = checkpoint.take_up(cfg, known)
+    if not (complete and same_path):
+        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
+        identity.check_same_everywhere(images)
+        unreadable = BadImages(folder / "bad_images.txt", images).listed()
+        gone = identity.recognise(images, known, unreadable, folder) if known else 0
+    if complete:
         if main:
             print(f"{final} is already there: this run is complete")
         return str(final)
-    images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
-    if saved and saved["num_images"] != len(images):
-        raise InputError(f"{folder} holds a run on {saved['num_images']} images, but {images.root} has {len(images)}: "
-                         "restore the data set, or give another --output-dir")
+    data = identity.describe(images)
     bank, val = find_labelled(cfg, images)
 
     share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
@@ -90,7 +94,9 @@ def _train(cfg, stop):
         state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step, "num_images": len(images),
                  "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "data": data}
+        else:  # what is passed on names no images
+            state["data"] = {"sha256": data["sha256"]}
         try:
             checkpoint.save(path, state, previous)
             return True
@@ -111,6 +117,8 @@ def _train(cfg, stop):
         print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
               f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
               f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
+        if gone:
+            print(f"{gone} images of {bad_images.path} are gone: the next ones stand in for them, as before")
         if saved and saved["normalised"] != normalised:
             print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
                   "goes on with the same samples, but not bit for bit")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import train_loop
+from pretrain import distributed, identity, images, train_loop
 from pretrain.checkpoint import FINAL, LAST, PREVIOUS
 from pretrain.config import METHODS, InputError, Interrupted
+from pretrain.datasets import open_images
 from tests.conftest import assert_same, final_weights
 from tests.conftest import tiny_cfg as tiny
 
@@ -113,14 +114,104 @@ def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted,
     assert [row["step"] for row in rows if "knn_top1" in row] == [0, 9]
 
 
-def test_changed_data_set_is_refused(image_folder, tmp_path):
-    copy = shutil.copytree(image_folder, tmp_path / "train")
-    cfg = tiny(copy, tmp_path)
-    train_loop.train(cfg)
-    Path(cfg.OUTPUT_DIR, FINAL).unlink()
-    next(copy.glob("*/*.png")).unlink()
-    with pytest.raises(InputError, match="24 images, but .* has 23"):
-        train_loop.train(tiny(copy, tmp_path))
+@pytest.fixture
+def stopped(image_folder, tmp_path, stop_after):
+    """Copies of the image folder and its val/; a run on it in ``tmp_path``, stopped after four steps of nine."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder.parent, data)
+    stop_after(4)
+    with pytest.raises(Interrupted):
+        train_loop.train(tiny(data / "train", tmp_path))
+    return data
+
+
+@pytest.mark.parametrize("spelling", ["{0}/train/", "{0}", "{0}/../data/train", "data/train", "moved", "copied"])
+def test_the_same_images_under_another_path_go_on(tmp_path, stopped, spelling, uninterrupted, monkeypatch):
+    """Known by what is in them; with a finished run it is the same."""
+    monkeypatch.chdir(tmp_path)
+    path = spelling.format(stopped)
+    if spelling == "moved":
+        path = stopped.rename(tmp_path / "elsewhere") / "train"
+    if spelling == "copied":
+        path = shutil.copytree(stopped, tmp_path / "copy") / "train"
+    final = train_loop.train(tiny(path, tmp_path))
+    assert_same(final_weights(final), final_weights(uninterrupted))
+    assert "data" in torch.load(final, weights_only=True)
+    Path(tmp_path, "run", LAST).unlink()
+    Path(tmp_path, "run", PREVIOUS).unlink()
+    assert train_loop.train(tiny(f"{path}/.", tmp_path)) == final
+
+
+def remove(data):
+    (data / "a" / "03.jpg").unlink()
+
+
+def add(data):
+    shutil.copy(data / "b" / "02.png", data / "b" / "xyz.png")
+
+
+def rename(data):
+    (data / "a" / "03.jpg").rename(data / "a" / "03 (1).jpg")
+
+
+def rename_class(data):
+    (data / "b").rename(data / "c")
+
+
+@pytest.mark.parametrize("change, words", [
+    (remove, "has 23; a/03.jpg is gone: restore"), (add, "has 25; b/xyz.png is new: restore"),
+    (rename, r"has 24; a/03.jpg is gone; a/03 \(1\).jpg is new: restore"),
+    (rename_class, "has 24; b/00.jpg is gone, and 11 more; c/00.jpg is new, and 11 more: restore")])
+def test_changed_data_set_is_refused(tmp_path, stopped, change, words):
+    change(stopped / "train")
+    line = f"holds a run on 24 images, and .*train {words} the data set, or give another --output-dir$"
+    with pytest.raises(InputError, match=line):
+        train_loop.train(tiny(stopped / "train", tmp_path))
+
+
+def test_a_finished_run_is_not_that_of_other_images(image_folder, uninterrupted, tmp_path):
+    run = shutil.copytree(Path(uninterrupted).parent, tmp_path / "run")
+    for path in run.glob("checkpoint_*.pth"):
+        path.unlink()  # to save space: model_final.pth knows the images as well, but not their names
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    rename(other)
+    with pytest.raises(InputError, match="24 images, and .* has 24; other names, labels or classes: restore"):
+        train_loop.train(tiny(other, tmp_path))
+
+
+def test_checkpoint_without_a_data_set_goes_on(tmp_path, stopped, uninterrupted):
+    """It is an older version's, which knew the images by their path and their number."""
+    last = tmp_path / "run" / LAST
+    saved = torch.load(last, weights_only=True)
+    del saved["data"]
+    torch.save(saved, last)
+    with pytest.raises(InputError, match="another configuration .DATA.PATH: "):
+        train_loop.train(tiny(f"{stopped}/train/", tmp_path))
+    final = train_loop.train(tiny(stopped / "train", tmp_path))
+    assert_same(final_weights(final), final_weights(uninterrupted))
+
+
+def test_removing_a_listed_image_changes_nothing(image_folder, tmp_path, stop_after, monkeypatch, capsys):
+    """As the message on it advises. Its place in the order is kept, and the next image stands in for it as before."""
+    monkeypatch.setattr(images, "MAX_BAD", 0.5)
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    (data / "a" / "03.jpg").write_bytes(b"damaged")
+    whole = train_loop.train(tiny(data, tmp_path / "whole"))
+    stop_after(4)
+    with pytest.raises(Interrupted):
+        train_loop.train(tiny(data, tmp_path))
+    (data / "a" / "03.jpg").unlink()
+    moved = data.rename(tmp_path / "moved")
+    final = train_loop.train(tiny(moved, tmp_path))
+    assert "1 images of" in capsys.readouterr().out
+    assert_same(final_weights(final), final_weights(whole))
+
+
+def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
+    """Of several machines, one may hold an incomplete copy."""
+    monkeypatch.setattr(distributed, "from_first", lambda mine: (24, "another digest"))
+    with pytest.raises(InputError, match="train has 24 images on .* and other ones, 24, where the first process runs"):
+        identity.check_same_everywhere(open_images(image_folder))
 
 
 def test_validation_folder_that_does_not_fit_is_left_alone(image_folder, tmp_path):
