@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="RSA self-supervised pre-training, and transfer of its ResNet-50 to Detectron2",
     license="Apache-2.0",
-    packages=["pretrain", "transfer"],
+    packages=["common", "pretrain", "transfer"],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

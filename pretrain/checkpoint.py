@@ -1,14 +1,11 @@
 """Checkpoints that survive: written whole or not at all, checked when read, with the one before kept."""
 
-import contextlib
-import fcntl
 import os
-import socket
-import zipfile
 from pathlib import Path
 
 import torch
 
+from common.files import check_tensors, write_atomically
 from pretrain.config import DATA_KEYS, FREE_KEYS, InputError, differences, get_cfg
 
 LAST, PREVIOUS, FINAL = "checkpoint_last.pth", "checkpoint_previous.pth", "model_final.pth"
@@ -20,52 +17,11 @@ class Damaged(InputError):
     """A file whose bytes are not those that were written."""
 
 
-def write_atomically(path, write, previous=None):
-    """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``, so that a reader finds an old
-    or a new file, whole. What ``path`` held until then moves to ``previous``, if given. Raises OSError, and leaves
-    ``path`` as it was, when the disk does not take it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
-        raise
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself durable
-    finally:
-        os.close(folder)
-
-
-def save(path, state, previous=None):
-    """Save a dict of tensors, numbers and strings. Raises OSError when the disk does not take it."""
-
-    def write(file):
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what torch's archive writer makes of a refused write
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error)
-
-    write_atomically(path, write, previous)
-
-
 def load(path):
     """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not those written, and
-    InputError when it is no checkpoint of this project.
-
-    torch.save stores a CRC-32 with every tensor, but torch.load does not compare it; zipfile does.
-    """
+    InputError when it is no checkpoint of this project."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        check_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -75,32 +31,6 @@ def load(path):
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of tools/pretrain.py")
     return state
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Make ``folder`` and hold it for this process. Raises InputError when another process trains in it, or when it
-    cannot be written.
-
-    A POSIX lock, because it dies with its process and is not inherited: workers that outlive a killed run for some
-    seconds must not keep the next one out.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")
-    except OSError as error:
-        raise InputError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"another run is at work in {folder} ({file.read().strip()}): wait for it, stop it, or "
-                             "give another --output-dir") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def newest(folder):

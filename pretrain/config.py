@@ -3,6 +3,8 @@
 import yaml
 from fvcore.common.config import CfgNode as CN
 
+from common.errors import InputError
+
 METHODS = ("rsa", "byol", "byol_aw", "simsiam", "simsiam_rsa", "simclr", "moco")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -12,10 +14,6 @@ FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "LOG_PERIOD", "CHECKP
              "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
              "ALARM.COLLAPSE_STEPS")
 DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ as well where the images are known (pretrain/identity.py)
-
-
-class InputError(ValueError):
-    """Something the user can mend: one line that names the file or key and the fix."""
 
 
 class Interrupted(Exception):

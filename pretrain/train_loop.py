@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common import files
 from pretrain import checkpoint, distributed, identity, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.config import InputError, Interrupted
@@ -29,7 +30,7 @@ def train(cfg):
     Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after SIGTERM, SIGUSR1 or
     SIGINT once the state is saved, if there is any yet.
     """
-    lock = checkpoint.locked(Path(cfg.OUTPUT_DIR)) if distributed.rank() == 0 else contextlib.nullcontext()
+    lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if distributed.rank() == 0 else contextlib.nullcontext()
     try:
         with lock, StopSignals() as stop:
             return _train(cfg, stop)
@@ -98,7 +99,7 @@ def _train(cfg, stop):
         else:  # what is passed on names no images
             state["data"] = {"sha256": data["sha256"]}
         try:
-            checkpoint.save(path, state, previous)
+            files.save_tensors(path, state, previous)
             return True
         except OSError as error:
             log.say(f"warning: cannot write {path} ({error.strerror or error}); the run goes on, "

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import files
 from pretrain import checkpoint, train_loop
 from pretrain.checkpoint import FINAL, LAST, PREVIOUS
 from pretrain.config import InputError
@@ -19,7 +20,7 @@ STATE = {"format": "rsa-pretraining", "step": 1, "model": {"a": torch.arange(400
 
 def test_any_changed_byte_is_found_or_harmless(tmp_path):
     """300 files with one byte changed: each is refused, or reads as it was saved (the byte was padding)."""
-    checkpoint.save(tmp_path / LAST, STATE)
+    files.save_tensors(tmp_path / LAST, STATE)
     whole = (tmp_path / LAST).read_bytes()
     rng = np.random.default_rng(0)
     found = 0
@@ -44,14 +45,14 @@ def test_unreadable_checkpoint_is_named(tmp_path, content):
 
 
 def test_failed_write_keeps_the_checkpoint_before(tmp_path):
-    checkpoint.save(tmp_path / LAST, STATE)
+    files.save_tensors(tmp_path / LAST, STATE)
 
     def fail(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        checkpoint.write_atomically(tmp_path / LAST, fail)
+        files.write_atomically(tmp_path / LAST, fail)
     assert checkpoint.load(tmp_path / LAST)["step"] == 1 and os.listdir(tmp_path) == [LAST]
 
 

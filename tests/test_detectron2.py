@@ -264,15 +264,21 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     """The tool itself, stopped at half of the schedule and resumed, with evaluation on the way."""
     cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
     (tmp_path / "c.yaml").write_text(cfg.dump())
-    arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "--resume", "SOLVER.CHECKPOINT_PERIOD", 2]
+    arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "SOLVER.CHECKPOINT_PERIOD", 2]
     for resumed in (False, True):
         if resumed:  # as if it had been killed before
-            (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
-            (tmp_path / "run" / "model_final.pth").unlink()
+            for name in ("last_checkpoint", "model_0000003.pth", "model_final.pth"):
+                (tmp_path / "run" / name).unlink()
+            forgotten = tool("train_net", *arguments)
+            assert forgotten.returncode == 2 and forgotten.stderr.count("\n") == 1
+            assert "holds a run (model_0000001.pth): give --resume to go on with it" in forgotten.stderr
+            arguments += ["--resume", "MODEL.WEIGHTS", tmp_path / "gone.pkl"]  # they are not needed any more
         done = tool("train_net", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "2 images = 2 cpu x 1 accumulated x 1; BatchNorm sees 1 at once" in done.stdout
-        assert done.stdout.count("SyncBN needs GPUs") == 1 and "starts from random weights" in done.stdout
+        assert done.stdout.count("SyncBN needs GPUs") == 1
+        assert ("starts from random weights" in done.stdout) != resumed
+        assert ("training goes on from model_0000001.pth" in done.stdout) == resumed
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["processes"] == 2 and results["seed"] == 1 and "NORM: BN" in results["config"]
     assert results["iterations"] == 4 and not results["eval_only"]

@@ -40,17 +40,16 @@ def test_bad_results_are_one_line_that_names_the_file(tmp_path, content):
     assert str(tmp_path / "results.json") in message and "tools/train_net.py" in message and "\n" not in message
 
 
-def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
+def test_a_run_keeps_the_settings_that_it_began_with(tmp_path, capsys):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
     with pytest.raises(InputError, match="training.json is missing, which says what the run there began with"):
         results.check_unchanged(cfg)
     assert results.read_training(tmp_path) is None and not results.own_training(cfg)
-    for name in ("last_checkpoint", "results.json", "metrics.json"):  # of a run that was here before
-        (tmp_path / name).write_text("x")
+    (tmp_path / "metrics.json").write_text("x")  # of a run that came to no checkpoint
     results.begin_training(cfg, {"method": "rsa"})
-    assert {path.name for path in tmp_path.iterdir()} == {"training.json", "results.json", "metrics.json"}
-    assert (tmp_path / "metrics.json").read_text() == "" and (tmp_path / "results.json").read_text() == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {"training.json", "metrics.json"}
+    assert (tmp_path / "metrics.json").read_text() == ""
     assert results.read_training(tmp_path)["weights"] == {"method": "rsa"}
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = ("other",), 9
     results.check_unchanged(cfg)
@@ -60,15 +59,26 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
         changed.SOLVER[key] = value
         with pytest.raises(InputError, match=f"began with SOLVER.{key} {words}: give another OUTPUT_DIR"):
             results.check_unchanged(changed)
+    changed.SEED = 3
+    with pytest.raises(InputError, match="began with SEED -1 and not 3; SOLVER.MAX_ITER 40000 and not 80000: give"):
+        results.check_unchanged(changed)
+    for name in ("scratch", "other"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for split in ("train", "val"):
+            (tmp_path / name / f"{split}.json").write_text(split)
+
+    def placed(name, split="train"):
+        return (f"{tmp_path}/{name}/{split}.json::{tmp_path}/{name}/images",)
+
     moved = cfg.clone()  # the same files, in another machine's folders
-    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/scratch/w.pkl", ("/scratch/train.json::/scratch/images",)
+    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/scratch/w.pkl", placed("scratch")
     assert not results.own_training(moved)
     results.begin_training(moved, None)
-    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/other/w.pkl", ("/other/train.json::/other/images",)
+    moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/other/w.pkl", placed("other")
     assert results.own_training(moved)
-    moved.DATASETS.TRAIN = ("/other/val.json::/other/images",)
+    moved.DATASETS.TRAIN = placed("other", "val")
     assert not results.own_training(moved)
-    moved.DATASETS.TRAIN, moved.MODEL.RESNETS.NORM = ("/other/train.json::/other/images",), "BN"
+    moved.DATASETS.TRAIN, moved.MODEL.RESNETS.NORM = placed("other"), "BN"
     moved.MODEL.DEVICE = "cuda"
     results.begin_training(moved, None, processes=2, accumulate=4)
     results.check_unchanged(moved, processes=4, accumulate=2)  # 2 images at once without SyncBN, and 2 again
@@ -77,6 +87,13 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path):
     moved.MODEL.RESNETS.NORM = "SyncBN"
     with pytest.raises(InputError, match="over 2 images at once, and not 8"):
         results.check_unchanged(moved, processes=4, accumulate=2)
+    moved.MODEL.RESNETS.NORM = "BN"
+    capsys.readouterr()
+    results.check_unchanged(moved, processes=2, accumulate=4)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "other" / "train.json").write_text("without one image")
+    results.check_unchanged(moved, processes=2, accumulate=4)
+    assert "warning: the annotations of train.json have changed" in capsys.readouterr().out
     (tmp_path / "training.json").write_text("[]")
     with pytest.raises(InputError, match="training.json is not what"):
         results.check_unchanged(cfg)

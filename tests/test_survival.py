@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import files
 from pretrain import checkpoint, train_loop
 from pretrain.config import InputError, Interrupted
 from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg
@@ -119,13 +120,13 @@ def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
 
 
 def run_signalled_while_it_saves(cfg):
-    save = checkpoint.save
+    save = files.save_tensors
 
     def signalled(*arguments, **how):
         os.kill(os.getpid(), signal.SIGUSR1)
         return save(*arguments, **how)
 
-    checkpoint.save = signalled
+    files.save_tensors = signalled
     run(cfg)
 
 

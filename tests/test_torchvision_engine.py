@@ -230,7 +230,9 @@ def forget(folder, checkpoint):
     (folder / "metrics.json").unlink()
 
 
-def test_resume_is_exact_and_category_ids_survive(coco, tmp_path):
+def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
+    caplog.set_level("INFO")
+
     def run(name, max_iter, **how):
         cfg = config(coco, tmp_path / name, "SOLVER.MAX_ITER", max_iter, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
                      "SOLVER.CHECKPOINT_PERIOD", 3 if name == "parts" else 99,
@@ -243,7 +245,11 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path):
     run("whole", 6)
     run("parts", 6)
     forget(tmp_path / "parts", "model_0000002.pth")
+    with pytest.raises(InputError, match="holds a run .model_0000002.pth.: give --resume"):
+        run("parts", 6)
+    caplog.clear()
     run("parts", 6, resume=True)
+    assert "resuming at iteration 3 of 6" in caplog.text and "random weights" not in caplog.text
     whole, parts = state("whole"), state("parts")
     assert whole["iteration"] == parts["iteration"] == 5
     assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
@@ -298,13 +304,13 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
     data = CocoInstances(coco, training=True)
     model = engine.build_model(cfg)
     monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
-    engine.fit(cfg, model, data, resume=False)
+    engine.fit(cfg, model, data)
     assert all(torch.equal(model.backbone.body.state_dict()[name], tensor) for name, tensor in state.items())
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["weights"] == {"method": "rsa"}
 
     del state["layer4.2.bn3.running_var"]
     with pytest.raises(InputError, match="layer4.2.bn3.running_var"):
-        engine.fit(cfg, model, data, resume=False)
+        engine.fit(cfg, model, data)
     (tmp_path / "model_final.pth").unlink()
 
 
@@ -326,7 +332,7 @@ def test_learns_two_images(coco, tmp_path):
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 40, "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.RANDOM_FLIP", "none")
     data = CocoInstances(coco, training=True)
     data.ids = data.ids[:2]
-    engine.fit(cfg, engine.build_model(cfg), data, resume=False)
+    engine.fit(cfg, engine.build_model(cfg), data)
     first, last = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert last < 0.75 * first
     shutil.rmtree(tmp_path)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.files import locked  # noqa: E402
 from tools._cli import find_config, merge_config, run  # noqa: E402
 from transfer.annotations import check_annotations, dataset_name, read_categories  # noqa: E402
 from transfer.config import DEFAULT_WEIGHTS, InputError, scale_schedule, torchvision_defaults  # noqa: E402
@@ -47,7 +48,8 @@ def main():
                              "the torchvision engine trains on one device, all images at once")
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
     configure(cfg, args)
-    engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
+    with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
+        engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
 
 
@@ -100,7 +102,8 @@ def parse():
                         help="which layers have SyncBN, and the box head (default %(default)s)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train; writes to "
                         "the config's OUTPUT_DIR with _eval after it")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR; without "
+                        "one, start. A folder that holds a run is only trained in with this")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
     parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set, with "
                         "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one")

@@ -9,10 +9,7 @@ import functools
 
 from fvcore.common.config import CfgNode as CN
 
-
-class InputError(ValueError):
-    """Something the user can mend: one line that names the file or key and the fix."""
-
+from common.errors import InputError
 
 DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # of tools/convert_to_d2.py; the transfer configs look for them there
 # How the weights of tools/convert_to_d2.py see pixels (0-255), where their provenance does not say otherwise.

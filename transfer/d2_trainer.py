@@ -39,6 +39,7 @@ from transfer.convert import detectron2_name, load_model, load_weights
 from transfer.readers import resnet50_shapes, sha256
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
                               settings, write_results)
+from transfer.run_folder import find_start, trained_model
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
@@ -296,9 +297,10 @@ def read_provenance(path):
 def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     """Fine-tune and evaluate in ``processes`` processes, one per GPU, or on the CPU; writes results.json.
 
-    accumulate: passes that an iteration's images are split into, by memory if None. Returns the content of
-    results.json. Raises InputError.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. accumulate: passes that an iteration's images
+    are split into, by memory if None. Returns the content of results.json. Raises InputError.
     """
+    start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     found = check_datasets(cfg, eval_only)
     gpus = torch.cuda.device_count()
     if not gpus:
@@ -325,18 +327,19 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         if cfg.INPUT.MASK_FORMAT == "polygon" and any(annotations.rle for annotations in found):
             cfg.INPUT.MASK_FORMAT = "bitmask"
             print("the training set has run-length encoded masks: INPUT.MASK_FORMAT is bitmask", flush=True)
-        if cfg.MODEL.WEIGHTS:
+        if cfg.MODEL.WEIGHTS and not start:
             provenance = read_provenance(cfg.MODEL.WEIGHTS)
             check_weights(cfg, provenance)
-        else:
+        elif not start:
             print("MODEL.WEIGHTS is empty: training starts from random weights", flush=True)
     if cfg.MODEL.DEVICE == "cpu" and processes > 1:
         for part in NORMALISED:
             cfg.MODEL[part].NORM = cfg.MODEL[part].NORM.replace("SyncBN", "BN")
         print("SyncBN needs GPUs: on the CPU each process has a BatchNorm of its own", flush=True)
     accumulate = accumulate or 1
-    if resume and not eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+    if start:
         check_unchanged(cfg, processes, accumulate)
+    resume = resume if eval_only else bool(start)
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (FloatingPointError, torch.OutOfMemoryError, torch.multiprocessing.ProcessRaisedException) as error:
@@ -394,8 +397,7 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
             trainer.train()
         comm.synchronize()  # only the main process writes the file that all read now
     model = Trainer.build_model(cfg)
-    final = (cfg.MODEL.WEIGHTS if eval_only and not resume
-             else DetectionCheckpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file())
+    final = cfg.MODEL.WEIGHTS if eval_only and not resume else trained_model(cfg.OUTPUT_DIR)
     state, iterations, _ = load_model(final, model.state_dict())
     model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
     ap = Trainer.test(cfg, model)

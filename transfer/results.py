@@ -14,7 +14,11 @@ from pathlib import Path
 
 import yaml
 
+from common.files import write_atomically
+from transfer.annotations import locate_dataset
 from transfer.config import InputError, protocol_of
+from transfer.readers import sha256
+from transfer.run_folder import RESULTS, TRAINING
 
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -53,7 +57,7 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
                      **{package: version(package) for package in ("torch", "torchvision", "detectron2")}},
         "seconds": float(seconds),
     }
-    _write_json(Path(cfg.OUTPUT_DIR, "results.json"), results)
+    _write_json(Path(cfg.OUTPUT_DIR, RESULTS), results)
     if not eval_only:
         last = {f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()}
         with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
@@ -63,9 +67,8 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
 
 def _write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 NUMBER, NOTHING = (int, float), type(None)
@@ -75,7 +78,7 @@ CONTENT = {"engine": str, "ap": dict, "iterations": int, "eval_only": bool, "see
 
 def load_results(folder):
     """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
-    path = Path(folder, "results.json")
+    path = Path(folder, RESULTS)
     try:
         results = json.loads(path.read_text())
         wrong = [key for key, kind in CONTENT.items() if not isinstance(results[key], kind)]
@@ -97,7 +100,6 @@ def load_results(folder):
                          "when a run ends") from None
 
 
-TRAINING = "training.json"  # in OUTPUT_DIR, from the first iteration on: the weights' provenance, and the config
 # Settings that may change when a run goes on, or when what it has trained is evaluated again.
 EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
                         r"DATALOADER\.NUM_WORKERS|DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST")
@@ -108,15 +110,18 @@ NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*
 def begin_training(cfg, weights, processes=1, accumulate=1):
     """Write what a run begins with: the provenance of its ``weights`` (None: random), config, processes and passes.
 
-    Checkpoints of an earlier run in this folder can no longer be resumed, and its metrics.json is emptied; its
-    results.json stays until this run writes its own.
+    The metrics.json of a run that came to no checkpoint is emptied.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    (folder / "last_checkpoint").unlink(missing_ok=True)
     if (folder / "metrics.json").is_file():
         os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
     _write_json(folder / TRAINING, {"weights": weights, "config": cfg.dump(), "processes": processes,
-                                    "accumulate": accumulate})
+                                    "accumulate": accumulate, "annotations": annotation_digests(cfg)})
+
+
+def annotation_digests(cfg):
+    """The sha256 of each annotation file of the training set."""
+    return [sha256(locate_dataset(name)[0]) for name in cfg.DATASETS.TRAIN]
 
 
 def read_training(folder):
@@ -127,16 +132,17 @@ def read_training(folder):
     try:
         training = json.loads(path.read_text())
         settings(training["config"])
-        return {key: training[key] for key in ("weights", "config", "processes", "accumulate")}
+        training.setdefault("annotations", None)  # an older version's
+        return {key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")}
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise InputError(f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "
                          "OUTPUT_DIR") from None
 
 
-def difference(cfg, training, of=None):
-    """Words for the first setting on which ``cfg`` and a ``training`` disagree, None where there is none; ``of``: a
-    pattern of the settings that count, by default all but those of evaluation. The training set is known by its files'
-    names, for it may lie elsewhere on another machine."""
+def differences(cfg, training, of=None):
+    """Words for each setting on which ``cfg`` and a ``training`` disagree; ``of``: a pattern of the settings that count,
+    by default all but those of evaluation. The training set is known by its files' names, for it may lie elsewhere on
+    another machine."""
     def plain(key, value):
         if key.endswith(".NORM"):  # over how many images is another question
             return value.replace("SyncBN", "BN")
@@ -144,8 +150,8 @@ def difference(cfg, training, of=None):
 
     before, now = settings(training["config"]), settings(cfg.dump())
     counts = of.fullmatch if of else lambda key: not EVALUATION.fullmatch(key)
-    return next((f"{key} {before[key]} and not {value}" for key, value in now.items()
-                 if key in before and counts(key) and plain(key, before[key]) != plain(key, value)), None)
+    return [f"{key} {before[key]} and not {value}" for key, value in now.items()
+            if key in before and counts(key) and plain(key, before[key]) != plain(key, value)]
 
 
 def set_names(names):
@@ -160,15 +166,18 @@ def check_unchanged(cfg, processes=1, accumulate=1):
     if training is None:
         raise InputError(f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
                          "it, or give another OUTPUT_DIR")
-    if found := difference(cfg, training):
-        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {found}: give another OUTPUT_DIR, or leave the key as "
-                         "it was")
+    if found := differences(cfg, training):
+        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another OUTPUT_DIR, or leave "
+                         f"{'it' if len(found) == 1 else 'them'} unchanged")
     before = normalised(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
     now = normalised(yaml.safe_load(cfg.dump()), processes, accumulate)
     if before != now:
         raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {training['processes']} x {training['accumulate']} passes "
                          f"(processes, --accumulate), BatchNorm over {before} images at once, and not {now}: give as many "
                          "again, or another OUTPUT_DIR")
+    if training["annotations"] not in (None, annotation_digests(cfg)):
+        print(f"warning: the annotations of {', '.join(set_names(cfg.DATASETS.TRAIN))} have changed since the run in "
+              f"{cfg.OUTPUT_DIR} began; it goes on with those of now", flush=True)
 
 
 def normalised(config, processes, accumulate):
@@ -181,15 +190,15 @@ def check_network(cfg, folder):
     """Raises InputError where the training in ``folder`` had another input or other layers than ``cfg``, of which the
     tensors of its model need not show a thing."""
     training = read_training(folder)
-    if training and (found := difference(cfg, training, NETWORK)):
-        raise InputError(f"the model in {folder} was trained with {found}: evaluate it with the config of its training")
+    if training and (found := differences(cfg, training, NETWORK)):
+        raise InputError(f"the model in {folder} was trained with {'; '.join(found)}: evaluate it with the config of its training")
 
 
 def own_training(cfg):
     """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the settings of ``cfg``, else
     None."""
     training = read_training(cfg.OUTPUT_DIR)
-    return training if training and difference(cfg, training) is None else None
+    return training if training and not differences(cfg, training) else None
 
 
 def settings(config):

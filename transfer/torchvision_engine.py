@@ -14,7 +14,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -28,11 +27,13 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import roi_heads, transform
 from tqdm import tqdm
 
+from common.files import save_tensors, write_atomically
 from transfer.annotations import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
 from transfer.results import begin_training, check_network, check_unchanged, own_training, write_results
+from transfer.run_folder import LAST, find_start
 from transfer.torchvision_model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def load_checkpoint(path, model):
                          f"({type(error).__name__})") from None
 
 
-def fit(cfg, model, dataset, resume):
-    """Train to MAX_ITER and write model_final.pth; with ``resume``, from last_checkpoint on. Raises InputError."""
+def fit(cfg, model, dataset, checkpoint=None):
+    """Train to MAX_ITER, from a ``checkpoint`` of this run on if given, and write model_final.pth. Raises InputError."""
     solver, folder, device = cfg.SOLVER, Path(cfg.OUTPUT_DIR), next(model.parameters()).device
     norms = [p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
     others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
@@ -92,19 +93,17 @@ def fit(cfg, model, dataset, resume):
                                 solver.BASE_LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY)
 
     def save(name, i):
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": i,
-                    "weights": provenance}, folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / name)
-        last.with_suffix(".tmp").write_text(name)
-        os.replace(last.with_suffix(".tmp"), last)
+        save_tensors(folder / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": i,
+                                     "weights": provenance})
+        write_atomically(folder / LAST, lambda file: file.write(name.encode()))
 
-    last, start, provenance = folder / "last_checkpoint", 0, None
-    if resume and last.is_file():
-        saved = load_checkpoint(folder / last.read_text(), model)
+    start, provenance = 0, None
+    if checkpoint:
+        saved = load_checkpoint(checkpoint, model)
         optimizer.load_state_dict(saved["optimizer"])
         start, provenance = saved["iteration"] + 1, saved["weights"]
-        log.info("%s: resuming at iteration %d of %d", last.read_text(), start, solver.MAX_ITER)
-        if last.read_text() == "model_final.pth":
+        log.info("%s: resuming at iteration %d of %d", checkpoint.name, start, solver.MAX_ITER)
+        if checkpoint.name == "model_final.pth":
             return
     elif cfg.MODEL.WEIGHTS:
         state, provenance = load_weights(cfg.MODEL.WEIGHTS)
@@ -182,13 +181,14 @@ def detect(cfg, model, dataset):
 def train(cfg, resume=False, eval_only=False):
     """Fine-tune and evaluate; returns the content of OUTPUT_DIR/results.json. Raises InputError.
 
-    resume: go on from OUTPUT_DIR/last_checkpoint if there is one. eval_only: evaluate OUTPUT_DIR/model_final.pth with
-    ``resume``, else MODEL.WEIGHTS, then a whole model of this engine. The AP is that of the saved file, read back.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. eval_only: evaluate OUTPUT_DIR/model_final.pth
+    with ``resume``, else MODEL.WEIGHTS, then a whole model of this engine. The AP is that of the saved file, read back.
     """
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
+    start = None if eval_only else find_start(folder, resume)
     check(cfg)
     check_datasets(cfg, eval_only)
-    if resume and not eval_only and (folder / "last_checkpoint").is_file():
+    if start:
         check_unchanged(cfg)
     if eval_only:
         check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
@@ -207,7 +207,7 @@ def train(cfg, resume=False, eval_only=False):
     (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
         try:
-            fit(cfg, model, train_set, resume)
+            fit(cfg, model, train_set, start)
         except torch.OutOfMemoryError:
             raise InputError(f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
                              "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR") from None

@@ -1,0 +1,10 @@
+"""What a user can mend, and how it is said: one line."""
+
+
+class InputError(ValueError):
+    """Something the user can mend: one line that names the file or key and the fix."""
+
+
+def one_line(error):
+    """The message of an exception, on one line."""
+    return " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)

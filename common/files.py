@@ -1,0 +1,85 @@
+"""Files that are whole or absent, and folders that one process works in."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import zipfile
+from pathlib import Path
+
+from common.errors import InputError
+
+
+def write_atomically(path, write, previous=None):
+    """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``, so that a reader finds an old
+    or a new file, whole. What ``path`` held until then moves to ``previous``, if given. Raises OSError, and leaves
+    ``path`` as it was, when the disk does not take it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
+    if previous and path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the rename itself durable
+    finally:
+        os.close(folder)
+
+
+def save_tensors(path, state, previous=None):
+    """``torch.save`` of a dict of tensors, numbers and strings, atomically. Raises OSError when the disk does not take
+    it."""
+    import torch  # here, because the tools read their options without it
+
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch's archive writer makes of a refused write
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error)
+
+    write_atomically(path, write, previous)
+
+
+def check_tensors(path):
+    """Raises zipfile.BadZipFile, or OSError, unless ``path`` holds the bytes that torch.save wrote.
+
+    It stores a CRC-32 with every tensor, but torch.load does not compare it; zipfile does.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+@contextlib.contextmanager
+def locked(folder, option):
+    """Make ``folder`` and hold it for this process. Raises InputError when another process trains in it, or when it
+    cannot be written; ``option``: what gives another folder.
+
+    A POSIX lock, because it dies with its process and is not inherited: workers that outlive a killed run for some
+    seconds must not keep the next one out.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")
+    except OSError as error:
+        raise InputError(f"cannot write to {option} {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"another run is at work in {folder} ({file.read().strip()}): wait for it, stop it, or "
+                             f"give another {option}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
