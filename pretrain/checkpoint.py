@@ -60,10 +60,21 @@ def newest(folder):
     return None
 
 
+def finished(folder):
+    """The content of a run's model_final.pth, None where it is not there yet. Raises InputError."""
+    try:
+        return load(folder / FINAL) if (folder / FINAL).is_file() else None
+    except InputError as error:
+        raise InputError(f"{error}: move it away, or give another --output-dir") from None
+
+
 def take_up(cfg, saved):
-    """The micro-batch of the run in the output folder, from its checkpoint ``saved`` or from config.yaml, 0 if there is
-    none; and whether that run's data set has the same path. Raises InputError, naming each difference, when that run has
-    another configuration and anything to lose: the result would be neither the one run's nor the other's."""
+    """The micro-batch of the run in the output folder, 0 if there is none, and whether its data set has the same path:
+    from its checkpoint ``saved``, or from config.yaml.
+
+    Raises InputError, naming each difference, when that run has another configuration and anything to lose: the
+    result would be neither the one run's nor the other's.
+    """
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG
     text = saved["config"] if saved else config.read_text() if config.is_file() else get_cfg().dump()

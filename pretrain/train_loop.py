@@ -52,7 +52,7 @@ def _train(cfg, stop):
     saved = checkpoint.load(path) if path else None
     final = folder / checkpoint.FINAL
     complete = distributed.from_first(final.is_file())
-    known = saved or (checkpoint.load(final) if complete else None)
+    known = saved or checkpoint.finished(folder)
     kept, same_path = checkpoint.take_up(cfg, known)
     if not (complete and same_path):
         images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
@@ -93,7 +93,7 @@ def _train(cfg, stop):
         interval."""
         assert_finite(networks, step)
         state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step, "num_images": len(images),
-                 "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}
+                 "processes": ranks, "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "data": data}
         else:  # what is passed on names no images
@@ -123,6 +123,9 @@ def _train(cfg, stop):
         if saved and saved["normalised"] != normalised:
             print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
                   "goes on with the same samples, but not bit for bit")
+        elif saved and saved.get("processes", ranks) != ranks:
+            print(f"warning: the number of processes is {ranks} instead of {saved['processes']}, which changes the order of "
+                  "sums: the run goes on with the same samples, but not bit for bit")
         if cfg.METHOD == "simclr" and size < share:
             print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
         if not val:

@@ -1,6 +1,7 @@
 """From three processes on, sums depend on their order: a run that was stopped against one that was not, to the bit."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -81,3 +82,12 @@ def test_several_processes_go_on_bit_for_bit(image_folder, tmp_path, uninterrupt
     assert finish(start(cfg, ranks)) == {0}
     for name in (checkpoint.LAST, checkpoint.FINAL):
         assert_same(state(cfg, name), state(whole, name))
+
+
+def test_another_number_of_processes_is_said(image_folder, tmp_path, uninterrupted, capfd):
+    """BatchNorm sees as many images as before, but a sum over other parts rounds otherwise."""
+    ranks, whole = uninterrupted
+    shutil.copytree(whole.OUTPUT_DIR, tmp_path / "run")
+    (tmp_path / "run" / checkpoint.FINAL).unlink()
+    train_loop.train(tiny_cfg(image_folder, tmp_path, *RECIPE, "SOLVER.MICRO_BATCH", whole.SOLVER.MICRO_BATCH))
+    assert f"the number of processes is 1 instead of {ranks}, which changes" in capfd.readouterr().out

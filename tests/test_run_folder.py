@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from common import files
+from tests.conftest import processes
 from tests.test_checkpoint import flip
+from tools import train_net
 from transfer.config import InputError
 from transfer.run_folder import checkpoints, find_start, trained_model
 
@@ -90,3 +92,22 @@ def test_results_without_checkpoints_are_not_overwritten(tmp_path):
 
 def test_order_of_the_checkpoints(run):
     assert [path.name for path in checkpoints(run)] == ["model_0019999.pth", "model_0001999.pth", "model_0000099.pth"]
+
+
+def hold(folder, ready, done):
+    with files.locked(folder, "OUTPUT_DIR"):
+        ready.set()
+        done.wait(300)
+
+
+def test_two_commands_in_one_folder(tmp_path, monkeypatch):
+    ready, done = processes.Event(), processes.Event()
+    other = processes.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(300)
+    monkeypatch.setattr("sys.argv", ["train_net.py", "--config-file", "transfer/mask_rcnn_R50_FPN_1x_random.yaml",
+                                     "--engine", "torchvision", "OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(InputError, match=f"another run is at work in .* .process {other.pid} on .*another OUTPUT_DIR$"):
+        train_net.main()
+    done.set()
+    other.join()

@@ -290,6 +290,28 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     shutil.rmtree(tmp_path)  # gigabytes
 
 
+def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog):
+    """Training goes on; at the end it is one line, and --resume trains what is missing."""
+    save = engine.save_tensors
+
+    def full(path, state):
+        if path.name != "model_0000001.pth":
+            raise OSError(28, "No space left on device")
+        save(path, state)
+
+    cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_tensors", full)
+        with pytest.raises(InputError, match=r"cannot write .*model_final.pth \(No space left on device\): make room"):
+            engine.train(cfg)
+    assert "cannot write" in caplog.text and "model_0000003.pth" in caplog.text
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
+    caplog.set_level("INFO")
+    engine.train(cfg, resume=True)
+    assert "resuming at iteration 2 of 4" in caplog.text
+    shutil.rmtree(tmp_path)
+
+
 def test_divergence_is_one_line(coco, tmp_path):
     cfg = config(coco, tmp_path, "SOLVER.BASE_LR", 1e9, "SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 0)
     with pytest.raises(InputError, match="iteration.*BASE_LR"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.files import check_tensors, write_atomically
 from transfer.config import InputError
 
+FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # Detectron2's: a file that holds the name of one
 TRAINING = "training.json"  # from the first iteration on: the weights' provenance, and the config
 RESULTS = "results.json"  # at the end
@@ -15,7 +16,7 @@ RESULTS = "results.json"  # at the end
 
 def checkpoints(folder):
     """A run's model_*.pth, the one to go on from first: that which last_checkpoint names, then the newest."""
-    found = [folder / "model_final.pth", *sorted(folder.glob("model_[0-9]*.pth"), reverse=True)]
+    found = [folder / FINAL, *sorted(folder.glob("model_[0-9]*.pth"), reverse=True)]
     return [path for path in dict.fromkeys([folder / last_name(folder), *found]) if path.is_file()]
 
 

@@ -33,7 +33,7 @@ from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
 from transfer.results import begin_training, check_network, check_unchanged, own_training, write_results
-from transfer.run_folder import LAST, find_start
+from transfer.run_folder import FINAL, LAST, find_start
 from transfer.torchvision_model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,15 @@ def fit(cfg, model, dataset, checkpoint=None):
                                 solver.BASE_LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY)
 
     def save(name, i):
-        save_tensors(folder / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": i,
-                                     "weights": provenance})
-        write_atomically(folder / LAST, lambda file: file.write(name.encode()))
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": i, "weights": provenance}
+        try:
+            save_tensors(folder / name, state)
+            write_atomically(folder / LAST, lambda file: file.write(name.encode()))
+        except OSError as error:
+            reason = f"cannot write {folder / name} ({error.strerror or error})"
+            if name == FINAL:
+                raise InputError(f"{reason}: make room, and run the same command again with --resume") from None
+            log.warning("warning: %s; training goes on, and tries again at the next checkpoint", reason)
 
     start, provenance = 0, None
     if checkpoint:
@@ -103,7 +109,7 @@ def fit(cfg, model, dataset, checkpoint=None):
         optimizer.load_state_dict(saved["optimizer"])
         start, provenance = saved["iteration"] + 1, saved["weights"]
         log.info("%s: resuming at iteration %d of %d", checkpoint.name, start, solver.MAX_ITER)
-        if checkpoint.name == "model_final.pth":
+        if checkpoint.name == FINAL:
             return
     elif cfg.MODEL.WEIGHTS:
         state, provenance = load_weights(cfg.MODEL.WEIGHTS)
@@ -151,7 +157,7 @@ def fit(cfg, model, dataset, checkpoint=None):
         unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])  # update_bn_stats calls model(batch)
         update_bn_stats(model, batches, cfg.TEST.PRECISE_BN.NUM_ITER, progress="tqdm")
         unpack.remove()
-    save("model_final.pth", solver.MAX_ITER - 1)
+    save(FINAL, solver.MAX_ITER - 1)
 
 
 @torch.no_grad()
@@ -211,7 +217,7 @@ def train(cfg, resume=False, eval_only=False):
         except torch.OutOfMemoryError:
             raise InputError(f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
                              "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR") from None
-    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / "model_final.pth"
+    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
     state, iterations, weights = load_model(final, model.state_dict())
     model.load_state_dict(state)
     detections = detect(cfg, model, val_set)
