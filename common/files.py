@@ -11,9 +11,11 @@ from common.errors import InputError
 
 
 def write_atomically(path, write, previous=None):
-    """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``, so that a reader finds an old
-    or a new file, whole. What ``path`` held until then moves to ``previous``, if given. Raises OSError, and leaves
-    ``path`` as it was, when the disk does not take it."""
+    """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``.
+
+    So a reader finds an old or a new file, whole. What ``path`` held until then moves to ``previous``,
+    if given. Raises OSError, and leaves ``path`` as it was, when the disk does not take it.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -35,8 +37,7 @@ def write_atomically(path, write, previous=None):
 
 
 def save_tensors(path, state, previous=None):
-    """``torch.save`` of a dict of tensors, numbers and strings, atomically. Raises OSError when the disk does not take
-    it."""
+    """``torch.save`` of a dict of tensors, numbers and strings, atomically. Raises OSError."""
     import torch  # here, because the tools read their options without it
 
     def write(file):
@@ -60,10 +61,10 @@ def check_tensors(path):
 
 @contextlib.contextmanager
 def locked(folder, option):
-    """Make ``folder`` and hold it for this process. Raises InputError when another process trains in it, or when it
-    cannot be written; ``option``: what gives another folder.
+    """Make ``folder`` and hold it for this process; ``option`` is what gives another folder.
 
-    A POSIX lock, because it dies with its process and is not inherited: workers that outlive a killed run for some
+    Raises InputError when another process trains in it, or when it cannot be written. A POSIX lock,
+    because it dies with its process and is not inherited: workers that outlive a killed run for some
     seconds must not keep the next one out.
     """
     folder = Path(folder)
@@ -77,8 +78,8 @@ def locked(folder, option):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(f"another run is at work in {folder} ({file.read().strip()}): wait for it, stop it, or "
-                             f"give another {option}") from None
+            raise InputError(f"another run is at work in {folder} ({file.read().strip()}): wait for it, "
+                             f"stop it, or give another {option}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -69,11 +69,11 @@ def finished(folder):
 
 
 def take_up(cfg, saved):
-    """The micro-batch of the run in the output folder, 0 if there is none, and whether its data set has the same path:
-    from its checkpoint ``saved``, or from config.yaml.
+    """What is known of the run in the output folder, by its checkpoint ``saved`` or by config.yaml:
+    its micro-batch, 0 if there is none, and whether its data set has the same path.
 
-    Raises InputError, naming each difference, when that run has another configuration and anything to lose: the
-    result would be neither the one run's nor the other's.
+    Raises InputError, naming each difference, when that run has another configuration and anything to
+    lose: the result would be neither the one run's nor the other's.
     """
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG

@@ -13,7 +13,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD",
              "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
              "ALARM.COLLAPSE_STEPS")
-DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ as well where the images are known (pretrain/identity.py)
+DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ too where identity.py knows the images
 
 
 class Interrupted(Exception):

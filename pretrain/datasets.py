@@ -135,7 +135,7 @@ class ImageFolder(Source):
             raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
 
     def take(self, names):
-        """Hold the images of these ``names``, bytes below the root, in this order, whether they are there or not."""
+        """Hold these images, ``names`` below the root as bytes, in this order, there or not."""
         folders = [os.fsdecode(name).split(os.sep)[0] if b"/" in name else None for name in names]
         self.classes = sorted({folder for folder in folders if folder})
         index = {folder: i for i, folder in enumerate(self.classes)}

@@ -1,7 +1,7 @@
-"""How a run knows its data set: by the images in it, wherever they lie and however their path is spelled.
+"""How a run knows its images again: by what they are, wherever they lie.
 
-A checkpoint holds ``data``: ``sha256`` over names, labels and classes, and ``names``, which tell what has changed. The
-order of every epoch follows from that list, so a run that goes on keeps it.
+A checkpoint holds ``data``: ``sha256``, over names, labels and classes, and ``names``, which say
+what has changed. The order of every epoch follows from the list of names, so a run keeps its list.
 """
 
 import hashlib
@@ -16,59 +16,75 @@ from pretrain import distributed
 from pretrain.config import InputError
 
 
+def names_of(images):
+    """The files of a source: a list of bytes, below its root; empty where images are not files."""
+    return images.names.tolist() if hasattr(images, "names") else []
+
+
 def digest(images):
-    """Hexadecimal sha256 of a source: the names of its files below ``root``, if it has any, labels and classes."""
-    result = hashlib.sha256(b"\0".join(getattr(images, "names", np.array([])).tolist()))
+    """Hexadecimal sha256 over the names, labels and classes of a source."""
+    result = hashlib.sha256(b"\0".join(names_of(images)))
     result.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     result.update("\0".join(images.classes).encode(errors="surrogateescape"))
     return result.hexdigest()
 
 
 def describe(images):
-    """A checkpoint's ``data`` of a source. ``names``: uint8 tensor, compressed, empty where images are not files."""
-    names = b"\0".join(getattr(images, "names", np.array([])).tolist())
-    return {"sha256": digest(images), "names": torch.from_numpy(np.frombuffer(zlib.compress(names), np.uint8).copy())}
+    """The ``data`` of a checkpoint. ``names`` is a uint8 tensor, compressed."""
+    names = np.frombuffer(zlib.compress(b"\0".join(names_of(images))), np.uint8)
+    return {"sha256": digest(images), "names": torch.from_numpy(names.copy())}
 
 
 def check_same_everywhere(images):
-    """Raises InputError in a process whose images are not those of the first one: on another machine, say."""
+    """Raises InputError in a process that has other images than the first one.
+
+    That happens where each machine reads a copy of its own, and one copy is incomplete.
+    """
     mine = len(images), digest(images)
     first = distributed.from_first(mine)
     if mine != first:
-        raise InputError(f"{images.root} has {mine[0]} images on {socket.gethostname()}, and other ones, {first[0]}, "
-                         "where the first process runs: make the copies equal")
+        raise InputError(f"{images.root} has {mine[0]} images on {socket.gethostname()}, other than the "
+                         f"{first[0]} that the first process has: make the copies equal")
 
 
 def recognise(images, saved, unreadable, folder):
-    """Check that ``images`` are those of the run in ``folder``, by its checkpoint ``saved``, and give them its order.
+    """Check that ``images`` are those of the run in ``folder``, by its checkpoint ``saved``.
 
-    Images that are gone, but are among ``unreadable`` (names), keep their place: the next one stands in, as it did when
-    they could not be decoded. Returns how many. Raises InputError that says what differs.
+    An image that is gone keeps its place if its name is in the set ``unreadable``: the next image
+    stands in for it, as before. Returns how many are gone. Raises InputError that says what differs.
     """
-    data, counts = saved.get("data"), f"{saved['num_images']} images, and {images.root} has {len(images)}"
-    if data is None and saved["num_images"] == len(images) or data and data["sha256"] == digest(images):
-        return 0  # a checkpoint without ``data`` is of an older version
-    gone, new = [], []
-    if data and "names" in data and hasattr(images, "names"):
-        before = zlib.decompress(data["names"].numpy().tobytes()).split(b"\0")
-        now = set(images.names.tolist())
-        gone, new = [name for name in before if name not in now], sorted(now.difference(before))
-        removed = [name for name in gone if _is_among(map(os.fsencode, unreadable), name)]
-        if not new and len(removed) == len(gone):
-            images.take(before)
-            if data["sha256"] == digest(images):
-                return len(removed)
-        gone = [name for name in gone if name not in removed]
-    told = [f"{_text(names[0])} is {word}" + f", and {len(names) - 1} more" * (len(names) > 1)
-            for word, names in (("gone", gone), ("new", new)) if names]
-    raise InputError(f"{folder} holds a run on {counts}" + "".join(f"; {part}" for part in told or ["other names, labels or classes"])
-                     + ": restore the data set, or give another --output-dir")
+    if "data" not in saved:  # an older version's
+        if saved["num_images"] != len(images):
+            raise changed(images, saved, folder)
+        return 0
+    sha256 = saved["data"]["sha256"]
+    if sha256 == digest(images):
+        return 0
+    if "names" not in saved["data"] or not names_of(images):
+        raise changed(images, saved, folder)
+    before = zlib.decompress(saved["data"]["names"].numpy().tobytes()).split(b"\0")
+    now = set(names_of(images))
+    gone, new = [name for name in before if name not in now], sorted(now.difference(before))
+    lost = [name for name in gone if not is_listed(name, unreadable)]
+    if lost or new:
+        raise changed(images, saved, folder, lost, new)
+    images.take(before)
+    if sha256 != digest(images):
+        raise changed(images, saved, folder)
+    return len(gone)
 
 
-def _text(name):
-    return name.decode(errors="backslashreplace")
+def is_listed(name, listed):
+    """Whether an image is in a list of names, with or without the folder before it."""
+    entries = map(os.fsencode, listed)
+    return any(entry == name or entry.endswith(b"/" + name) for entry in entries)
 
 
-def _is_among(listed, name):
-    """Whether the name of an image below the root is in a list that has it with or without a folder before it."""
-    return any(entry == name or entry.endswith(b"/" + name) for entry in listed)
+def changed(images, saved, folder, lost=(), new=()):
+    """The InputError of another data set; names of images that are ``lost`` and that are ``new``."""
+    parts = [f"{names[0].decode(errors='backslashreplace')} is {word}"
+             + (f", and {len(names) - 1} more" if len(names) > 1 else "")
+             for word, names in (("gone", lost), ("new", new)) if names]
+    differs = "; ".join(parts) or "names, labels or classes differ"
+    return InputError(f"{folder} holds a run on {saved['num_images']} images, and {images.root} has "
+                      f"{len(images)}; {differs}: restore the data set, or give another --output-dir")

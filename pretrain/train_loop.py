@@ -30,7 +30,8 @@ def train(cfg):
     Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after SIGTERM, SIGUSR1 or
     SIGINT once the state is saved, if there is any yet.
     """
-    lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if distributed.rank() == 0 else contextlib.nullcontext()
+    main = distributed.rank() == 0
+    lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if main else contextlib.nullcontext()
     try:
         with lock, StopSignals() as stop:
             return _train(cfg, stop)
@@ -92,8 +93,9 @@ def _train(cfg, stop):
         """Returns whether it was written. A full disk is no error: the run goes on, and tries again at the next
         interval."""
         assert_finite(networks, step)
-        state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step, "num_images": len(images),
-                 "processes": ranks, "normalised": normalised, "config": cfg.dump(), "model": networks.state_dict()}
+        state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step,
+                 "num_images": len(images), "processes": ranks, "normalised": normalised,
+                 "config": cfg.dump(), "model": networks.state_dict()}
         if whole:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "data": data}
         else:  # what is passed on names no images
@@ -124,8 +126,8 @@ def _train(cfg, stop):
             print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
                   "goes on with the same samples, but not bit for bit")
         elif saved and saved.get("processes", ranks) != ranks:
-            print(f"warning: the number of processes is {ranks} instead of {saved['processes']}, which changes the order of "
-                  "sums: the run goes on with the same samples, but not bit for bit")
+            print(f"warning: {ranks} instead of {saved['processes']} processes change the order of sums: the "
+                  "run goes on with the same samples, but not bit for bit")
         if cfg.METHOD == "simclr" and size < share:
             print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
         if not val:
@@ -231,14 +233,14 @@ def build(cfg, amp, share, kept, saved):
 
 
 def settle_buckets(model):
-    """Give the buckets of DistributedDataParallel the layout that they keep, by a backward pass that trains nothing.
+    """Give the buckets of DistributedDataParallel the layout that they keep, before the first step.
 
-    It lays its buckets out anew after the first backward pass, in the order in which the gradients arrived. A gradient's
-    place in its bucket decides in which order all-reduce adds the processes' parts, so from three processes on, the first
-    step of a resumed run would round otherwise than the same step of an uninterrupted run. Here every parameter gets a
-    gradient of zero, the last parameter first, as in a real backward pass. Neither the network nor the random state
-    takes part, and later steps cost nothing: ``find_unused_parameters=True``, which never lays out anew, would walk the
-    graph in each.
+    It lays them out anew after the first backward pass, in the order in which gradients arrived. A
+    gradient's place in a bucket decides in which order all-reduce adds the processes' parts: from
+    three processes on, the first step of a resumed run would round otherwise than that step of an
+    uninterrupted run. So the first backward pass is this one, in which every parameter gets a gradient
+    of zero, the last parameter first, much as in a real one. The network and the random state take no
+    part in it. ``find_unused_parameters=True`` keeps the first layout, but walks the graph in each step.
     """
     networks = model.module
     networks.forward = lambda _: sum(p.sum() * 0 for p in networks.parameters() if p.requires_grad)

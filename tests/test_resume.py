@@ -116,7 +116,7 @@ def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted,
 
 @pytest.fixture
 def stopped(image_folder, tmp_path, stop_after):
-    """Copies of the image folder and its val/; a run on it in ``tmp_path``, stopped after four steps of nine."""
+    """Copies of the image folder and its val/. A run on it in ``tmp_path`` has made four steps of nine."""
     data = tmp_path / "data"
     shutil.copytree(image_folder.parent, data)
     stop_after(4)
@@ -125,7 +125,8 @@ def stopped(image_folder, tmp_path, stop_after):
     return data
 
 
-@pytest.mark.parametrize("spelling", ["{0}/train/", "{0}", "{0}/../data/train", "data/train", "moved", "copied"])
+@pytest.mark.parametrize("spelling", ["{0}/train/", "{0}", "{0}/../data/train", "data/train", "moved",
+                                      "copied"])
 def test_the_same_images_under_another_path_go_on(tmp_path, stopped, spelling, uninterrupted, monkeypatch):
     """Known by what is in them; with a finished run it is the same."""
     monkeypatch.chdir(tmp_path)
@@ -175,7 +176,7 @@ def test_a_finished_run_is_not_that_of_other_images(image_folder, uninterrupted,
         path.unlink()  # to save space: model_final.pth knows the images as well, but not their names
     other = shutil.copytree(image_folder, tmp_path / "other")
     rename(other)
-    with pytest.raises(InputError, match="24 images, and .* has 24; other names, labels or classes: restore"):
+    with pytest.raises(InputError, match="24 images, and .* has 24; names, labels or classes differ: restore"):
         train_loop.train(tiny(other, tmp_path))
 
 
@@ -192,7 +193,7 @@ def test_checkpoint_without_a_data_set_goes_on(tmp_path, stopped, uninterrupted)
 
 
 def test_removing_a_listed_image_changes_nothing(image_folder, tmp_path, stop_after, monkeypatch, capsys):
-    """As the message on it advises. Its place in the order is kept, and the next image stands in for it as before."""
+    """As the message on it advises. Its place is kept, and the next image stands in for it as before."""
     monkeypatch.setattr(images, "MAX_BAD", 0.5)
     data = shutil.copytree(image_folder, tmp_path / "data")
     (data / "a" / "03.jpg").write_bytes(b"damaged")
@@ -210,7 +211,7 @@ def test_removing_a_listed_image_changes_nothing(image_folder, tmp_path, stop_af
 def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
     """Of several machines, one may hold an incomplete copy."""
     monkeypatch.setattr(distributed, "from_first", lambda mine: (24, "another digest"))
-    with pytest.raises(InputError, match="train has 24 images on .* and other ones, 24, where the first process runs"):
+    with pytest.raises(InputError, match="train has 24 images on .*, other than the 24 that the first"):
         identity.check_same_everywhere(open_images(image_folder))
 
 

@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, capsys):
     printed = capsys.readouterr()
     assert printed.err.count("is damaged") == 2 and f"warning: {run}/model_0019999.pth" in printed.err
     flip(run / "model_0000099.pth", 0.5)
-    with pytest.raises(InputError, match="none of its 3 checkpoints is whole: restore one, or give another OUTPUT_DIR"):
+    with pytest.raises(InputError, match="no whole checkpoint of it .*restore one, or give another OUTPUT_DIR"):
         find_start(run, resume=True)
 
 
@@ -64,7 +64,8 @@ def test_a_run_is_only_trained_on_with_resume(run, kept):
         if path.name != kept:
             path.unlink()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(InputError, match=f"holds a run .{kept}.: give --resume to go on with it, or another OUTPUT_DIR$"):
+    line = f"holds a run .{kept}.: give --resume to go on with it, or another OUTPUT_DIR$"
+    with pytest.raises(InputError, match=line):
         find_start(run, resume=False)
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
@@ -75,7 +76,8 @@ def test_nothing_to_resume_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     for folder in (tmp_path / "new", tmp_path):
         assert find_start(folder, resume=True) is None
-        assert capsys.readouterr().out == f"--resume: {folder} holds no checkpoint; training starts at iteration 0\n"
+        line = f"--resume: {folder} holds no checkpoint; training starts at iteration 0\n"
+        assert capsys.readouterr().out == line
         (tmp_path / "training.json").write_text("{}")  # killed before the first checkpoint
     with pytest.raises(InputError, match="holds no model to evaluate"):
         trained_model(tmp_path)
@@ -86,12 +88,13 @@ def test_results_without_checkpoints_are_not_overwritten(tmp_path):
     assert find_start(tmp_path, resume=False) is None  # those of an evaluation
     for content in (json.dumps({"eval_only": False}), "damaged"):
         (tmp_path / "results.json").write_text(content)
-        with pytest.raises(InputError, match="holds the results of a run, but none of its checkpoints .model_.*restore"):
+        with pytest.raises(InputError, match="holds a run, but no whole checkpoint of it .model_.*restore"):
             find_start(tmp_path, resume=True)
 
 
 def test_order_of_the_checkpoints(run):
-    assert [path.name for path in checkpoints(run)] == ["model_0019999.pth", "model_0001999.pth", "model_0000099.pth"]
+    names = [path.name for path in checkpoints(run)]
+    assert names == ["model_0019999.pth", "model_0001999.pth", "model_0000099.pth"]
 
 
 def hold(folder, ready, done):
@@ -105,9 +108,11 @@ def test_two_commands_in_one_folder(tmp_path, monkeypatch):
     other = processes.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(300)
-    monkeypatch.setattr("sys.argv", ["train_net.py", "--config-file", "transfer/mask_rcnn_R50_FPN_1x_random.yaml",
-                                     "--engine", "torchvision", "OUTPUT_DIR", str(tmp_path)])
-    with pytest.raises(InputError, match=f"another run is at work in .* .process {other.pid} on .*another OUTPUT_DIR$"):
+    config = "transfer/mask_rcnn_R50_FPN_1x_random.yaml"
+    monkeypatch.setattr("sys.argv", ["train_net.py", "--config-file", config, "--engine", "torchvision",
+                                     "OUTPUT_DIR", str(tmp_path)])
+    line = f"another run is at work in .* .process {other.pid} on .*another OUTPUT_DIR$"
+    with pytest.raises(InputError, match=line):
         train_net.main()
     done.set()
     other.join()

@@ -302,7 +302,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, ca
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "save_tensors", full)
-        with pytest.raises(InputError, match=r"cannot write .*model_final.pth \(No space left on device\): make room"):
+        with pytest.raises(InputError, match=r"model_final.pth \(No space left on device\): make room"):
             engine.train(cfg)
     assert "cannot write" in caplog.text and "model_0000003.pth" in caplog.text
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]

@@ -102,8 +102,8 @@ def parse():
                         help="which layers have SyncBN, and the box head (default %(default)s)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train; writes to "
                         "the config's OUTPUT_DIR with _eval after it")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR; without "
-                        "one, start. A folder that holds a run is only trained in with this")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in "
+                        "OUTPUT_DIR, or start where there is none; a folder that holds a run needs it")
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
     parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set, with "
                         "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one")

@@ -297,8 +297,9 @@ def read_provenance(path):
 def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     """Fine-tune and evaluate in ``processes`` processes, one per GPU, or on the CPU; writes results.json.
 
-    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. accumulate: passes that an iteration's images
-    are split into, by memory if None. Returns the content of results.json. Raises InputError.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. accumulate: passes that an
+    iteration's images are split into, by memory if None. Returns the content of results.json. Raises
+    InputError.
     """
     start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     found = check_datasets(cfg, eval_only)

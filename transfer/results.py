@@ -140,9 +140,11 @@ def read_training(folder):
 
 
 def differences(cfg, training, of=None):
-    """Words for each setting on which ``cfg`` and a ``training`` disagree; ``of``: a pattern of the settings that count,
-    by default all but those of evaluation. The training set is known by its files' names, for it may lie elsewhere on
-    another machine."""
+    """Words for each setting on which ``cfg`` and a ``training`` disagree.
+
+    ``of``: a pattern of the settings that count, by default all but those of evaluation. The training
+    set is known by its files' names, for it may lie elsewhere on another machine.
+    """
     def plain(key, value):
         if key.endswith(".NORM"):  # over how many images is another question
             return value.replace("SyncBN", "BN")
@@ -167,8 +169,8 @@ def check_unchanged(cfg, processes=1, accumulate=1):
         raise InputError(f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
                          "it, or give another OUTPUT_DIR")
     if found := differences(cfg, training):
-        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another OUTPUT_DIR, or leave "
-                         f"{'it' if len(found) == 1 else 'them'} unchanged")
+        raise InputError(f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another "
+                         f"OUTPUT_DIR, or leave {'it' if len(found) == 1 else 'them'} unchanged")
     before = normalised(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
     now = normalised(yaml.safe_load(cfg.dump()), processes, accumulate)
     if before != now:
@@ -176,8 +178,8 @@ def check_unchanged(cfg, processes=1, accumulate=1):
                          f"(processes, --accumulate), BatchNorm over {before} images at once, and not {now}: give as many "
                          "again, or another OUTPUT_DIR")
     if training["annotations"] not in (None, annotation_digests(cfg)):
-        print(f"warning: the annotations of {', '.join(set_names(cfg.DATASETS.TRAIN))} have changed since the run in "
-              f"{cfg.OUTPUT_DIR} began; it goes on with those of now", flush=True)
+        print(f"warning: {', '.join(set_names(cfg.DATASETS.TRAIN))} has changed since the run in "
+              f"{cfg.OUTPUT_DIR} began, which goes on with the annotations of now", flush=True)
 
 
 def normalised(config, processes, accumulate):
@@ -191,7 +193,8 @@ def check_network(cfg, folder):
     tensors of its model need not show a thing."""
     training = read_training(folder)
     if training and (found := differences(cfg, training, NETWORK)):
-        raise InputError(f"the model in {folder} was trained with {'; '.join(found)}: evaluate it with the config of its training")
+        raise InputError(f"the model in {folder} was trained with {'; '.join(found)}: evaluate it with "
+                         "the config of its training")
 
 
 def own_training(cfg):

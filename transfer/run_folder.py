@@ -15,53 +15,58 @@ RESULTS = "results.json"  # at the end
 
 
 def checkpoints(folder):
-    """A run's model_*.pth, the one to go on from first: that which last_checkpoint names, then the newest."""
-    found = [folder / FINAL, *sorted(folder.glob("model_[0-9]*.pth"), reverse=True)]
-    return [path for path in dict.fromkeys([folder / last_name(folder), *found]) if path.is_file()]
+    """A run's checkpoints: first the one that last_checkpoint names, then the newest."""
+    numbered = sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
+    paths = dict.fromkeys([folder / last_name(folder), folder / FINAL, *numbered])
+    return [path for path in paths if path.is_file()]
 
 
 def last_name(folder):
     """What last_checkpoint says, "" where it is lost."""
     path = folder / LAST
-    return path.read_text(errors="replace").strip() if path.is_file() else ""
+    return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 
 def find_start(folder, resume):
     """Path of the checkpoint that training in ``folder`` goes on from; None where it starts anew.
 
-    Without ``resume``, only a folder without a run is trained in. A damaged checkpoint is passed over, with a line, and
-    so is a lost last_checkpoint, which is written again. Raises InputError where a run would be overwritten.
+    Without ``resume``, a folder that holds a run is refused. With it, a damaged checkpoint is passed
+    over and a lost last_checkpoint written again, and a line says so. Raises InputError.
     """
     folder = Path(folder)
-    found = checkpoints(folder)
-    results = [folder / RESULTS] if has_training_results(folder) else []
-    left = [*found, *results, *(path for path in [folder / TRAINING] if path.is_file())]
-    if left and not resume:
-        raise InputError(f"{folder} holds a run ({left[0].name}): give --resume to go on with it, or another OUTPUT_DIR")
+    found, results = checkpoints(folder), has_training_results(folder)
     if not resume:
+        left = [path.name for path in found] + [RESULTS] * results
+        left += [TRAINING] * (folder / TRAINING).is_file()
+        if left:
+            raise InputError(f"{folder} holds a run ({left[0]}): give --resume to go on with it, or "
+                             "another OUTPUT_DIR")
         return None
-    for path in found:
-        try:
-            check_tensors(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            print(f"warning: {path} is damaged ({error}); the checkpoint before is taken", file=sys.stderr, flush=True)
-            continue
-        if last_name(folder) != path.name:
-            print(f"{folder / LAST} names no whole checkpoint: training goes on from {path.name}", flush=True)
-            write_atomically(folder / LAST, lambda file: file.write(path.name.encode()))
-        return path
-    if found:
-        raise InputError(f"{folder} holds a run, but none of its {len(found)} checkpoints is whole: restore one, or give "
-                         "another OUTPUT_DIR")
-    if results:
-        raise InputError(f"{folder} holds the results of a run, but none of its checkpoints (model_*.pth): restore one, "
-                         "or give another OUTPUT_DIR")
+    if start := first_whole(found):
+        if last_name(folder) != start.name:
+            print(f"{folder / LAST} names no whole checkpoint: training goes on from {start.name}", flush=True)
+            write_atomically(folder / LAST, lambda file: file.write(start.name.encode()))
+        return start
+    if found or results:
+        raise InputError(f"{folder} holds a run, but no whole checkpoint of it (model_*.pth): restore "
+                         "one, or give another OUTPUT_DIR")
     print(f"--resume: {folder} holds no checkpoint; training starts at iteration 0", flush=True)
     return None
 
 
+def first_whole(paths):
+    """The first of these checkpoints that is not damaged, or None."""
+    for path in paths:
+        try:
+            check_tensors(path)
+            return path
+        except (OSError, zipfile.BadZipFile) as error:
+            print(f"warning: {path} is damaged ({error})", file=sys.stderr, flush=True)
+    return None
+
+
 def has_training_results(folder):
-    """Whether results.json is there and is not of an evaluation alone, which training may overwrite."""
+    """Whether results.json is a training's; those of an evaluation may be overwritten."""
     path = folder / RESULTS
     try:
         return path.is_file() and not json.loads(path.read_text())["eval_only"]
@@ -70,9 +75,9 @@ def has_training_results(folder):
 
 
 def trained_model(folder):
-    """Path of the newest model in a run's folder. Raises InputError where there is none."""
+    """Path of the model in a run's folder. Raises InputError where there is none."""
     found = checkpoints(Path(folder))
     if not found:
-        raise InputError(f"{folder} holds no model to evaluate (model_*.pth): train it first, or leave out --resume and "
-                         "give MODEL.WEIGHTS")
+        raise InputError(f"{folder} holds no model to evaluate (model_*.pth): train one, or leave out "
+                         "--resume and give MODEL.WEIGHTS")
     return found[0]

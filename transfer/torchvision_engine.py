@@ -85,7 +85,7 @@ def load_checkpoint(path, model):
 
 
 def fit(cfg, model, dataset, checkpoint=None):
-    """Train to MAX_ITER, from a ``checkpoint`` of this run on if given, and write model_final.pth. Raises InputError."""
+    """Train to MAX_ITER and write model_final.pth; from ``checkpoint`` on, if given. Raises InputError."""
     solver, folder, device = cfg.SOLVER, Path(cfg.OUTPUT_DIR), next(model.parameters()).device
     norms = [p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
     others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
@@ -93,14 +93,15 @@ def fit(cfg, model, dataset, checkpoint=None):
                                 solver.BASE_LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY)
 
     def save(name, i):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": i, "weights": provenance}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "iteration": i, "weights": provenance}
         try:
             save_tensors(folder / name, state)
             write_atomically(folder / LAST, lambda file: file.write(name.encode()))
         except OSError as error:
             reason = f"cannot write {folder / name} ({error.strerror or error})"
             if name == FINAL:
-                raise InputError(f"{reason}: make room, and run the same command again with --resume") from None
+                raise InputError(f"{reason}: make room, and run it again with --resume") from None
             log.warning("warning: %s; training goes on, and tries again at the next checkpoint", reason)
 
     start, provenance = 0, None
@@ -187,8 +188,9 @@ def detect(cfg, model, dataset):
 def train(cfg, resume=False, eval_only=False):
     """Fine-tune and evaluate; returns the content of OUTPUT_DIR/results.json. Raises InputError.
 
-    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. eval_only: evaluate OUTPUT_DIR/model_final.pth
-    with ``resume``, else MODEL.WEIGHTS, then a whole model of this engine. The AP is that of the saved file, read back.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. eval_only: evaluate
+    OUTPUT_DIR/model_final.pth with ``resume``, else MODEL.WEIGHTS, then a whole model of this engine.
+    The AP is that of the saved file, read back.
     """
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     start = None if eval_only else find_start(folder, resume)
