@@ -11,17 +11,28 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pretrain.config import InputError
 
 
+RESNET_MODULES = ("resnet", "resnest", "sknet")  # of timm.models; their networks share one class
+FAMILIES = "resnet18, 34, 50, 101 and 152, resnext50_32x4d, wide_resnet50_2, and timm's other variants of these"
+
+
 def build_backbone(name, small_stem=False):
-    """A timm ResNet without classifier, [B, 3, H, W] -> [B, D]; its state dict has torchvision's names.
+    """A timm ResNet without classifier, [B, 3, H, W] -> [B, D]; a plain one's state dict has torchvision's names.
 
     ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels. Raises InputError for a
-    name that timm does not know.
+    name that is no ResNet of timm's, that asks for pretrained weights, or whose stem cannot be replaced.
     """
-    try:
-        backbone = timm.create_model(name, num_classes=0, zero_init_last=True)
-    except Exception as error:  # an unknown name, or an architecture without residual branches
-        raise InputError(f"MODEL.BACKBONE {name!r} is not a ResNet that timm can build: {error}") from None
+    plain, dot, tag = name.partition(".")
+    if not timm.models.is_model_in_modules(plain, RESNET_MODULES):
+        what = "a timm model, but no ResNet" if timm.is_model(plain) else "not a model that timm knows"
+        raise InputError(f"MODEL.BACKBONE {name!r} is {what}: the backbone must be a ResNet ({FAMILIES})")
+    if dot:
+        raise InputError(f"MODEL.BACKBONE {name!r} names pretrained weights ({tag}), which pre-training does not load: "
+                         f"give {plain!r}")
+    backbone = timm.create_model(name, num_classes=0, zero_init_last=True)
     if small_stem:
+        if not isinstance(backbone.conv1, nn.Conv2d):
+            raise InputError(f"MODEL.SMALL_STEM replaces a single 7x7 convolution, but {name} begins with several: give "
+                             "MODEL.BACKBONE without a deep stem, such as resnet18, or MODEL.SMALL_STEM False")
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
         backbone.maxpool = nn.Identity()

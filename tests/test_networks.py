@@ -209,3 +209,25 @@ def test_networks_by_hand_are_byols():
     """The constructor's defaults: a backbone, two widths and an objective make RSA's networks."""
     networks = Networks(build_backbone("resnet18"), 16, 8, METHODS["rsa"].objective)
     assert list(networks.state_dict()) == list(networks_of("rsa").state_dict())
+
+
+@pytest.mark.parametrize("name, small_stem, message", [
+    ("resnet18d", True, "SMALL_STEM replaces a single 7x7 convolution, but resnet18d begins with several"),
+    ("resnet18.a1_in1k", False, r"names pretrained weights \(a1_in1k\), which pre-training does not load: give 'resnet18'"),
+    ("resnet18.", False, "give 'resnet18'"),
+    ("convnext_tiny", False, r"a timm model, but no ResNet: the backbone must be a ResNet \(resnet18, 34, 50"),
+    ("vit_small_patch16_224", True, "a timm model, but no ResNet"),
+    ("resnetv2_50", False, "a timm model, but no ResNet"),
+    ("hf-hub:timm/resnet50.a1_in1k", False, "not a model that timm knows: the backbone must be a ResNet"),
+    ("", False, "not a model that timm knows")])
+def test_other_backbones_are_refused_in_one_line(name, small_stem, message):
+    with pytest.raises(config.InputError, match=message) as error:
+        build_backbone(name, small_stem)
+    assert f"MODEL.BACKBONE {name!r}" in str(error.value) or name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "resnext50_32x4d", "wide_resnet50_2", "skresnet18", "resnest14d"])
+def test_the_families_that_messages_name_are_built(name):
+    with torch.device("meta"):
+        assert build_backbone(name)(torch.empty(2, 3, 64, 64)).shape == (2, build_backbone(name).num_features)

@@ -22,7 +22,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from pretrain import networks as own
 from pretrain.config import get_cfg
-from transfer import readers
+from transfer import architectures
 from transfer.config import InputError
 from transfer.readers import OURS, read_checkpoint
 
@@ -54,8 +54,9 @@ def randomise(network, seed):
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    assert SHAPES.keys() == readers.resnet50_shapes().keys()
-    monkeypatch.setattr(readers, "resnet50_shapes", lambda: SHAPES)
+    wide = architectures.tensor_shapes
+    assert SHAPES.keys() == wide().keys()
+    monkeypatch.setattr(architectures, "tensor_shapes", lambda name="resnet50": SHAPES if name == "resnet50" else wide(name))
 
 
 @pytest.fixture(scope="module")
@@ -431,17 +432,17 @@ KEY = "layer3.2.conv2.weight"
 
 
 @pytest.mark.parametrize("contents, message", [
-    (small("net2.encoder_query."), r"begin with net2; nearest format: (MoCo|the authors' RSA)"),
-    (small("base_encoders."), r"begin with base_encoders; nearest format: MoCo v3"),
-    ({"epoch": 3, "weights": small("encoder_q.")}, r"unknown checkpoint, its keys begin with epoch, weights"),
-    ({"state_dict": {"visual.conv1.weight": torch.zeros(3)}}, r"begin with visual; nearest format"),
-    (small("student_backbone.", "teacher_backbone."), r"left over|unknown checkpoint"),
+    (small("net2.encoder_query."), r"begin with net2: ResNets lie under net2.encoder_query., .*known layouts"),
+    ({"epoch": 3, "weights": small("encoder_q.")}, r"begin with epoch, weights: ResNets lie under weights/encoder_q."),
+    ({"student": small("net."), "teacher": {"net": small("")}}, r"ResNets lie under student/net., teacher/net"),
+    ({"state_dict": {"visual.conv1.weight": torch.zeros(3)}}, r"begin with visual: no ResNet was found"),
+    (small("student_backbone.", "teacher_backbone."), r"not accounted for: teacher_backbone. \(265\)"),
     # A second copy of the backbone that no row expects
     ({"state_dict": small("encoder_q.", "encoder_k.", "encoder_ema.") | heads("queue")},
-     r"MoCo v1, v2, the nearest format: 0 of 265 tensors missing, 265 left over \(encoder_ema.conv1.weight, .*…\)"),
+     r"the online branch is whole, a ResNet-50 under state_dict/encoder_q.; not accounted for: encoder_ema. \(265\)"),
     # One name twice, by name and by number
-    ({"state_dict": small("backbone.") | {"backbone.1.bias": torch.zeros(64)}}, r"1 left over \(backbone.1.bias\)"),
-    (small("") | {"layer3.6.conv1.weight": torch.zeros(3)}, r"1 left over \(layer3.6.conv1.weight\)"),
+    ({"state_dict": small("backbone.") | {"backbone.1.bias": torch.zeros(64)}}, r"not accounted for: backbone.1.bias"),
+    (small("") | {"layer3.6.conv1.weight": torch.zeros(3)}, r"not accounted for: layer3.6.conv1.weight"),
     ({name: t for name, t in small("module.encoder_q.").items() if KEY not in name},
      rf"1 of 265 tensors missing \(encoder_q.{KEY}\)"),
     (small("") | {KEY: torch.zeros(32, 32, 3, 3)[:, 1:]}, rf"{KEY} has shape \(32, 31, 3, 3\)"),
@@ -463,12 +464,14 @@ def test_fails_closed(tmp_path, contents, message):
 def test_two_spellings_of_one_branch_are_ambiguous(tmp_path):
     path = save({"state_dict": small("backbone.", "backbone_momentum.", "key_backbone.")}, tmp_path / "foreign.pth")
     assert read_checkpoint(path)[1]["format"] == "lightly"  # there is but one online branch
-    with pytest.raises(InputError, match=r"0 of 265 .* 265 left over"):
+    with pytest.raises(InputError, match=r"the target branch is whole.*not accounted for: key_backbone. \(265\)"):
         read_checkpoint(path, "target")
 
 
-def test_other_depths_are_named(tmp_path):
-    for blocks, message in (([3, 4, 23, 3], "0 of 265 tensors missing, 255 left over"), ([2, 2, 2, 2], "missing")):
-        network = ResNet(Bottleneck, blocks, width_per_group=8)
-        with pytest.raises(InputError, match=f"not a ResNet-50 of torchvision, timm.*{message}"):
-            read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))
+def test_other_depths_and_widths_fail_on_their_own_list(tmp_path):
+    network = ResNet(Bottleneck, [3, 4, 23, 3], width_per_group=8)
+    with pytest.raises(InputError, match=r"layer1.0.conv1.weight has shape \(8, 64, 1, 1\), a Res\w+-101.* needs"):
+        read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))
+    network = ResNet(Bottleneck, [2, 2, 2, 2], width_per_group=8)
+    with pytest.raises(InputError, match="not one that is converted; it is most like a ResNet-18, .*not accounted for: layer1"):
+        read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))

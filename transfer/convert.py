@@ -1,4 +1,4 @@
-"""The 265 tensors of a pre-trained ResNet-50 -> Detectron2, torchvision and timm files, and back.
+"""The tensors of a pre-trained ResNet -> Detectron2, torchvision and timm files, and back.
 
 Every file carries its provenance (source, sha256, format, branch, method, step), so that a table of results can say
 which weights it measured.
@@ -9,33 +9,53 @@ import json
 import os
 import pickle
 import re
-import zlib
+import shlex
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from transfer.config import DEFAULT_WEIGHTS, InputError
-from transfer.readers import read_checkpoint, read_tensors, resnet50_shapes
-from transfer.safe_load import as_tensor, open_checkpoint
+from transfer.architectures import ARCHITECTURES
+from transfer.readers import checksum, is_plain, read_checkpoint, read_converted
+from transfer.safe_load import as_tensor, local_file, open_checkpoint
 
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
-def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch="online"):
-    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its method's name;
-    returns (path written, provenance). Raises InputError."""
-    state, provenance = read_checkpoint(source, branch)
+def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False):
+    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its method's name,
+    or the source's where the method is unknown; returns (path written, provenance). Raises InputError."""
+    state, provenance = read_checkpoint(source, branch, pixels)
     if output is None:
-        method = re.sub("[^a-z0-9]+", "_", provenance["method"].removeprefix("the authors' ").lower()).strip("_")
-        output = Path(DEFAULT_WEIGHTS).with_name(f"{method}_r50{'_target' * (branch == 'target')}{SUFFIXES[to]}")
-    output = Path(output)
+        name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
+        name = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
+        short = ARCHITECTURES[provenance["architecture"]].short
+        target = "_target" * (provenance["branch"] == "target")
+        output = Path(DEFAULT_WEIGHTS).with_name(f"{name}_{short}{target}{SUFFIXES[to]}")
+    output = Path(output).expanduser()
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: give a file as OUTPUT")
+    if output.exists() and not overwrite:
+        _refuse_other_weights(output, provenance)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_bytes(ENCODERS[to](state, provenance))
     os.replace(temporary, output)
     return output, provenance
+
+
+def _refuse_other_weights(output, provenance):
+    """Raises InputError unless the file ``output`` was converted from the same branch of the same source."""
+    try:
+        held = read_checkpoint(output)[1]
+    except InputError:
+        held = {"method": "something else", "step": -1}
+    if any(held.get(key) != provenance[key] for key in ("sha256", "branch")):
+        step = f" at step {held['step']}" * (held["step"] >= 0)
+        raise InputError(f"{output} is there already, and holds {held['method']}{step} of another source: give another "
+                         "OUTPUT, or --overwrite")
 
 
 def detectron2_name(name):
@@ -54,49 +74,33 @@ def encode_detectron2(state, provenance):
                          "provenance": provenance, "crc32": checksum(state, provenance)}, protocol=4)
 
 
-def checksum(state, provenance):
-    """CRC-32 of what :func:`load_weights` returns: a pickle has none of its own."""
-    crc = zlib.crc32(json.dumps(provenance).encode())
-    for tensor in state.values():
-        crc = zlib.crc32(tensor.numpy(), crc)
-    return crc
-
-
 def encode_torchvision(state, provenance):
     buffer = io.BytesIO()
-    torch.save({"state_dict": state, "provenance": provenance}, buffer)
+    torch.save({"state_dict": state, "provenance": provenance, "crc32": checksum(state, provenance)}, buffer)
     return buffer.getvalue()
 
 
 def encode_timm(state, provenance):
-    # timm's ResNet-50 has torchvision's names; load with num_classes=0.
-    return safetensors.torch.save(state, metadata={"provenance": json.dumps(provenance)})
+    # timm's ResNets have torchvision's names; load with num_classes=0.
+    return safetensors.torch.save(state, metadata={"provenance": json.dumps(provenance),
+                                                   "crc32": json.dumps(checksum(state, provenance))})
 
 
 ENCODERS = {"detectron2": encode_detectron2, "torchvision": encode_torchvision, "timm": encode_timm}
 
 
 def load_weights(path):
-    """Detectron2 ``.pkl`` of :func:`convert` -> (265 float32 tensors under torchvision's names, provenance).
+    """Detectron2 ``.pkl`` of :func:`convert` -> (float32 tensors under torchvision's names, provenance).
 
     Raises InputError when the file is absent, unreadable, damaged or not whole. Never runs code of the file.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
-                         'initialisation with MODEL.WEIGHTS ""')
-    foreign = f"{path} is not a file of tools/convert_to_d2.py: "
+    path = local_file(path, f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
+                      'initialisation with MODEL.WEIGHTS ""')
     with open_checkpoint(path) as contents:
-        stored, provenance = map(contents.get, ("model", "provenance")) if type(contents) is dict else (None, None)
-        if type(stored) is not dict or not _is_plain(provenance):
-            raise InputError(foreign + "it has no model with its provenance")
-        found = {name: stored[detectron2_name(name)] for name in resnet50_shapes() if detectron2_name(name) in stored}
-        if len(found) != len(resnet50_shapes()) or len(stored) != len(found):
-            raise InputError(foreign + f"{len(resnet50_shapes()) - len(found)} of {len(resnet50_shapes())} tensors are "
-                             f"missing, {len(stored) - len(found)} are unknown")
-        state = read_tensors(found, path)
-        if contents.get("crc32") != checksum(state, provenance):
-            raise InputError(f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py")
-    return state, provenance
+        if type(contents) is not dict or "provenance" not in contents or "__author__" not in contents:
+            raise InputError(f"{path} is not a Detectron2 file of tools/convert_to_d2.py; convert it first: "
+                             f"tools/convert_to_d2.py {shlex.quote(path)}")
+        return read_converted(contents, path)
 
 
 def load_model(path, needed):
@@ -106,6 +110,7 @@ def load_model(path, needed):
     Raises InputError when the file is absent, unreadable, or lacks a tensor. Never runs code of the file.
     """
     foreign = f"{path} is not a model that tools/train_net.py has fine-tuned: "
+    path = local_file(path, f"no model {path}: give one that tools/train_net.py has fine-tuned")
     with open_checkpoint(path) as contents:
         stored = contents.get("model") if type(contents) is dict else None
         if type(stored) is not dict:
@@ -117,13 +122,6 @@ def load_model(path, needed):
                              f"{', '.join(wrong[:3])}")
         state = {name: tensor.read().to(needed[name].dtype, copy=True) for name, tensor in found.items()}
         iteration, weights = contents.get("iteration", -2), contents.get("weights")
-        if type(iteration) is not int or weights is not None and not _is_plain(weights):
+        if type(iteration) is not int or weights is not None and not is_plain(weights):
             raise InputError(foreign + "its iteration or its weights' provenance is of another kind")
     return state, iteration + 1, weights
-
-
-def _is_plain(provenance):
-    """Whether all values are JSON's, without nesting but for lists of numbers."""
-    return type(provenance) is dict and all(
-        type(name) is str and all(type(part) in (str, int, float, bool) for part in
-                                  (value if type(value) is list else [value])) for name, value in provenance.items())

@@ -36,7 +36,8 @@ from tqdm import tqdm
 from transfer.annotations import COCO_2017, check_datasets, locate_dataset
 from transfer.config import NORMALISED, RGB_IMAGENET, InputError, check_weights
 from transfer.convert import detectron2_name, load_model, load_weights
-from transfer.readers import resnet50_shapes, sha256
+from transfer.architectures import tensor_shapes
+from transfer.readers import sha256
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
                               settings, write_results)
 from transfer.run_folder import find_start, trained_model
@@ -201,7 +202,7 @@ class Checkpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         self.absent = [name for name in (*incompatible.missing_keys, *(s[0] for s in incompatible.incorrect_shapes))
                        if ".bottom_up." in name and not name.endswith("num_batches_tracked")]
-        self.unused = [name for name in map(detectron2_name, resnet50_shapes()) if name in incompatible.unexpected_keys]
+        self.unused = [name for name in map(detectron2_name, tensor_shapes()) if name in incompatible.unexpected_keys]
         return incompatible
 
     def assert_backbone_arrived(self, statistics=True):

@@ -1,251 +1,257 @@
-"""Checkpoints of known pre-training methods -> the 265 tensors of a ResNet-50 under torchvision's names.
+"""Checkpoint files -> the tensors of a ResNet under torchvision's names, and what is known of them.
 
-A format is a row of :data:`FORMATS`: where each branch's backbone lies, and the keys that are dropped knowingly.
-Reading fails closed: a missing, misshapen or not-finite tensor, or a key that no row accounts for, is an error that
-names it. Opening a file never runs its code (safe_load.py).
+Reading fails closed: a missing, misshapen or not-finite tensor, or a name that no row of formats.py accounts for, is
+an error that names it. Opening a file never runs its code (safe_load.py).
 """
 
-import difflib
 import hashlib
-from dataclasses import dataclass, field
-from functools import lru_cache
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from torchvision.models import resnet50
 
-from transfer.config import InputError
-from transfer.safe_load import Call, as_tensor, open_checkpoint, printable
+from transfer import architectures
+from transfer.architectures import ARCHITECTURES
+from transfer.config import RGB_IMAGENET, InputError
+from transfer.formats import (AVERAGES, CONTAINERS, DETECTRON2, FORMATS, IGNORED, IMAGENET, INNER_WRAPPERS, OURS,
+                              WRAPPERS, Format, rename)
+from transfer.safe_load import Call, as_tensor, local_file, open_checkpoint, printable
+from transfer.survey import describe, grouped, networks_in, other_network, some, supported
 
 BRANCHES = ("online", "target")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of RGB in [0, 1]
-UNSCALED = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-# State dicts are looked for under the first of these keys that a file has; "" is the file itself.
-CONTAINERS = ("state_dict", "model", "model_state_dict", "")
-# What wrappers put before every name: DataParallel, torch.compile, LightningModules (byol-pytorch's example: learner).
-WRAPPERS = ("module.", "_orig_mod.", "model.", "learner.")
-# Children of a ResNet by number: nn.Sequential(*resnet.children()).
-SEQUENTIAL = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
-
-
-@dataclass(frozen=True)
-class Format:
-    """``branches``: where the backbone's names begin, "prefix" or "key/key/prefix" below those keys; a tuple where a
-    family has several spellings. ``drops``: how all other names of the state dict begin; the longest prefix that fits
-    a name decides. ``rename``: first component of a name -> torchvision's. ``pixels``: mean and std of the RGB input
-    in [0, 1] that the backbone was trained on. All are convolutions with torchvision's stride, in the 3x3.
-    """
-
-    name: str
-    branches: dict
-    drops: tuple = ()
-    rename: dict = field(default_factory=dict)
-    pixels: tuple = IMAGENET
-
-    def places(self):
-        """(branch, container, prefix) of each place; container None: the first of :data:`CONTAINERS`."""
-        for branch, places in self.branches.items():
-            for place in (places,) if isinstance(places, str) else places:
-                container, slash, prefix = place.rpartition("/")
-                yield branch, container if slash else None, prefix
-
-
-OURS = "this project's pre-training"
-# The first row that accounts for every name is taken: of rows with the same prefixes, the one with fewer drops first.
-FORMATS = (
-    Format(OURS, {"online": "model/online.backbone.", "target": "model/target.backbone."},
-           drops=("online.projector.", "target.projector.", "predictor.", "queue.")),
-    # torchvision and timm also write fc; extracted backbones (Barlow Twins' resnet50.pth, SwAV's, OpenSelfSup's and
-    # lucidrains' BYOL) are bare. timm's training checkpoints have the moving average beside the weights.
-    Format("torchvision, timm", {"online": "", "target": "state_dict_ema/"}, drops=("fc.",)),
-    Format("SwAV, DeepCluster v2", {"online": ""}, drops=("projection_head.", "prototypes.")),
-    # encoder_q, encoder_k and their like
-    # RSA is a subclass of BYOL there: a file does not say which of them it holds, nor on which data set.
-    Format("the authors' RSA or BYOL", {"online": "encoder_q.", "target": "encoder_k."},
-           drops=("encoder_q_head.", "encoder_k_head.", "pred.")),
-    Format("MoCo v1, v2", {"online": "encoder_q.", "target": "encoder_k."},
-           drops=("encoder_q.fc.", "encoder_k.fc.", "queue")),
-    Format("MoCo v3", {"online": "base_encoder.", "target": "momentum_encoder."},
-           drops=("base_encoder.fc.", "momentum_encoder.fc.", "predictor.")),
-    Format("DenseCL, OpenSelfSup, MMSelfSup 0.x",
-           {"online": ("encoder_q.0.", "online_net.0.", "base_encoder.0.", "encoder.0."),
-            "target": ("encoder_k.0.", "target_net.0.", "momentum_encoder.0.")},
-           # backbone and neck are the online branch's own modules under a second name
-           drops=("encoder_q.1.", "encoder_k.1.", "online_net.1.", "target_net.1.", "base_encoder.1.",
-                  "momentum_encoder.1.", "encoder.1.", "backbone.", "neck.", "head.", "queue")),
-    # encoder
-    Format("InstDis, PIRL, InfoMin (PyContrast)", {"online": "model/encoder.", "target": "model_ema/encoder."},
-           drops=("head.", "head_jig.")),
-    Format("SimSiam", {"online": "encoder."}, drops=("encoder.fc.", "predictor.")),
-    Format("BYOL (sthalles/PyTorch-BYOL)",
-           {"online": "online_network_state_dict/encoder.", "target": "target_network_state_dict/encoder."},
-           drops=("projetion.",), rename=SEQUENTIAL, pixels=UNSCALED),
-    Format("BYOL (yaox12/BYOL-PyTorch)", {"online": "online_network.encoder.", "target": "target_network.encoder."},
-           drops=("online_network.projetion.", "target_network.projetion.", "predictor."), rename=SEQUENTIAL),
-    Format("BYOL (lucidrains/byol-pytorch)", {"online": "online_encoder.net.", "target": "target_encoder.net."},
-           # net is the online encoder's under a second name
-           drops=("online_encoder.", "target_encoder.", "online_encoder.net.fc.", "target_encoder.net.fc.",
-                  "online_predictor.", "net.")),
-    # backbone
-    Format("Barlow Twins", {"online": "model/backbone."}, drops=("projector.", "bn.")),
-    Format("MMSelfSup 1.x, OpenSelfSup",
-           {"online": "backbone.",
-            "target": ("encoder_k.module.0.", "target_net.module.0.", "momentum_encoder.module.0.")},
-           drops=("encoder_k.", "target_net.", "momentum_encoder.", "neck.", "head.", "queue", "memory_bank.",
-                  "data_preprocessor.")),
-    Format("solo-learn", {"online": "backbone.", "target": "momentum_backbone."},
-           drops=("classifier.", "momentum_classifier.", "projector.", "momentum_projector.", "predictor.",
-                  "predictor2.", "head.", "momentum_head.", "dino_loss_func.", "prototypes.", "queue",
-                  "local_memory_", "transformer_encoder.", "whitening.")),
-    Format("lightly",
-           {"online": "backbone.",
-            "target": ("backbone_momentum.", "momentum_backbone.", "teacher_backbone.", "key_backbone.")},
-           drops=("projection_head", "prediction_head", "projection_mlp.", "prediction_mlp.", "local_projection_head",
-                  "momentum_projection_head.", "teacher_projection_head.", "key_projection_head.", "prototypes.",
-                  "memory_bank.", "queues.", "criterion.", "online_classifier.", "knn_classifier."),
-           rename=SEQUENTIAL),
-    # its teacher has the plain names
-    Format("lightly's DINO", {"online": "student_backbone.", "target": "backbone."},
-           drops=("student_projection_head.", "projection_head.", "criterion.", "online_classifier.")),
-    Format("VISSL", {"online": ("classy_state_dict/base_model/model/trunk/_feature_blocks.", "_feature_blocks.",
-                                "classy_state_dict/base_model/model/trunk/base_model._feature_blocks."),
-                     "target": "classy_state_dict/loss/moco_encoder.trunk._feature_blocks."},
-           drops=("moco_encoder.heads.", "queue", "heads.")),
-)
-
-
-@lru_cache
-def resnet50_shapes():
-    """{torchvision name: shape} of the 53 convolutions and 53 x 4 BatchNorm tensors, 265 in all."""
-    with torch.device("meta"):
-        state = resnet50().state_dict()
-    return {name: tensor.shape for name, tensor in state.items()
-            if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
 
 
 @dataclass
 class Match:
-    """What a row finds in a file: ``found`` {torchvision name: stored value} of ``branch``, where names begin with
-    ``prefix``, and the names that it does not account for."""
+    """What a row finds at one of its places: ``found`` {torchvision name: stored value} of ``branch``, and
+    ``left_over``, the names that the row does not account for."""
 
     layout: Format
     branch: str
+    container: str
     prefix: str
     found: dict
     left_over: list
 
+    def __post_init__(self):
+        self.architecture = architectures.nearest(self.found)
+        shapes = architectures.tensor_shapes(self.architecture)
+        self.missing = [self.prefix + name for name in shapes if name not in self.found]
+        self.left_over += [self.prefix + name for name in self.found if name not in shapes]
+
+    @property
+    def place(self):
+        return "/".join(filter(None, (self.container, self.prefix)))
+
     def whole(self):
-        return len(self.found) == len(resnet50_shapes()) and not self.left_over
+        return not self.missing and not self.left_over
+
+    def partial(self):
+        """Whether most of a network is there."""
+        return 2 * len(self.missing) < len(architectures.tensor_shapes(self.architecture))
 
 
-def read_checkpoint(path, branch="online"):
-    """Checkpoint file -> (265 float32 CPU tensors under torchvision's names, provenance dict of plain JSON values).
+def read_checkpoint(path, branch=None, pixels=None):
+    """Checkpoint file -> (float32 CPU tensors under torchvision's names, provenance dict of plain JSON values).
 
-    The provenance says what the backbone was trained on, for fine-tuning to check: ``pixel_mean`` and ``pixel_std``
-    (0-255), ``input_format`` and ``stride_in_1x1``. Raises InputError with one line that names the file and what is
-    missing, left over, misshapen or not finite.
+    branch: "online" or "target"; None: online, or the one that a converted file holds. pixels: mean and std of RGB in
+    [0, 1], for a file that does not say. The provenance says what the backbone was trained on, for fine-tuning to
+    check: ``pixel_mean`` and ``pixel_std`` (0-255), ``input_format`` and ``stride_in_1x1``. What this project has
+    converted keeps the provenance that it was written with. Raises InputError with one line that names the file and
+    what is missing, left over, misshapen or not finite.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint {path}: give the file as INPUT, or pre-train first (tools/pretrain.py)")
+    path = local_file(path, f"no checkpoint {path}: give the file as INPUT, or pre-train first (tools/pretrain.py)")
     with open_checkpoint(path) as contents:
         if type(contents) is not dict or not all(type(name) is str for name in contents):
-            raise InputError(f"{path} does not hold a state dict but a {type(contents).__name__}")
-        match = find_branch(contents, branch, path)
-        state = read_tensors(match.found, path, match.prefix)
-        layout, own = match.layout, match.layout.name == OURS
-        mean, std = _own_pixels(contents) if own else layout.pixels
-        method = contents.get("method", "unknown") if own else layout.name
-        step = contents.get("step", contents.get("global_step", -1))
-    provenance = {
-        "source": Path(path).name, "sha256": sha256(path), "format": layout.name, "branch": branch,
+            raise InputError(f"{path} {describe(contents)}")
+        if "provenance" in contents:
+            state, provenance = read_converted(contents, path)
+            return state, complete(provenance, path, branch)
+        match = find_branch(contents, branch or "online", path)
+        state = read_tensors(match.found, path, match.architecture, match.prefix)
+        return state, _provenance(contents, match, path, pixels)
+
+
+def _provenance(contents, match, path, pixels):
+    layout, own = match.layout, match.layout.name == OURS
+    mean, std = _own_pixels(contents) if own else layout.pixels or pixels or IMAGENET
+    method = contents.get("method") if own else None
+    step = contents.get("step", contents.get("global_step", -1))
+    return {
+        "source": Path(path).name, "sha256": sha256(path), "format": layout.name, "branch": match.branch,
         "method": printable(method) if type(method) is str else "unknown", "step": step if type(step) is int else -1,
         "pixel_mean": [round(255 * value, 3) for value in mean], "pixel_std": [round(255 * value, 3) for value in std],
-        "input_format": "RGB", "stride_in_1x1": False,
+        "input_format": "RGB", "stride_in_1x1": False, "architecture": match.architecture,
     }
-    return state, provenance
 
 
 def find_branch(contents, branch, path):
     """The :class:`Match` of ``branch`` in the first row that accounts for the file. Raises InputError."""
-    layout, matches = None, []
-    for row in FORMATS:
-        own = list(_matches(row, contents))
-        if any(match.whole() for match in own):
-            layout, matches = row, own
-            break
-        matches += own
-    nearest = max((match for match in matches if match.branch == branch),
-                  key=lambda match: (len(match.found), -len(match.left_over)), default=None)
-    if nearest and nearest.whole():
-        return nearest
-    if nearest and nearest.found:
-        missing = [nearest.prefix + name for name in resnet50_shapes() if name not in nearest.found]
-        raise InputError(f"{path}: not a ResNet-50 of {nearest.layout.name}, the nearest format: {len(missing)} of "
-                         f"{len(resnet50_shapes())} tensors missing{_some(missing)}, {len(nearest.left_over)} left over"
-                         f"{_some(nearest.left_over)}; its names begin with {_beginnings(contents)}")
-    if layout:
-        raise InputError(f"{path}: a checkpoint of {layout.name} without the {branch} branch")
-    raise InputError(f"{path}: unknown checkpoint, its keys begin with {_beginnings(contents)}; nearest format: "
-                     f"{_most_alike(contents)}; known: {'; '.join(layout.name for layout in FORMATS)}")
+    rows = [(layout, list(_matches(layout, contents))) for layout in FORMATS]
+    for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
+        for layout, matches in rows:
+            if any(match.whole() for match in matches if match.branch == sought):
+                return _only_one([match for match in matches if match.branch == branch], layout, branch, path)
+    if other := other_network(contents):
+        raise InputError(f"{path} holds {other}; what is converted: {supported()}")
+    nearest = min((match for _, matches in rows for match in matches if match.branch == branch and match.partial()),
+                  key=lambda match: (len(match.missing), len(match.left_over)), default=None)
+    raise InputError(f"{path}: {_what_is_wrong(nearest) if nearest else networks_in(contents)}")
+
+
+def _only_one(matches, layout, branch, path):
+    """The whole one of the ``matches`` of a branch. Raises InputError where there is none, or more than one."""
+    whole = [match for match in matches if match.whole()]
+    if len(whole) > 1:
+        raise InputError(f"{path} holds more than one {branch} network, under {' and '.join(m.place for m in whole)}: "
+                         "save the state dict of one of them alone")
+    if whole:
+        return whole[0]
+    if matches:
+        raise InputError(f"{path}: {_what_is_wrong(matches[0])}")
+    averages = f": no average under {', '.join(AVERAGES)}" if branch == "target" and "target" not in layout.branches else ""
+    raise InputError(f"{path}: a checkpoint of {layout.name} without the {branch} branch{averages}")
+
+
+def _what_is_wrong(match):
+    label, place = ARCHITECTURES[match.architecture].label, f" under {match.place}" if match.place else ""
+    total = len(architectures.tensor_shapes(match.architecture))
+    rest = f"; not accounted for: {grouped(match.left_over)}" if match.left_over else ""
+    if any(name.startswith(f"{match.prefix}layer") for name in match.left_over):
+        return (f"the network{place} is not one that is converted; it is most like a {label}, with {len(match.missing)} of "
+                f"{total} tensors missing{rest}")
+    if not match.missing:
+        return (f"the {match.branch} branch is whole, a {label}{place}{rest}; no checkpoint of {match.layout.name} has "
+                "that, so save the backbone's state_dict() alone")
+    norm = all(name.endswith(("running_mean", "running_var")) for name in match.missing)
+    norm = ": its norm layers are no BatchNorm (GroupNorm?)" if norm and len(match.missing) > 2 else ""
+    return f"not a whole {label}{place}: {len(match.missing)} of {total} tensors missing{some(match.missing)}{norm}{rest}"
 
 
 def _matches(layout, contents):
     """A :class:`Match` for each place of ``layout`` where the file has names."""
     for branch, container, prefix in layout.places():
-        state = _state_dict(contents, container)
-        if not any(name.startswith(prefix) for name in state):
-            continue
-        # The other places of the same branch are not accounted for: a file that had both would be ambiguous.
-        taken = {**dict.fromkeys(layout.drops, False),
-                 **{other: False for kind, _, other in layout.places() if kind != branch}, prefix: True}
-        match = Match(layout, branch, prefix, {}, [])
-        for name, value in state.items():
-            longest = max((start for start in taken if name.startswith(start)), key=len, default=None)
-            short = _rename(name.removeprefix(prefix), layout.rename)
-            if longest is not None and not taken[longest]:
+        for key, state in _state_dicts(contents, container):
+            if layout.lacks(state) or not any(name.startswith(prefix) for name in state):
                 continue
-            if longest is not None and short in resnet50_shapes() and short not in match.found:
-                match.found[short] = value
-            elif longest is None or not short.endswith("num_batches_tracked"):
-                match.left_over.append(name)
-        yield match
+            # The other places of the same branch are not accounted for: a file that had both would be ambiguous.
+            taken = {**dict.fromkeys(layout.drops, False),
+                     **{other: False for kind, _, other in layout.places() if kind != branch}, prefix: True}
+            found, left_over = {}, []
+            for name, value in state.items():
+                longest = max((start for start in taken if name.startswith(start)), key=len, default=None)
+                short = rename(name.removeprefix(prefix), layout.rename)
+                if longest is None or taken[longest] and short in found:
+                    left_over.append(name)
+                elif taken[longest] and not short.endswith("num_batches_tracked"):
+                    found[short] = value
+            yield Match(layout, branch, key, prefix, found, left_over)
 
 
-def _state_dict(contents, container):
-    """{name: value} below the keys "a/b", or below the first of :data:`CONTAINERS` for None, without wrappers."""
+def _state_dicts(contents, container):
+    """(key, {name: value} without wrappers) below the keys "a/b", or below each of :data:`CONTAINERS` for None."""
     if container is None:
-        container = next(key for key in CONTAINERS if not key or type(contents.get(key)) is dict)
+        held = [key for key in CONTAINERS if key and type(contents.get(key)) is dict]
+        for key in held or [""]:
+            yield key, state_dict(contents, key)
+    elif state := state_dict(contents, container):
+        yield container, state
+
+
+def state_dict(contents, container):
+    """{name: value} below the keys "a/b" of a file, without wrappers. Raises ValueError where two names become one."""
     for key in filter(None, container.split("/")):
         contents = contents.get(key) if type(contents) is dict else None
-    state = {str(name): value for name, value in contents.items()} if type(contents) is dict else {}
+    contents = contents if type(contents) is dict else {}
+    state = {str(name): value for name, value in contents.items() if name not in IGNORED}
     while wrapper := next((w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None):
         state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return state
+    inner = re.compile("(?<=\\.)(%s)" % "|".join(map(re.escape, INNER_WRAPPERS)))
+    plain = {inner.sub("", name): value for name, value in state.items()}
+    if len(plain) < len(state):
+        raise ValueError("two of its names are the same without their wrappers")
+    return plain
 
 
-def _rename(name, renames):
-    first, dot, rest = name.partition(".")
-    return renames.get(first + dot, first + dot) + rest
-
-
-def read_tensors(found, path, prefix=""):
-    """{torchvision name: stored value} of all 265 -> the same, float32 and contiguous, checked. Raises InputError."""
-    state = {}
-    for name, shape in resnet50_shapes().items():
+def read_tensors(found, path, architecture="resnet50", prefix=""):
+    """{torchvision name: stored value} of a network -> the same, float32 and contiguous, checked. Raises InputError."""
+    state, label = {}, ARCHITECTURES[architecture].label
+    for name, shape in architectures.tensor_shapes(architecture).items():
         tensor = as_tensor(found[name])
         if tensor is None or tensor.shape != shape:
             raise InputError(f"{path}: {prefix}{name} has shape {_kind(found[name], tensor)}, "
-                             f"a ResNet-50 needs {tuple(shape)}")
+                             f"a {label} needs {tuple(shape)}")
         tensor = tensor.read()
         if not tensor.is_floating_point():
-            raise InputError(f"{path}: {prefix}{name} holds {tensor.dtype}, a ResNet-50 needs floats")
+            raise InputError(f"{path}: {prefix}{name} holds {tensor.dtype}, a {label} needs floats")
         # A copy, because small tensors may be views of one large storage
         state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(torch.stack(state[name].aminmax())).all():
             raise InputError(f"{path}: {prefix}{name} holds NaN or infinite values")
     return state
+
+
+# What a provenance may say: key -> test of its value.
+PROVENANCE = {
+    "branch": BRANCHES.__contains__, "architecture": ARCHITECTURES.__contains__,
+    "input_format": ("RGB", "BGR").__contains__, "stride_in_1x1": lambda value: type(value) is bool,
+    "step": lambda value: type(value) is int,
+    **{key: lambda value: type(value) is str for key in ("source", "sha256", "format", "method")},
+    **{key: lambda value: type(value) is list and len(value) == 3 and all(
+        type(part) in (int, float) and math.isfinite(part) for part in value) for key in ("pixel_mean", "pixel_std")},
+}
+
+
+def read_converted(contents, path):
+    """A file of tools/convert_to_d2.py, of any of its formats -> (tensors, provenance). Raises InputError."""
+    foreign = f"{path} is not a file of tools/convert_to_d2.py: "
+    stored, provenance = contents.get("model", contents.get("state_dict")), contents["provenance"]
+    if type(stored) is not dict or not is_plain(provenance) or not all(
+            test(provenance[key]) for key, test in PROVENANCE.items() if key in provenance):
+        raise InputError(foreign + "it has no model with its provenance")
+    found = {rename(name, DETECTRON2): value for name, value in stored.items() if type(name) is str}
+    architecture = architectures.nearest(found)
+    shapes = architectures.tensor_shapes(architecture)
+    missing, unknown = shapes.keys() - found.keys(), len(stored) - len(shapes.keys() & found.keys())
+    if missing or unknown:
+        raise InputError(foreign + f"{len(missing)} of {len(shapes)} tensors are missing, {unknown} are unknown")
+    state = read_tensors(found, path, architecture)
+    # torch.save's archives have checksums of their own, and safetensors of before had none
+    if contents.get("crc32", None if "__author__" in contents else checksum(state, provenance)) != checksum(state, provenance):
+        raise InputError(f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py")
+    if provenance.setdefault("architecture", architecture) != architecture:
+        raise InputError(foreign + f"it holds a {architecture} and says {printable(provenance['architecture'])}")
+    return state, provenance
+
+
+def complete(provenance, path, branch=None):
+    """A converted file's provenance, with what older files lack. Raises InputError if it is of another branch."""
+    held = provenance.get("branch", "online")
+    if branch not in (None, held):
+        raise InputError(f"{path} was converted from the {held} branch and holds no other: convert the checkpoint "
+                         f"({provenance.get('source', 'its source')}) again with --branch {branch}")
+    return {"source": Path(path).name, "format": "unknown", "branch": held, "method": "unknown", "step": -1,
+            **RGB_IMAGENET, **provenance, "sha256": provenance.get("sha256") or sha256(path)}
+
+
+def checksum(state, provenance):
+    """CRC-32 of tensors and provenance: pickle and safetensors have none of their own."""
+    crc = zlib.crc32(json.dumps(provenance).encode())
+    for tensor in state.values():
+        crc = zlib.crc32(tensor.numpy(), crc)
+    return crc
+
+
+def is_plain(provenance):
+    """Whether all values are JSON's, without nesting but for lists of numbers."""
+    return type(provenance) is dict and all(
+        type(name) is str and all(type(part) in (str, int, float, bool) for part in
+                                  (value if type(value) is list else [value])) for name, value in provenance.items())
 
 
 def sha256(path):
@@ -270,26 +276,3 @@ def _kind(value, tensor):
     if isinstance(value, Call):  # what is to be called may be nested to any depth
         return printable(value.function if isinstance(value.function, str) else "a call")
     return printable(tensor.shape if tensor else type(value).__name__)
-
-
-def _beginnings(contents):
-    found = sorted({name.split(".")[0] for name in _state_dict(contents, None)})
-    return ", ".join(printable(name, 40) for name in found[:8]) or "nothing"
-
-
-def _most_alike(contents):
-    """The format one of whose prefixes is most like what stands before a ResNet's names, or names at all, in a file."""
-    last = "layer4.2.bn3.weight"
-    names = list(_state_dict(contents, None))
-    starts = {name.removesuffix(last) for name in names if name.endswith(last)} or {name.split(".")[0] for name in names}
-
-    def likeness(layout):
-        return max((difflib.SequenceMatcher(None, start[:60], prefix).ratio()
-                    for start in sorted(starts)[:8] for _, _, prefix in layout.places()), default=0)
-
-    return max(FORMATS, key=likeness).name
-
-
-def _some(names, most=4):
-    shown = ", ".join(printable(name, 80) for name in names[:most])
-    return f" ({shown}{', …' if len(names) > most else ''})" if names else ""

@@ -11,7 +11,9 @@ refuses old files that hold foreign objects beside their tensors.
 """
 
 import io
+import json
 import mmap
+import os
 import pickletools
 import zipfile
 from contextlib import ExitStack, contextmanager
@@ -55,6 +57,19 @@ class Tensor:
     read: Callable
 
 
+def local_file(path, absent):
+    """``path`` with ~ expanded, of a file that is there. Raises InputError: ``absent`` where it is not."""
+    if "://" in str(path):
+        raise InputError(f"no weights {path}: URLs are not fetched; download the file, and convert it with "
+                         "tools/convert_to_d2.py")
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder: give a checkpoint file in it")
+    if not os.path.isfile(path):
+        raise InputError(absent)
+    return path
+
+
 @contextmanager
 def open_checkpoint(path):
     """Context manager: a file of torch.save (zip archive or legacy), pickle or safetensors -> its content as inert data.
@@ -65,14 +80,15 @@ def open_checkpoint(path):
     try:
         with ExitStack() as stack:
             file = stack.enter_context(open(path, "rb"))
-            start = file.read(9)
+            start, size = file.read(9), os.fstat(file.fileno()).st_size
             if start[:4] == b"PK\x03\x04":
                 contents = _read_zip(stack.enter_context(zipfile.ZipFile(file)))
+            # Before pickle: a header of 640 bytes, say, has a length that begins like one
+            elif start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+                contents = _read_safetensors(stack.enter_context(safetensors.safe_open(path, "pt")))
             elif start[:1] == b"\x80":
                 mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 contents = _read_file(mapped)
-            elif start[8:] == b"{":
-                contents = _read_safetensors(stack.enter_context(safetensors.safe_open(path, "pt")))
             else:
                 raise ValueError("it is neither of torch.save nor safetensors nor a pickle")
             yield contents
@@ -134,8 +150,11 @@ def _read_file(file):
 
 
 def _read_safetensors(file):
-    return {name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
-            for name in file.keys()}
+    """{name: Tensor}; of a file of tools/convert_to_d2.py, what it wrote into the header stands beside the tensors."""
+    tensors = {name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
+               for name in file.keys()}
+    said = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in ("provenance", "crc32")}
+    return {"state_dict": tensors, **said} if "provenance" in said else tensors
 
 
 def read_pickle(file, storage=None, dtypes=None):
@@ -281,7 +300,18 @@ def as_tensor(value):
         case Tensor():
             return value
         case Call(("numpy.core.multiarray _reconstruct" | "numpy._core.multiarray _reconstruct"), _,
-                  (1, tuple(shape), Call("numpy dtype", (("f2" | "f4" | "f8") as kind, *_), (3, "<", *_)), bool(fortran),
-                   bytes(data))) if all(type(n) is int and n >= 0 for n in shape):
-            return Tensor(shape, lambda: torch.from_numpy(
-                np.frombuffer(bytearray(data), kind).reshape(shape, order="F" if fortran else "C")))
+                  (1, tuple(shape), dtype, bool(fortran), data)):
+            return _array(data, dtype, shape, "F" if fortran else "C")
+        case Call(("numpy.core.numeric _frombuffer" | "numpy._core.numeric _frombuffer"),
+                  (data, dtype, tuple(shape), ("C" | "F") as order)):  # from protocol 5 on
+            return _array(data, dtype, shape, order)
+
+
+def _array(data, dtype, shape, order):
+    match data:
+        case Call("_codecs encode", (str(text), "latin1")):  # before protocol 3
+            data = text.encode("latin1")
+    match dtype:
+        case Call("numpy dtype", (("f2" | "f4" | "f8") as kind, *_), (3, "<", *_)) if (
+                type(data) in (bytes, bytearray) and all(type(n) is int and n >= 0 for n in shape)):
+            return Tensor(shape, lambda: torch.from_numpy(np.frombuffer(bytearray(data), kind).reshape(shape, order=order)))
