@@ -67,7 +67,8 @@ def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
     done = tool("pretrain", *TINY, cwd=tmp_path)
     assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50_200ep.yaml" in done.stdout, done.stderr
     refused = tool("convert_to_d2", cwd=tmp_path)  # it was a smaller network
-    assert refused.returncode == 2 and "of 265 tensors missing" in refused.stderr
+    assert refused.returncode == 2 and "MODEL.BACKBONE test_resnet" in refused.stderr
+    assert f"next: tools/evaluate.py knn" in done.stdout
     judged = tool("evaluate", "knn", cwd=tmp_path)
     assert judged.returncode == 0 and 0 <= json.loads(judged.stdout)["knn_top1"] <= 100, judged.stderr
     linear = tool("evaluate", "linear", "--epochs", "2", cwd=tmp_path)

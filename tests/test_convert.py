@@ -11,12 +11,15 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from torchvision.models import resnet50
 
 from transfer.architectures import tensor_shapes
 from transfer.config import InputError
-from transfer.convert import convert, detectron2_name, load_weights
-from transfer.readers import read_checkpoint
+from transfer import convert as converter
+from transfer.convert import SUFFIXES, convert, detectron2_name, load_weights
+from transfer.readers import checksum, read_checkpoint
+from transfer.safe_load import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +163,119 @@ def test_broken_files_are_one_line(tmp_path, content):
         with pytest.raises(InputError, match="broken.pth") as error:
             read(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("branch", ["online", "target"])
+def test_what_was_converted_is_read_back_with_its_provenance(resnet50_checkpoint, checkpoint, tmp_path, branch):
+    """Through any number of conversions: the source, its sha256 and the pixels are those of the first."""
+    pixels = {"DATA": {"MEAN": [0.5, 0.25, 0.125], "STD": [1.0, 1.0, 1.0]}}
+    torch.save({**checkpoint, "config": json.dumps(pixels)}, tmp_path / "own.pth")
+    _, first = convert(tmp_path / "own.pth", tmp_path / "0.pkl", branch=branch)
+    assert first["method"] == "rsa" and first["pixel_mean"] == [127.5, 63.75, 31.875] and first["branch"] == branch
+    source = tmp_path / "0.pkl"
+    for i, to in enumerate(["torchvision", "timm", "timm", "detectron2", "torchvision", "detectron2"], start=1):
+        source, provenance = convert(source, tmp_path / f"{i}{SUFFIXES[to]}", to)
+        assert provenance == first
+    assert load_weights(source)[1] == first
+    state, _ = read_checkpoint(source)
+    assert all(torch.equal(state[name], checkpoint["model"][f"{branch}.backbone.{name}"]) for name in state)
+    other = {"online": "target", "target": "online"}[branch]
+    with pytest.raises(InputError, match=f"converted from the {branch} branch and holds no other.*own.pth.*--branch {other}"):
+        read_checkpoint(source, other)
+
+
+@pytest.mark.parametrize("to", SUFFIXES)
+def test_a_converted_file_that_was_changed_is_refused(resnet50_checkpoint, tmp_path, to):
+    path, provenance = convert(resnet50_checkpoint, tmp_path / "w", to)
+    with open_checkpoint(path) as contents:
+        crc = contents["crc32"]
+    state = read_checkpoint(path)[0]
+    state["layer1.0.bn1.bias"] += 1e-3
+    assert checksum(state, provenance) != crc
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converter, "checksum", lambda *_: crc)
+        path.write_bytes(converter.ENCODERS[to](state, provenance))
+    with pytest.raises(InputError, match="damaged, its checksum differs"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet101", "wide_resnet50_2", "resnext50_32x4d"])
+def test_other_networks_convert_and_fail_closed_on_their_own_list(tmp_path, name):
+    from pretrain.networks import build_backbone
+
+    torch.manual_seed(0)
+    source = randomised(build_backbone(name))
+    contents = {"format": "rsa-pretraining", "method": "rsa", "step": 3, "config": json.dumps({"MODEL": {"BACKBONE": name}}),
+                "model": {f"online.backbone.{n}": t for n, t in source.state_dict().items()}}
+    torch.save(contents, tmp_path / "own.pth")
+    path, provenance = convert(tmp_path / "own.pth", tmp_path / "w.pth", "torchvision")
+    assert provenance["architecture"] == name
+    network = getattr(torchvision.models, name)()
+    assert not network.load_state_dict(torch.load(path)["state_dict"], strict=False).unexpected_keys
+    network.fc = torch.nn.Identity()
+    path, _ = convert(tmp_path / "own.pth", tmp_path / "w.safetensors", "timm")
+    twin = timm.create_model(name, num_classes=0)
+    assert not twin.load_state_dict(safetensors.torch.load_file(path), strict=False).unexpected_keys
+    with torch.no_grad():
+        expected = source.eval()(IMAGES)
+        assert torch.equal(twin.eval()(IMAGES), expected)
+        torch.testing.assert_close(network.eval()(IMAGES), expected, rtol=1e-5, atol=1e-5)
+    lost = contents["model"].pop("online.backbone.layer4.1.bn2.running_var")
+    torch.save(contents, tmp_path / "own.pth")
+    with pytest.raises(InputError, match=rf"1 of {len(tensor_shapes(name))} tensors missing .*layer4.1.bn2.running_var"):
+        convert(tmp_path / "own.pth", tmp_path / "lost.pth", "torchvision")
+    assert lost.ndim == 1 and not (tmp_path / "lost.pth").exists()
+
+
+def randomised(network):
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if "running_mean" in name or name.endswith("bias"):
+                tensor.normal_(0, 0.1)
+            elif "running_var" in name or re.search(r"(bn\d|downsample.1).weight$", name):
+                tensor.uniform_(0.5, 1)
+    return network
+
+
+@pytest.mark.parametrize("backbone, small_stem, message", [
+    ("resnet18d", False, "MODEL.BACKBONE resnet18d; what is converted: ResNet-50, ResNet-18"),
+    ("resnetblur50", False, "MODEL.BACKBONE resnetblur50; what is converted"),  # its tensors are a ResNet-50's
+    ("resnet50", True, "a resnet50 with MODEL.SMALL_STEM, the 3x3 stem")])
+def test_own_backbones_that_others_do_not_have(checkpoint, tmp_path, backbone, small_stem, message):
+    model = {"MODEL": {"BACKBONE": backbone, "SMALL_STEM": small_stem}}
+    torch.save({**checkpoint, "config": json.dumps(model)}, tmp_path / "own.pth")
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "own.pth", tmp_path / "w.pkl")
+
+
+def test_another_sources_file_is_not_written_over(resnet50_checkpoint, checkpoint, tmp_path):
+    output = convert(resnet50_checkpoint, tmp_path / "w.pkl")[0]
+    convert(resnet50_checkpoint, output)  # the same again
+    torch.save({**checkpoint, "step": 8}, tmp_path / "later.pth")
+    for source, branch in ((tmp_path / "later.pth", None), (resnet50_checkpoint, "target")):
+        with pytest.raises(InputError, match=r"w.pkl is there already, and holds weights of another source \(model_final.pth, online"):
+            convert(source, output, branch=branch)
+    assert load_weights(output)[1]["step"] == 7
+    convert(tmp_path / "later.pth", output, overwrite=True)
+    assert load_weights(output)[1]["step"] == 8
+    before = resnet50_checkpoint.read_bytes()
+    own = convert(resnet50_checkpoint, tmp_path / "own.pkl")[0]
+    for source in (output, own, resnet50_checkpoint):
+        with pytest.raises(InputError, match="is there already, and holds something else"):
+            convert(source, resnet50_checkpoint, "torchvision")
+    assert resnet50_checkpoint.read_bytes() == before
+
+
+def test_weights_that_are_not_converted(resnet50_checkpoint, tmp_path, monkeypatch):
+    for path in (resnet50_checkpoint, convert(resnet50_checkpoint, tmp_path / "w.pth", "torchvision")[0]):
+        with pytest.raises(InputError, match=f"convert it first: tools/convert_to_d2.py {path}$"):
+            load_weights(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    convert(resnet50_checkpoint, "~/w.pkl")
+    assert load_weights("~/w.pkl") and read_checkpoint("~/w.pkl")
+    for url in ("https://example.org/w.pkl", "s3://bucket/w.pth"):
+        for read in (load_weights, read_checkpoint):
+            with pytest.raises(InputError, match=f"{url}: URLs are not fetched; download the file"):
+                read(url)
+    with pytest.raises(InputError, match="is a folder: give a checkpoint file in it"):
+        read_checkpoint(tmp_path)

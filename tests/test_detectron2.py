@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from tests.conftest import ROOT
@@ -18,7 +19,8 @@ from detectron2.modeling import build_model  # noqa: E402
 
 from transfer import d2_trainer  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
-from transfer.config import RGB_IMAGENET, InputError, torchvision_defaults  # noqa: E402
+from transfer.architectures import ARCHITECTURES  # noqa: E402
+from transfer.config import RGB_IMAGENET, InputError, check_weights, torchvision_defaults  # noqa: E402
 from transfer.convert import convert  # noqa: E402
 from transfer.report import DETECTRON2_ALONE  # noqa: E402
 from transfer.results import settings  # noqa: E402
@@ -91,6 +93,41 @@ def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoi
             x = getattr(backbone, f"layer{stage}")(x)
             difference = (features[f"res{stage + 1}"] - x).abs().max() / x.abs().max()
             assert difference < 1e-4, (stage, difference)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet101", "resnext101_32x8d", "wide_resnet50_2"])
+def test_features_of_other_networks(tmp_path, name):
+    """Stock Detectron2, its checkpointer and its backbone, against torchvision's network; in 1e-5 of the largest."""
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, name)().eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.running_var, 0.5, 1)
+            torch.nn.init.normal_(layer.running_mean, std=0.1)
+            torch.nn.init.uniform_(layer.weight, 0.3, 0.6)
+            torch.nn.init.normal_(layer.bias, std=0.1)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    path, provenance = convert(tmp_path / "w.pth", tmp_path / "w.pkl")
+    cfg = load({"resnet18": "mask_rcnn_R18_FPN_1x.yaml", "resnet101": "mask_rcnn_R101_FPN_1x.yaml"}.get(
+        name, "mask_rcnn_R50_FPN_1x.yaml"))
+    if name not in ("resnet18", "resnet101"):
+        with pytest.raises(InputError, match="was trained with MODEL.RESNETS."):
+            check_weights(cfg, provenance)
+        cfg.merge_from_list([item for key, value in ARCHITECTURES[name].resnets().items()
+                             for item in (f"MODEL.RESNETS.{key}", value)])
+    check_weights(cfg, provenance)
+    cfg.MODEL.DEVICE = "cpu"
+    backbone = build_model(cfg).eval()
+    checkpointer = d2_trainer.Checkpointer(backbone)
+    checkpointer.load(str(path))
+    assert checkpointer.absent == []
+    images = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        found, x = backbone.backbone.bottom_up(images), network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        for stage in (1, 2, 3, 4):
+            x = getattr(network, f"layer{stage}")(x)
+            assert x.std() > 0.01
+            assert (found[f"res{stage + 1}"] - x).abs().max() <= 1e-5 * x.abs().max(), stage
 
 
 def test_a_tensor_that_did_not_arrive_is_named(model, weights):

@@ -66,7 +66,7 @@ def config(coco="", folder="", *overrides):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("MODEL.RESNETS.DEPTH", 101), ("MODEL.BACKBONE.FREEZE_AT", 2), ("MODEL.RESNETS.STRIDE_IN_1X1", True),
+    ("MODEL.RESNETS.DEPTH", 77), ("MODEL.BACKBONE.FREEZE_AT", 2), ("MODEL.RESNETS.STRIDE_IN_1X1", True),
     ("INPUT.FORMAT", "BGR"), ("MODEL.FPN.NORM", "GN"), ("MODEL.RPN.IN_FEATURES", ["res4"]), ("DATASETS.TEST", ()),
     ("MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64, 128, 256, 512]]), ("MODEL.ROI_BOX_HEAD.NUM_FC", 0),
 ])

@@ -96,7 +96,7 @@ def test_twice_the_1x_schedule_lies_between_detectron2s_1x_and_3x():
 
 def test_every_header_has_command_cost_and_expectation():
     configs = sorted(CONFIGS.glob("mask_rcnn_*.yaml"))
-    assert len(configs) == 2 * len(ROWS)
+    assert len([path for path in configs if "_R50_" in path.name]) == 2 * len(ROWS)
     for path in configs:
         head = path.read_text().split("\n_BASE_")[0]
         assert f"--config-file transfer/{path.name}" in head and "GPU-hours" in head and "expected" in head, path

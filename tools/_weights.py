@@ -12,26 +12,27 @@ from pretrain.distributed import amp_dtype, device
 from pretrain.evaluate import Features
 from pretrain.feature_cache import FeatureCache
 from transfer import readers
-from transfer.safe_load import open_checkpoint
+from transfer.safe_load import local_file, open_checkpoint
 
 
-def load_features(path, branch="online"):
+def load_features(path, branch=None):
     """Checkpoint -> (Features of its backbone, its configuration, provenance).
 
     A file of tools/pretrain.py may hold any of its backbones, and its configuration. Of another project's, all that
-    tools/convert_to_d2.py reads are taken: ResNet-50s, with the normalisation of their authors and otherwise ImageNet's
-    configuration. Raises pretrain's or transfer's InputError.
+    tools/convert_to_d2.py reads are taken, with the normalisation of their authors and otherwise ImageNet's
+    configuration; branch None: online, or the one that a converted file holds. Raises pretrain's or transfer's InputError.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
+    path = local_file(path, f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
     cfg, before = get_cfg(), os.stat(path)
     with open_checkpoint(path) as contents:  # nothing of a stranger's file is given to torch.load
         ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
+        branch, cfg.MODEL.BACKBONE = provenance["branch"], provenance["architecture"]
         cfg.DATA.MEAN, cfg.DATA.STD = (tuple(value / 255 for value in provenance[key])
                                        for key in ("pixel_mean", "pixel_std"))
     else:
+        branch = branch or "online"
         saved = checkpoint.load(path)
         cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
         prefix = f"{branch}.backbone."

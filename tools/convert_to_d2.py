@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pre-training checkpoint -> ResNet-50 weights for Detectron2, torchvision or timm.
+"""Pre-training checkpoint -> ResNet weights for Detectron2, torchvision or timm.
 
     tools/convert_to_d2.py                                  # output/pretrain/model_final.pth -> output/weights/
     tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
+from transfer.architectures import ARCHITECTURES, tensor_shapes  # noqa: E402
 from transfer.config import InputError  # noqa: E402
 from transfer.convert import DEFAULT_INPUT, SUFFIXES, convert  # noqa: E402
 from transfer.readers import BRANCHES  # noqa: E402
@@ -21,13 +22,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", nargs="?", default=DEFAULT_INPUT, help=f"checkpoint (default {DEFAULT_INPUT})")
     parser.add_argument("output", nargs="?", help="file to write (default output/weights/METHOD_r50.pkl, of RSA "
-                        "where the transfer configs look)")
+                        "where the transfer configs look; r18, r101, … for other networks)")
     parser.add_argument("--to", choices=SUFFIXES, default="detectron2", help="library to write for")
-    parser.add_argument("--branch", choices=BRANCHES, default="online", help="which network's backbone")
+    parser.add_argument("--branch", choices=BRANCHES, help="which network's backbone (default: online, or the one that "
+                        "a converted file holds)")
+    parser.add_argument("--overwrite", action="store_true", help="write over a file of another source")
     args = parser.parse_args()
-    output, provenance = convert(args.input, args.output, args.to, args.branch)
-    print(f"{output}: 265 tensors for {args.to}, {provenance['branch']} branch of {provenance['method']} "
-          f"at step {provenance['step']}, from {args.input} (sha256 {provenance['sha256'][:12]})")
+    output, provenance = convert(args.input, args.output, args.to, args.branch, overwrite=args.overwrite)
+    network = provenance["architecture"]
+    step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
+    print(f"{output}: {len(tensor_shapes(network))} tensors of a {ARCHITECTURES[network].label} for {args.to}, "
+          f"{provenance['branch']} branch of {provenance['method']}{step}, from {args.input} "
+          f"(sha256 {provenance['sha256'][:12]})")
 
 
 if __name__ == "__main__":

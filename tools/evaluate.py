@@ -62,7 +62,8 @@ def parse():
     parser.add_argument("--classes", metavar="FILE",
                         help="class folders to keep (default: all of --train, or those of pre-training)")
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
-    parser.add_argument("--branch", choices=("online", "target"), default="online")
+    parser.add_argument("--branch", choices=("online", "target"),
+                        help="of the checkpoint (default: online, or the one that a converted file holds)")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument("--bank", type=int, default=0, metavar="N",
                         help="of kNN: at most N training images, evenly spaced (default: all)")

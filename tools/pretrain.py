@@ -42,7 +42,15 @@ def main():
             print(interruption, file=sys.stderr)
         return train_loop.REQUEUE
     if distributed.is_first_process():
-        print(f"done: {final}; next: tools/convert_to_d2.py {final}")
+        print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
+
+
+def next_tool(model):
+    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that others have, too."""
+    from transfer.architectures import ARCHITECTURES
+
+    convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM
+    return "tools/convert_to_d2.py" if convertible else "tools/evaluate.py knn"
 
 
 def imagenet_recipe(method, epochs):

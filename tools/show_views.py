@@ -53,7 +53,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", help="folder of images, or a data set that tools/pretrain.py takes")
     parser.add_argument("--checkpoint", metavar="FILE")
-    parser.add_argument("--branch", choices=("online", "target"), default="online")
+    parser.add_argument("--branch", choices=("online", "target"),
+                        help="of the checkpoint (default: online, or the one that a converted file holds)")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="of views.png (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=24, metavar="N", help="of pairs.png (default %(default)s)")
     parser.add_argument("--limit", type=int, default=1000, metavar="N",

@@ -12,6 +12,7 @@ the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override 
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def configure(cfg, args):
     if args.train:
         given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
     merge_config(cfg, None, [*given, *args.overrides], InputError)
+    cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")

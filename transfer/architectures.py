@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 import torchvision
 
+from transfer.config import InputError
 from transfer.safe_load import as_tensor
 
 
@@ -39,6 +40,24 @@ ARCHITECTURES = {
     "wide_resnet50_2": Architecture("Wide ResNet-50-2", "w50", 50, width=128),
     "wide_resnet101_2": Architecture("Wide ResNet-101-2", "w101", 101, width=128),
 }
+
+
+def supported():
+    """The labels of all architectures, for a message."""
+    return ", ".join(architecture.label for architecture in ARCHITECTURES.values())
+
+
+def of_config(resnets):
+    """The name of the network that Detectron2's MODEL.RESNETS (a dict) build. Raises InputError where it has none."""
+    deep = [name for name, architecture in ARCHITECTURES.items() if architecture.depth == resnets["DEPTH"]]
+    for name in deep:
+        if all(resnets[key] == value for key, value in ARCHITECTURES[name].resnets().items()):
+            return name
+    choices = " or ".join(", ".join(f"{key} {value}" for key, value in ARCHITECTURES[name].resnets().items() if key != "DEPTH")
+                          for name in deep)
+    given = ", ".join(f"{key} {resnets[key]}" for key in ("NUM_GROUPS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS"))
+    raise InputError(f"MODEL.RESNETS.DEPTH {resnets['DEPTH']} with {given} is no network that this engine knows"
+                     + f": give {choices}" * bool(deep))
 
 
 @lru_cache

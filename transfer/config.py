@@ -19,7 +19,8 @@ NORMALISED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # parts of MOD
 
 
 def check_weights(cfg, provenance):
-    """Raises InputError unless the model treats its input, stride and BatchNorm as the weights of ``provenance`` need.
+    """Raises InputError unless the model is the network of the weights of ``provenance``, and treats its input, stride
+    and BatchNorm as they need.
 
     provenance: dict of the converted file (:data:`RGB_IMAGENET` fills what it lacks); None: random initialisation.
     """
@@ -34,6 +35,12 @@ def check_weights(cfg, provenance):
             len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
         if not same:
             fixes.append(f"{key} {wanted!r} (it is {given!r})")
+    if "architecture" in needed:
+        from transfer.architectures import ARCHITECTURES  # torch is slow to import, and options are checked before
+
+        fixes += [f"MODEL.RESNETS.{key} {wanted} (it is {cfg.MODEL.RESNETS[key]})"
+                  for key, wanted in ARCHITECTURES[needed["architecture"]].resnets().items()
+                  if cfg.MODEL.RESNETS[key] != wanted]
     if fixes:
         raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
     frozen = [f"{part}.NORM is FrozenBN" for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
@@ -86,7 +93,8 @@ def torchvision_defaults():
         META_ARCHITECTURE="GeneralizedRCNN", WEIGHTS="", DEVICE="cuda", MASK_ON=False,
         PIXEL_MEAN=[103.530, 116.280, 123.675], PIXEL_STD=[1.0, 1.0, 1.0],
         BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
-        RESNETS=dict(DEPTH=50, NORM="FrozenBN", STRIDE_IN_1X1=True, OUT_FEATURES=["res4"]),
+        RESNETS=dict(DEPTH=50, NUM_GROUPS=1, WIDTH_PER_GROUP=64, RES2_OUT_CHANNELS=256, NORM="FrozenBN",
+                     STRIDE_IN_1X1=True, OUT_FEATURES=["res4"]),
         FPN=dict(IN_FEATURES=[], OUT_CHANNELS=256, NORM=""),
         ANCHOR_GENERATOR=dict(SIZES=[[32, 64, 128, 256, 512]], ASPECT_RATIOS=[[0.5, 1.0, 2.0]]),
         RPN=dict(IN_FEATURES=["res4"], BATCH_SIZE_PER_IMAGE=256, POSITIVE_FRACTION=0.5, IOU_THRESHOLDS=[0.3, 0.7],

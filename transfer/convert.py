@@ -4,6 +4,7 @@ Every file carries its provenance (source, sha256, format, branch, method, step)
 which weights it measured.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -48,14 +49,13 @@ def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pix
 
 def _refuse_other_weights(output, provenance):
     """Raises InputError unless the file ``output`` was converted from the same branch of the same source."""
-    try:
-        held = read_checkpoint(output)[1]
-    except InputError:
-        held = {"method": "something else", "step": -1}
+    held = {}
+    with contextlib.suppress(InputError), open_checkpoint(output) as contents:
+        if type(contents) is dict and "provenance" in contents:
+            held = read_converted(contents, output)[1]
     if any(held.get(key) != provenance[key] for key in ("sha256", "branch")):
-        step = f" at step {held['step']}" * (held["step"] >= 0)
-        raise InputError(f"{output} is there already, and holds {held['method']}{step} of another source: give another "
-                         "OUTPUT, or --overwrite")
+        what = f"weights of another source ({held.get('source')}, {held.get('branch')} branch)" if held else "something else"
+        raise InputError(f"{output} is there already, and holds {what}: give another OUTPUT, or --overwrite")
 
 
 def detectron2_name(name):

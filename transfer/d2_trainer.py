@@ -210,8 +210,8 @@ class Checkpointer(DetectionCheckpointer):
         running ``statistics`` where the file has none, or those of the file's ResNet-50 that found no place."""
         absent = [name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))]
         if lost := absent or self.unused:
-            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS ({', '.join(lost)[:200]}): is "
-                             "MODEL.RESNETS.DEPTH 50 and its NORM a BatchNorm?")
+            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS ({', '.join(lost)[:200]}): does "
+                             "MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
 
 
 class EqualPreciseBN(hooks.PreciseBN):
@@ -265,7 +265,7 @@ def load_backbone(model, path):
     absent = [name for name in needed if name not in state and not name.endswith("num_batches_tracked")]
     if absent:
         raise InputError(f"{len(absent)} backbone tensors did not arrive from MODEL.WEIGHTS {path} "
-                         f"({', '.join(absent)[:200]}): is MODEL.RESNETS.DEPTH 50 and its NORM a BatchNorm?")
+                         f"({', '.join(absent)[:200]}): does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
     backbone.load_state_dict(state, strict=False)  # a counter of BatchNorm's is in no such file
 
 
@@ -277,7 +277,7 @@ def assert_backbone_arrived(model, path):
               if not torch.equal(found.get(detectron2_name(name), torch.empty(0)).cpu(), tensor)]
     if absent:
         raise InputError(f"{len(absent)} of {len(state)} backbone tensors of {path} did not arrive in the model "
-                         f"({', '.join(absent[:3])}, ...): is MODEL.RESNETS.DEPTH 50 and its NORM a BatchNorm?")
+                         f"({', '.join(absent[:3])}, ...): does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
 
 
 def read_provenance(path):

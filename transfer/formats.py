@@ -21,6 +21,14 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "learner.", "_fsdp_wrapped_module
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 IGNORED = ("n_averaged",)  # torch.optim.swa_utils.AveragedModel's counter
 
+# Where a file says what it holds: keys of dicts, and attributes of pickled objects such as argparse's Namespace.
+SAID = {
+    "network": ("arch", "args.arch", "args.model", "opt.arch", "opt.model", "config.arch", "hyper_parameters.arch",
+                "hyper_parameters.backbone", "hyper_parameters.backbone.name"),
+    "method": ("method", "args.method", "opt.method", "hyper_parameters.method"),
+    "step": ("step", "global_step"),
+}
+
 # (pattern, replacement), each applied once: other names of a ResNet's tensors -> torchvision's.
 SEQUENTIAL = (  # nn.Sequential(*resnet.children())
     (r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^4\.", "layer1."), (r"^5\.", "layer2."), (r"^6\.", "layer3."),
@@ -69,6 +77,7 @@ def rename(name, pairs):
     return name
 
 
+OWN_FILE = "rsa-pretraining"  # what a checkpoint of this project has under "format"
 OURS = "this project's pre-training"
 # The first row that accounts for every name is taken: of rows with the same prefixes, the one with fewer drops first.
 FORMATS = (

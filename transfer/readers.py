@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from transfer import architectures
-from transfer.architectures import ARCHITECTURES
+from transfer.architectures import ARCHITECTURES, supported
 from transfer.config import RGB_IMAGENET, InputError
 from transfer.formats import (AVERAGES, CONTAINERS, DETECTRON2, FORMATS, IGNORED, IMAGENET, INNER_WRAPPERS, OURS,
-                              WRAPPERS, Format, rename)
+                              OWN_FILE, WRAPPERS, Format, rename)
+from transfer.metadata import check_network, check_own_network, own_pixels, said
 from transfer.safe_load import Call, as_tensor, local_file, open_checkpoint, printable
-from transfer.survey import describe, grouped, networks_in, other_network, some, supported
+from transfer.survey import describe, grouped, networks_in, other_network, some
 
 BRANCHES = ("online", "target")
 
@@ -72,19 +72,21 @@ def read_checkpoint(path, branch=None, pixels=None):
         if "provenance" in contents:
             state, provenance = read_converted(contents, path)
             return state, complete(provenance, path, branch)
+        if contents.get("format") == OWN_FILE:
+            check_own_network(contents, path)
         match = find_branch(contents, branch or "online", path)
+        check_network(contents, match.architecture, path)
         state = read_tensors(match.found, path, match.architecture, match.prefix)
         return state, _provenance(contents, match, path, pixels)
 
 
 def _provenance(contents, match, path, pixels):
     layout, own = match.layout, match.layout.name == OURS
-    mean, std = _own_pixels(contents) if own else layout.pixels or pixels or IMAGENET
-    method = contents.get("method") if own else None
-    step = contents.get("step", contents.get("global_step", -1))
+    mean, std = own_pixels(contents) if own else pixels or layout.pixels or IMAGENET
+    method, step = said(contents, "method"), said(contents, "step", int)
     return {
         "source": Path(path).name, "sha256": sha256(path), "format": layout.name, "branch": match.branch,
-        "method": printable(method) if type(method) is str else "unknown", "step": step if type(step) is int else -1,
+        "method": "unknown" if method is None else printable(method), "step": -1 if step is None else step,
         "pixel_mean": [round(255 * value, 3) for value in mean], "pixel_std": [round(255 * value, 3) for value in std],
         "input_format": "RGB", "stride_in_1x1": False, "architecture": match.architecture,
     }
@@ -261,15 +263,6 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _own_pixels(contents):
-    """Mean and std in [0, 1] from the configuration in a checkpoint of this project."""
-    config = yaml.safe_load(contents.get("config") or "{}")
-    mean, std = (config.get("DATA", {}).get(key, values) for key, values in zip(("MEAN", "STD"), IMAGENET))
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError("DATA.MEAN and DATA.STD of its configuration are not those of three channels")
-    return [float(value) for value in mean], [float(value) for value in std]
 
 
 def _kind(value, tensor):

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 
-from transfer.architectures import ARCHITECTURES
 from transfer.formats import CONTAINERS, FORMATS, OTHER_NETWORKS
 from transfer.safe_load import Call, printable
 
@@ -85,8 +84,3 @@ def some(names, most=4):
     """" (a, b, c, d, …)"."""
     shown = ", ".join(printable(name, 80) for name in names[:most])
     return f" ({shown}{', …' if len(names) > most else ''})" if names else ""
-
-
-def supported():
-    """The labels of all architectures, for a message."""
-    return ", ".join(architecture.label for architecture in ARCHITECTURES.values())

@@ -117,7 +117,7 @@ def fit(cfg, model, dataset, checkpoint=None):
         check_weights(cfg, provenance)
         body = model.backbone.body.state_dict()
         if differ := sorted({name for name in body if not name.endswith("num_batches_tracked")} ^ set(state)):
-            raise InputError(f"{cfg.MODEL.WEIGHTS} is not a whole ResNet-50, for it lacks or adds {differ[:4]}")
+            raise InputError(f"{cfg.MODEL.WEIGHTS} is not the network of MODEL.RESNETS, for it lacks or adds {differ[:4]}")
         model.backbone.body.load_state_dict(state, strict=False)
         log.info("%s: all %d backbone tensors loaded", cfg.MODEL.WEIGHTS, len(state))
     else:

@@ -1,15 +1,16 @@
-"""Mask R-CNN R50-FPN from torchvision's parts, with the layers and the initialisation that Detectron2's YAML asks for."""
+"""Mask R-CNN with a ResNet and FPN from torchvision's parts, with the layers and the initialisation that Detectron2's YAML asks for."""
 
 import functools
 
 import torch
+import torchvision
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 from torch.utils._pytree import tree_map
-from torchvision.models import resnet50
 from torchvision.models.detection import anchor_utils, backbone_utils, faster_rcnn, mask_rcnn
 from torchvision.ops import poolers
 
+from transfer import architectures
 from transfer.config import InputError
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
@@ -17,7 +18,7 @@ STAGES, LEVELS = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
 POSSIBLE = {  # key: the values that can be honoured, or a test of the value and what it asks for
     "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"], "MODEL.DEVICE": ["cuda", "cpu"], "MODEL.MASK_ON": [True],
     "MODEL.BACKBONE.NAME": ["build_resnet_fpn_backbone"], "MODEL.BACKBONE.FREEZE_AT": [0],
-    "MODEL.RESNETS.DEPTH": [50], "MODEL.RESNETS.NORM": ["BN", "SyncBN"], "MODEL.RESNETS.STRIDE_IN_1X1": [False],
+    "MODEL.RESNETS.DEPTH": [18, 34, 50, 101, 152], "MODEL.RESNETS.NORM": ["BN", "SyncBN"], "MODEL.RESNETS.STRIDE_IN_1X1": [False],
     "MODEL.RESNETS.OUT_FEATURES": [STAGES], "MODEL.FPN.IN_FEATURES": [STAGES], "MODEL.FPN.NORM": list(NORMS),
     "MODEL.RPN.IN_FEATURES": [[*LEVELS, "p6"]], "MODEL.ROI_HEADS.IN_FEATURES": [LEVELS],
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads"], "MODEL.ROI_BOX_HEAD.NAME": ["FastRCNNConvFCHead"],
@@ -49,6 +50,7 @@ def build_model(cfg):
     """
     check(cfg)
     net, classes, channels = cfg.MODEL, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, cfg.MODEL.FPN.OUT_CHANNELS
+    resnet = getattr(torchvision.models, architectures.of_config(net.RESNETS))(weights=None)
     anchors, rpn, roi, box, mask = net.ANCHOR_GENERATOR, net.RPN, net.ROI_HEADS, net.ROI_BOX_HEAD, net.ROI_MASK_HEAD
 
     def pooler(head):
@@ -58,8 +60,9 @@ def build_model(cfg):
         return pool
 
     model = mask_rcnn.MaskRCNN(
-        backbone_utils.BackboneWithFPN(resnet50(weights=None), {f"layer{i + 1}": LEVELS[i] for i in range(4)},
-                                       [256, 512, 1024, 2048], channels, norm_layer=NORMS[net.FPN.NORM]),
+        backbone_utils.BackboneWithFPN(resnet, {f"layer{i + 1}": LEVELS[i] for i in range(4)},
+                                       [net.RESNETS.RES2_OUT_CHANNELS << i for i in range(4)], channels,
+                                       norm_layer=NORMS[net.FPN.NORM]),
         min_size=cfg.INPUT.MIN_SIZE_TRAIN, max_size=cfg.INPUT.MAX_SIZE_TRAIN,
         image_mean=[mean / 255 for mean in net.PIXEL_MEAN], image_std=[std / 255 for std in net.PIXEL_STD],
         rpn_anchor_generator=anchor_utils.AnchorGenerator(anchors.SIZES, anchors.ASPECT_RATIOS * len(anchors.SIZES)),
