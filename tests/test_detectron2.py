@@ -17,7 +17,7 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
-from transfer import d2_trainer  # noqa: E402
+from transfer import d2_trainer, d2_weights  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
 from transfer.architectures import ARCHITECTURES  # noqa: E402
 from transfer.config import RGB_IMAGENET, InputError, check_weights, torchvision_defaults  # noqa: E402
@@ -131,12 +131,12 @@ def test_features_of_other_networks(tmp_path, name):
 
 
 def test_a_tensor_that_did_not_arrive_is_named(model, weights):
-    d2_trainer.assert_backbone_arrived(model, weights)
+    d2_weights.assert_backbone_arrived(model, weights)
     tensor = model.backbone.bottom_up.res3[1].conv2.norm.running_var
     kept = tensor.clone()
     tensor.add_(1e-3)
     with pytest.raises(InputError, match=r"1 of 265 .*res3.1.conv2.norm.running_var"):
-        d2_trainer.assert_backbone_arrived(model, weights)
+        d2_weights.assert_backbone_arrived(model, weights)
     tensor.copy_(kept)
 
 
@@ -159,7 +159,7 @@ def test_what_a_file_of_weights_would_run_is_not_run(weights, shapes, tmp_path, 
     d2_trainer.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
-    d2_trainer.assert_backbone_arrived(trainer.model, weights)
+    d2_weights.assert_backbone_arrived(trainer.model, weights)
     assert not (tmp_path / "it ran").exists()
 
 
@@ -414,8 +414,8 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
     name = "res4.2.conv2.norm.running_var"
     whole, part = zoo_file(weights, tmp_path / "whole.pkl"), zoo_file(weights, tmp_path / "part.pkl", [name])
     for path in (whole, part):
-        monkeypatch.setitem(d2_trainer.ZOO, path, RGB_IMAGENET)
-    provenance = d2_trainer.read_provenance(whole)
+        monkeypatch.setitem(d2_weights.ZOO, path, RGB_IMAGENET)
+    provenance = d2_weights.read_provenance(whole)
     assert provenance["method"] == "supervised" and provenance["input_format"] == "RGB"
     assert provenance["source"] == whole and len(provenance["sha256"]) == 64
     cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", whole,
@@ -423,14 +423,14 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
     d2_trainer.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
-    d2_trainer.assert_backbone_arrived(trainer.model, weights)
+    d2_weights.assert_backbone_arrived(trainer.model, weights)
     trainer.cfg.MODEL.WEIGHTS = part
     with pytest.raises(InputError, match=f"1 backbone tensors did not arrive.*{name}"):
         trainer.resume_or_load(False)
     for norm, lost in (("GN", 106), ("", 212)):  # what of the file's 265 has no place there
         other = tiny(shapes, tmp_path, "MODEL.WEIGHTS", whole, "MODEL.RESNETS.DEPTH", 50,
                      "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "MODEL.RESNETS.NORM", norm)
-        with pytest.raises(InputError, match=f"{lost} backbone tensors did not arrive.*NORM a BatchNorm"):
+        with pytest.raises(InputError, match=f"{lost} backbone tensors did not arrive.*is its NORM a BatchNorm"):
             d2_trainer.Trainer(other).resume_or_load(False)
 
 
@@ -455,12 +455,12 @@ def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monk
     cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", str(path), "MODEL.RESNETS.DEPTH", 50,
                "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
     d2_trainer.register_datasets(cfg)
-    monkeypatch.setitem(d2_trainer.ZOO, str(path), {"statistics": False})
+    monkeypatch.setitem(d2_weights.ZOO, str(path), {"statistics": False})
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
     found = trainer.model.backbone.bottom_up.state_dict()
     assert all(np.array_equal(found[n].numpy(), a) for n, a in arrays.items())
-    monkeypatch.setitem(d2_trainer.ZOO, str(path), {})
+    monkeypatch.setitem(d2_weights.ZOO, str(path), {})
     with pytest.raises(InputError, match="106 backbone tensors did not arrive.*running_mean"):
         trainer.resume_or_load(False)
 

@@ -1,6 +1,6 @@
 """Fine-tuning with Detectron2: its own trainer, fail-closed weights, and one results.json at the end.
 
-The only file that imports detectron2. What differs from Detectron2's DefaultTrainer: an iteration may be several
+This file and d2_weights.py alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may be several
 forward and backward passes (accumulation), precise-BN statistics are the same on all ranks, several processes also work
 on a CPU, the backbone is known to have arrived, and the final AP is that of the saved file, read back.
 """
@@ -28,29 +28,19 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from transfer.annotations import COCO_2017, check_datasets, locate_dataset
-from transfer.config import NORMALISED, RGB_IMAGENET, InputError, check_weights
-from transfer.convert import detectron2_name, load_model, load_weights
-from transfer.architectures import tensor_shapes
-from transfer.readers import sha256
+from transfer.config import NORMALISED, InputError, check_weights
+from transfer.convert import load_model
+from transfer.d2_weights import (ZOO, Checkpointer, assert_backbone_arrived, load_backbone, read_provenance, unwrap)
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
                               settings, write_results)
 from transfer.run_folder import find_start, trained_model
 
 REFERENCE_GPUS = 8  # of the recipes: two images each
-# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
-# running statistics are folded into its weight and bias.
-ZOO = {
-    "detectron2://ImageNetPretrained/torchvision/R-50.pkl": RGB_IMAGENET,
-    "detectron2://ImageNetPretrained/MSRA/R-50.pkl": {
-        "input_format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0],
-        "stride_in_1x1": True, "statistics": False},
-}
 # What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
 # scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
 BYTES_PER_IMAGE = 3.6e9
@@ -189,31 +179,6 @@ class Trainer(DefaultTrainer):
             assert_backbone_arrived(self.model, weights)
 
 
-def unwrap(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that remembers what it could not place, of which Detectron2 only warns."""
-
-    absent = unused = ("nothing was loaded",)
-
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        self.absent = [name for name in (*incompatible.missing_keys, *(s[0] for s in incompatible.incorrect_shapes))
-                       if ".bottom_up." in name and not name.endswith("num_batches_tracked")]
-        self.unused = [name for name in map(detectron2_name, tensor_shapes()) if name in incompatible.unexpected_keys]
-        return incompatible
-
-    def assert_backbone_arrived(self, statistics=True):
-        """Raises InputError that names the tensors of the backbone which the loaded file did not fill, but for BatchNorm's
-        running ``statistics`` where the file has none, or those of the file's ResNet-50 that found no place."""
-        absent = [name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))]
-        if lost := absent or self.unused:
-            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS ({', '.join(lost)[:200]}): does "
-                             "MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
-
-
 class EqualPreciseBN(hooks.PreciseBN):
     """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2 leaves each its own."""
 
@@ -253,46 +218,6 @@ class ProgressBar(HookBase):
     def after_train(self):
         if self.bar is not None:  # None when another hook has failed before
             self.bar.close()
-
-
-def load_backbone(model, path):
-    """Load the tensors of a converted file into the model's backbone; Detectron2's checkpointer would run what a pickle
-    holds. Raises InputError naming tensors of the backbone that the file does not fill."""
-    backbone = unwrap(model).backbone.bottom_up
-    needed = backbone.state_dict()
-    state = {detectron2_name(name): tensor for name, tensor in load_weights(path)[0].items()}
-    state = {name: tensor for name, tensor in state.items() if name in needed and needed[name].shape == tensor.shape}
-    absent = [name for name in needed if name not in state and not name.endswith("num_batches_tracked")]
-    if absent:
-        raise InputError(f"{len(absent)} backbone tensors did not arrive from MODEL.WEIGHTS {path} "
-                         f"({', '.join(absent)[:200]}): does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
-    backbone.load_state_dict(state, strict=False)  # a counter of BatchNorm's is in no such file
-
-
-def assert_backbone_arrived(model, path):
-    """Compare every one of the 265 tensors in the model with the file. Raises InputError naming what did not arrive."""
-    state, _ = load_weights(path)
-    found = unwrap(model).backbone.bottom_up.state_dict()
-    absent = [detectron2_name(name) for name, tensor in state.items()
-              if not torch.equal(found.get(detectron2_name(name), torch.empty(0)).cpu(), tensor)]
-    if absent:
-        raise InputError(f"{len(absent)} of {len(state)} backbone tensors of {path} did not arrive in the model "
-                         f"({', '.join(absent[:3])}, ...): does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?")
-
-
-def read_provenance(path):
-    """What is known of the weights ``path``: a converted file's provenance, or that of a file of :data:`ZOO`, fetched.
-
-    Raises InputError.
-    """
-    if path not in ZOO:
-        return load_weights(path)[1]
-    try:
-        local = PathManager.get_local_path(path)
-    except Exception as error:  # no network, no such file, no room: the libraries' own exceptions
-        raise InputError(f"{path} cannot be fetched ({type(error).__name__}: {error})") from None
-    return {"source": path, "sha256": sha256(local), "format": "Detectron2's model zoo", "branch": "online",
-            "method": "supervised", "step": -1, **ZOO[path]}
 
 
 def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
