@@ -1,5 +1,6 @@
 """What only Detectron2 itself can confirm: weights that arrive, accumulation, several processes, precise BN."""
 
+import itertools
 import json
 import pickle
 
@@ -16,12 +17,15 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
 
 from transfer import d2_trainer, d2_weights  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
 from transfer.architectures import ARCHITECTURES  # noqa: E402
 from transfer.config import RGB_IMAGENET, InputError, check_weights, torchvision_defaults  # noqa: E402
 from transfer.convert import convert  # noqa: E402
+from transfer.precise_bn import norm_layers  # noqa: E402
 from transfer.report import DETECTRON2_ALONE  # noqa: E402
 from transfer.results import settings  # noqa: E402
 from transfer.shapes import write_coco  # noqa: E402
@@ -264,37 +268,50 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
 
 
 def record_statistics(cfg, folder):
-    """What a process of two leaves: its precise-BN statistics before and after they were made equal."""
+    """What a process of two leaves: its own precise statistics by fvcore, and those of all images by the hook."""
     import detectron2.utils.comm as comm
 
     d2_trainer.register_datasets(cfg)
     torch.manual_seed(1)
     trainer = d2_trainer.Trainer(cfg)
-    hook = next(hook for hook in trainer._hooks if isinstance(hook, d2_trainer.EqualPreciseBN))
-    layers = d2_trainer.get_bn_modules(trainer.model)
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, d2_trainer.PreciseBN))
+    layers = norm_layers(trainer.model)
 
     def statistics():
         return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
 
-    super(d2_trainer.EqualPreciseBN, hook).update_stats()
-    before = statistics()
-    d2_trainer.average_statistics(layers)
-    torch.save([before, statistics()], f"{folder}/{comm.get_rank()}.pth")
+    batches = list(itertools.islice(iter(hook._data_loader), hook._num_iter))
+    counts = dict.fromkeys(layers, 0)
+
+    def count(layer, inputs):
+        counts[layer] += inputs[0][:, 0].numel()
+
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    with EventStorage():
+        update_bn_stats(trainer.model, batches, len(batches))
+    own = [(*moments, counts[layer]) for moments, layer in zip(statistics(), layers)]
+    for handle in handles:
+        handle.remove()
+    hook._data_iter = iter(batches)
+    hook.update_stats()
+    torch.save([own, statistics()], f"{folder}/{comm.get_rank()}.pth")
 
 
 def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN",
                "MODEL.ROI_MASK_HEAD.NORM", "BN", "INPUT.MASK_FORMAT", "bitmask")
     d2_trainer.launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
-    (before0, after0), (before1, after1) = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    (own0, after0), (own1, after1) = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     differ = 0
-    for (m0, v0), (m1, v1), (mean, var), (mean1, var1) in zip(before0, before1, after0, after1):
+    for (m0, v0, n0), (m1, v1, n1), (mean, var), (mean1, var1) in zip(own0, own1, after0, after1):
         differ += not torch.equal(m0, m1)
         assert torch.equal(mean, mean1) and torch.equal(var, var1)
-        # Of a mixture of two equally large samples: the mean of the means, and within plus between variance.
-        torch.testing.assert_close(mean, (m0 + m1) / 2)
-        torch.testing.assert_close(var, (v0 + v1) / 2 + ((m0 - m1) / 2) ** 2, rtol=1e-4, atol=1e-6)
-    assert differ == len(before0) > 10
+        # Of a mixture of two samples, where one may have more regions: within plus between variance.
+        share0, share1 = n0 / (n0 + n1), n1 / (n0 + n1)
+        torch.testing.assert_close(mean, share0 * m0 + share1 * m1, rtol=1e-4, atol=1e-6)
+        wanted = share0 * v0 + share1 * v1 + share0 * share1 * (m0 - m1).square()
+        torch.testing.assert_close(var, wanted, rtol=1e-4, atol=1e-6)
+    assert differ == len(own0) > 10
 
 
 def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_path, tool):
@@ -487,3 +504,66 @@ def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
 def test_only_known_zoo_files(shapes, tmp_path):
     with pytest.raises(InputError, match="no weights detectron2://ImageNetPretrained/MSRA/R-101.pkl"):
         d2_trainer.train(tiny(shapes, tmp_path, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-101.pkl"))
+
+
+def with_objects_in(shapes, folder, kept):
+    """The same data set with the objects of the ``kept`` first images alone."""
+    path, images = shapes.split("::")
+    coco = json.load(open(path))
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] <= kept]
+    (folder / "some.json").write_text(json.dumps(coco))
+    return dataset_name(folder / "some.json", images)
+
+
+NEGATIVES = "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MASK_FORMAT", "bitmask"
+NORMALISED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"
+
+
+@pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALISED_HEADS)])
+def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, processes, norms):
+    """One image of eight has objects: at least five of six iterations see none, on any rank. SyncBN in one process; in two,
+    each process's own BatchNorm, or Detectron2's synchronised one that GPUs get in the heads."""
+    one = with_objects_in(shapes, tmp_path, 1)
+    cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
+    d2_trainer.train(cfg, processes=processes)
+    assert all(tensor.isfinite().all() for tensor in final(tmp_path / "run").values())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert np.isfinite(rows[0]["total_loss"]) and np.isfinite(rows[0]["loss_mask"])
+
+
+def record_gradients(cfg, folder, images):
+    """Gradients and statistics of a model after each process's share of the images ``images``."""
+    import detectron2.utils.comm as comm
+
+    d2_trainer.register_datasets(cfg)
+    torch.manual_seed(1)
+    trainer = d2_trainer.Trainer(cfg)
+    mapper = d2_trainer.Mapper(cfg, True)
+    share = [mapper(trainer.images[n]) for n in images[comm.get_rank()::comm.get_world_size()]]
+    with EventStorage():
+        sum(trainer._trainer.model(share).values()).backward()
+    model = trainer.model.module if comm.get_world_size() > 1 else trainer.model
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    torch.save([gradients, dict(model.named_buffers())], f"{folder}/{comm.get_world_size()}_{comm.get_rank()}.pth")
+
+
+@pytest.mark.parametrize("images", [[0, 7], [6, 7]])
+def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_path, images):
+    """Against one process with torch's own BatchNorm over both images: the mask head's gradient is half, because DDP takes
+    the mean with the other rank's zero, and its statistics are the same. With no object at all, nothing moves."""
+    one = with_objects_in(shapes, tmp_path, 1)
+    for processes, norms in ((1, [n.replace("naiveSyncBN_N", "BN") for n in NORMALISED_HEADS]), (2, NORMALISED_HEADS)):
+        cfg = tiny(one, tmp_path, *FROZEN, *norms, *NEGATIVES)
+        d2_trainer.launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))
+    whole, first, second = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    assert all(torch.equal(first[0][name], second[0][name]) for name in whole[0])  # each has a gradient, and the mean
+    masks = [name for name in whole[0] if "mask_head" in name]
+    assert len(masks) == 7
+    for name in masks:
+        torch.testing.assert_close(2 * first[0][name], whole[0][name], rtol=1e-3, atol=1e-6)
+        assert bool(whole[0][name].any()) == (images[0] == 0)
+    for name in ("mask_fcn1", "conv1"):
+        name = f"roi_heads.{'mask' if 'mask' in name else 'box'}_head.{name}.norm.running_"
+        for moment in ("mean", "var"):  # torch's variance is Bessel's
+            torch.testing.assert_close(first[1][name + moment], whole[1][name + moment], rtol=1e-2, atol=1e-5)
+            assert torch.equal(first[1][name + moment], second[1][name + moment])

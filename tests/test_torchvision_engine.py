@@ -358,3 +358,58 @@ def test_learns_two_images(coco, tmp_path):
     first, last = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert last < 0.75 * first
     shutil.rmtree(tmp_path)
+
+
+def write_subset(coco, folder, change):
+    """Data set name of ``coco`` whose annotations ``change`` (a function of the list) has replaced."""
+    path, images = coco.split("::")
+    with open(path) as file:
+        content = json.load(file)
+    content["annotations"] = change(content["annotations"])
+    (folder / "changed.json").write_text(json.dumps(content))
+    return dataset_name(folder / "changed.json", images)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_iterations_without_any_object_train(coco, tmp_path, masks):
+    """One image of five has objects, so that most iterations see none; precise BatchNorm sees none either."""
+    one = write_subset(coco, tmp_path, lambda annotations: annotations[:3])
+    cfg = config(one, tmp_path / "run", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "SOLVER.MAX_ITER", 5,
+                 "MODEL.MASK_ON", masks, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1,
+                 "SOLVER.IMS_PER_BATCH", 1)
+    data = CocoInstances(one, training=True, masks=masks, filter_empty=False)
+    image, target = data[3, True]
+    assert len(data.ids) == 5 and target["boxes"].shape == (0, 4) and target["labels"].dtype == torch.int64
+    assert not masks or target["masks"].shape == (0, 64, 80)
+    engine.train(cfg)
+    row = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[0])
+    assert all(np.isfinite(value) for value in row.values())
+    state = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["model"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_an_empty_batch_leaves_a_norm_and_its_gradient_at_zero():
+    """What the mask head's BatchNorm does with no region: no statistics, and a gradient of zeros that DDP waits for."""
+    layer = torch.nn.BatchNorm2d(4)
+    before = [buffer.clone() for buffer in (layer.running_mean, layer.running_var)]
+    layer(torch.zeros(0, 4, 3, 3)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, (layer.running_mean, layer.running_var)))
+    assert not layer.weight.grad.any() and not layer.bias.grad.any()
+
+
+def test_boxes_alone_train_a_faster_rcnn(coco, tmp_path):
+    """No mask head, no masks in the file, in the detections or in the results; reports read them."""
+    def without_masks(annotations):
+        return [{**annotation, "segmentation": []} for annotation in annotations[:12]]
+
+    boxes = write_subset(coco, tmp_path, without_masks)
+    cfg = config(boxes, tmp_path / "run", "MODEL.MASK_ON", False, "SOLVER.MAX_ITER", 2,
+                 "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    model = engine.build_model(cfg)
+    assert model.roi_heads.mask_head is None and not any("mask" in name for name in model.state_dict())
+    results = engine.train(cfg)
+    assert set(results["ap"]["segm"].values()) == {None} and results["ap"]["bbox"]["AP"] is not None
+    found = json.loads((tmp_path / "run" / "inference" / "coco_instances_results.json").read_text())
+    assert found and all("segmentation" not in d for d in found)
+    row = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[0])
+    assert "loss_box_reg" in row and "loss_mask" not in row

@@ -21,7 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from common.files import locked  # noqa: E402
 from tools._cli import find_config, merge_config, run  # noqa: E402
 from transfer.annotations import check_annotations, dataset_name, read_categories  # noqa: E402
-from transfer.config import DEFAULT_WEIGHTS, InputError, scale_schedule, torchvision_defaults  # noqa: E402
+from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, scale_schedule,  # noqa: E402
+                             torchvision_defaults)
 from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (
@@ -66,10 +67,10 @@ def configure(cfg, args):
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
             given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
-    if args.train:
-        given += ["MODEL.ROI_HEADS.NUM_CLASSES", len(read_categories(args.train[0]))]
     merge_config(cfg, None, [*given, *args.overrides], InputError)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
+    if args.train and classes_key(cfg) not in args.overrides[::2]:
+        merge_config(cfg, None, [classes_key(cfg), len(read_categories(args.train[0]))], InputError)
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")

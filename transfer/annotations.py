@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from transfer.config import InputError
+from transfer.config import InputError, classes_key, value_of
 
 # Detectron2's built-in names that the recipes use, under $DETECTRON2_DATASETS (default: datasets/).
 COCO_2017 = {
@@ -90,13 +90,14 @@ def read_categories(annotations):
     return read_coco(annotations, "categories")[0]
 
 
-def check_num_classes(name, num_classes):
-    """Raises InputError unless the model's ``num_classes`` is the number of categories of data set ``name``."""
+def check_num_classes(name, cfg):
+    """Raises InputError unless the model of ``cfg`` has as many classes as data set ``name`` has categories."""
+    key = classes_key(cfg)
+    num_classes = value_of(cfg, key)
     annotations, _ = locate_dataset(name)
     found = 80 if name in COCO_2017 else len(read_categories(annotations))  # COCO's file takes long to parse
     if found != num_classes:
-        raise InputError(f"{annotations} has {found} categories, but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: "
-                         f"add MODEL.ROI_HEADS.NUM_CLASSES {found}")
+        raise InputError(f"{annotations} has {found} categories, but {key} is {num_classes}: add {key} {found}")
 
 
 def check_datasets(cfg, eval_only=False):
@@ -111,7 +112,7 @@ def check_datasets(cfg, eval_only=False):
     found, training = [], () if eval_only else cfg.DATASETS.TRAIN
     names = dict.fromkeys((*training, *cfg.DATASETS.TEST))
     for name in names:
-        check_num_classes(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        check_num_classes(name, cfg)
     _check_categories(names)
     for name in [name for name in names if name not in COCO_2017]:
         annotations, images = locate_dataset(name)

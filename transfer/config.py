@@ -7,6 +7,7 @@ keys that it honours with Detectron2's default values; any other key is refused.
 
 import functools
 
+import yaml
 from fvcore.common.config import CfgNode as CN
 
 from common.errors import InputError
@@ -30,7 +31,7 @@ def check_weights(cfg, provenance):
     fixes = []
     for key, name in (("INPUT.FORMAT", "input_format"), ("MODEL.PIXEL_MEAN", "pixel_mean"),
                       ("MODEL.PIXEL_STD", "pixel_std"), ("MODEL.RESNETS.STRIDE_IN_1X1", "stride_in_1x1")):
-        given, wanted = functools.reduce(getattr, key.split("."), cfg), needed[name]
+        given, wanted = value_of(cfg, key), needed[name]
         same = given == wanted if isinstance(wanted, (str, bool)) else (
             len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
         if not same:
@@ -51,9 +52,50 @@ def check_weights(cfg, provenance):
                          f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0")
 
 
+def known_expression(loader, node):
+    """The value of the one expression in Detectron2's own config files, the anchors of its Base-RetinaNet.yaml."""
+    [text] = loader.construct_sequence(node)
+    if "".join(text.split()) != "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]":
+        raise yaml.constructor.ConstructorError(None, None, f"{text!r} is code, which is not run: write its value")
+    return [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
+
+
+yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", known_expression)
+
+
+# The architectures that can be trained, and the key that holds each one's number of classes.
+CLASSES_KEYS = {"GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES", "RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
+
+
+def classes_key(cfg) -> str:
+    """The key of ``cfg`` that holds the number of classes, which is another one for RetinaNet."""
+    return CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, CLASSES_KEYS["GeneralizedRCNN"])
+
+
+def value_of(cfg, key: str):
+    """The value of ``key``, such as "MODEL.ROI_HEADS.NUM_CLASSES"."""
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def check_possible(cfg, possible: dict, engine: str) -> None:
+    """Raises InputError for the first key of ``cfg`` that has another value than ``engine`` can honour.
+
+    possible: {key: [values]}, or {key: (test of a value, words for what it asks)}.
+    """
+    for key, rule in possible.items():
+        value = value_of(cfg, key)
+        fits, words = rule if isinstance(rule, tuple) else (rule.__contains__, " or ".join(map(repr, rule)))
+        if not fits(value):
+            raise InputError(f"{key} is {value!r}, but {engine} can only do {words}")
+
+
 def protocol_of(config):
-    """"infomin", "moco" or "other" by which layers of a run's config (a dict) are normalised with trained BatchNorm."""
+    """"infomin", "moco" or "other": by which layers of a run's config (a dict), a Mask R-CNN FPN's, are normalised with
+    trained BatchNorm."""
     model = config["MODEL"]
+    if (model["META_ARCHITECTURE"], model["ROI_HEADS"]["NAME"], model["BACKBONE"]["NAME"], model["MASK_ON"]) != (
+            "GeneralizedRCNN", "StandardROIHeads", "build_resnet_fpn_backbone", True):
+        return "other"
     trained = [model[part]["NORM"] in ("BN", "SyncBN") for part in NORMALISED]
     box = (model["ROI_BOX_HEAD"]["NUM_CONV"], model["ROI_BOX_HEAD"]["NUM_FC"])
     return {(True, True, True, True, 4, 1): "infomin", (True, True, False, False, 0, 2): "moco"}.get(
@@ -108,7 +150,7 @@ def torchvision_defaults():
     cfg.INPUT = CN(dict(FORMAT="BGR", MASK_FORMAT="polygon", RANDOM_FLIP="horizontal",
                         MIN_SIZE_TRAIN=(800,), MAX_SIZE_TRAIN=1333, MIN_SIZE_TEST=800, MAX_SIZE_TEST=1333))
     cfg.DATASETS = CN(dict(TRAIN=(), TEST=()))
-    cfg.DATALOADER = CN(dict(NUM_WORKERS=4))
+    cfg.DATALOADER = CN(dict(NUM_WORKERS=4, FILTER_EMPTY_ANNOTATIONS=True))
     cfg.SOLVER = CN(dict(IMS_PER_BATCH=16, BASE_LR=0.001, MOMENTUM=0.9, WEIGHT_DECAY=0.0001, WEIGHT_DECAY_NORM=0.0,
                          STEPS=(30000,), GAMMA=0.1, MAX_ITER=40000, WARMUP_ITERS=1000, WARMUP_FACTOR=1.0 / 1000,
                          CHECKPOINT_PERIOD=5000, AMP=dict(ENABLED=False)))

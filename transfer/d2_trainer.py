@@ -11,16 +11,16 @@ import os
 import re
 import sys
 import time
+import traceback
 import weakref
 from pathlib import Path
 
 import detectron2.utils.comm as comm
 import torch
-import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import (DatasetCatalog, DatasetFromList, build_detection_train_loader,
-                             get_detection_dataset_dicts)
+from detectron2.data import (DatasetCatalog, DatasetFromList, DatasetMapper, build_detection_test_loader,
+                             build_detection_train_loader, get_detection_dataset_dicts)
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
@@ -28,18 +28,25 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.env import seed_all_rng
-from fvcore.nn.precise_bn import get_bn_modules
+from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from transfer.annotations import COCO_2017, check_datasets, locate_dataset
-from transfer.config import NORMALISED, InputError, check_weights
+from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
 from transfer.convert import load_model
 from transfer.d2_weights import (ZOO, Checkpointer, assert_backbone_arrived, load_backbone, read_provenance, unwrap)
+from transfer.keypoints import check_keypoints, keypoint_metadata
+from transfer.precise_bn import norm_layers, update_statistics
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
                               settings, write_results)
 from transfer.run_folder import find_start, trained_model
 
+POSSIBLE = {  # key: what can be trained on boxes, masks and keypoints, from a pre-trained ResNet
+    "MODEL.META_ARCHITECTURE": list(CLASSES_KEYS), "MODEL.PROPOSAL_GENERATOR.NAME": ["RPN"],
+    "MODEL.LOAD_PROPOSALS": [False], "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
+    "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
+}
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
 # scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
@@ -90,6 +97,20 @@ class AccumulatingTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
+class Mapper(DatasetMapper):
+    """DatasetMapper whose errors name the image's file."""
+
+    def __call__(self, dataset_dict):
+        try:
+            return super().__call__(dataset_dict)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises errors of almost any type for a damaged file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{dataset_dict['file_name']} cannot be used ({reason}): restore the image, or take it out of "
+                             "the annotation file") from error
+
+
 class Onwards(torch.utils.data.Sampler):
     """A ``sampler`` without its first ``count`` indices."""
 
@@ -109,7 +130,8 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter, self.cfg, self.accumulate = 0, cfg.SOLVER.MAX_ITER, cfg, accumulate
         # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take gigabytes in each process.
         self.images = DatasetFromList(get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS), copy=False)
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0), copy=False)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = create_ddp_model(model, broadcast_buffers=False,
@@ -130,28 +152,38 @@ class Trainer(DefaultTrainer):
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             seen = start * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
             sampler = Onwards(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
-        return build_detection_train_loader(cfg, dataset=self.images, sampler=sampler)
+        return build_detection_train_loader(cfg, mapper=Mapper(cfg, True), dataset=self.images, sampler=sampler)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=Mapper(cfg, False))
 
     @classmethod
     def build_model(cls, cfg):
-        model = super().build_model(cfg)
+        try:
+            model = super().build_model(with_empty_passes(cfg))
+        except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion may say nothing itself
+            raise InputError(f"Detectron2 cannot build the network of these MODEL settings ({type(error).__name__}: "
+                             f"{error or line})") from error
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # evaluation too: a CPU has time to lose
             model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
         return model
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+                             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
     def build_hooks(self):
         cfg, first = self.cfg, comm.is_main_process()
         result = [hooks.IterationTimer(), hooks.LRScheduler()]
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+        if cfg.TEST.PRECISE_BN.ENABLED and norm_layers(self.model):
             quiet = cfg.clone()
             quiet.defrost()
             quiet.DATALOADER.NUM_WORKERS = 0  # beside the training loader's
-            result.append(EqualPreciseBN(cfg.TEST.EVAL_PERIOD, self.model, self.build_loader(quiet),
-                                         cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate))
+            result.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, self.build_loader(quiet),
+                                    cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate))
         if first:
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.EVAL_PERIOD:  # the evaluation at the end is that of the saved file (_train below)
@@ -179,25 +211,28 @@ class Trainer(DefaultTrainer):
             assert_backbone_arrived(self.model, weights)
 
 
-class EqualPreciseBN(hooks.PreciseBN):
+def with_empty_passes(cfg):
+    """``cfg`` with a norm in the heads of regions that takes a pass in which no region is an object.
+
+    Detectron2 refuses such a pass with torch's SyncBatchNorm, and torch's own forgets running statistics when no rank has
+    a region. In Detectron2's naiveSyncBN_N every rank takes part in the collective, each with the weight of its regions.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head in (cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        if head.NORM == "SyncBN":
+            head.NORM = "naiveSyncBN_N"
+    return cfg
+
+
+class PreciseBN(hooks.PreciseBN):
     """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2 leaves each its own."""
 
     def update_stats(self):
-        super().update_stats()
-        if comm.get_world_size() > 1:
-            average_statistics(get_bn_modules(self._model))
-
-
-def average_statistics(layers):
-    """Merge the ranks' statistics of BatchNorm ``layers``, in place: every rank saw as many images as any other."""
-    for layer in layers:
-        mean, var = layer.running_mean.double(), layer.running_var.double()  # they nearly cancel below
-        square = var + mean.square()
-        for moment in (mean, square):
-            dist.all_reduce(moment)
-            moment /= comm.get_world_size()
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_((square - mean.square()).clamp(min=0))
+        if self._data_iter is None:
+            self._data_iter = iter(self._data_loader)
+        with EventStorage():  # what the layers log is not the training's
+            update_statistics(self._model, itertools.islice(self._data_iter, self._num_iter))
 
 
 class ProgressBar(HookBase):
@@ -227,8 +262,11 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     iteration's images are split into, by memory if None. Returns the content of results.json. Raises
     InputError.
     """
+    check_possible(cfg, POSSIBLE, "the detectron2 engine")
     start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     found = check_datasets(cfg, eval_only)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoints(cfg, eval_only)
     gpus = torch.cuda.device_count()
     if not gpus:
         cfg.MODEL.DEVICE = "cpu"
@@ -260,8 +298,9 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         elif not start:
             print("MODEL.WEIGHTS is empty: training starts from random weights", flush=True)
     if cfg.MODEL.DEVICE == "cpu" and processes > 1:
-        for part in NORMALISED:
-            cfg.MODEL[part].NORM = cfg.MODEL[part].NORM.replace("SyncBN", "BN")
+        for part in cfg.MODEL.values():
+            if isinstance(part, dict) and part.get("NORM") == "SyncBN":
+                part["NORM"] = "BN"
         print("SyncBN needs GPUs: on the CPU each process has a BatchNorm of its own", flush=True)
     accumulate = accumulate or 1
     if start:
@@ -342,4 +381,5 @@ def register_datasets(cfg, eval_only=False):
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         annotations, images = locate_dataset(name)
         if name not in (*DatasetCatalog.list(), *COCO_2017):
-            register_coco_instances(name, {}, annotations, images)
+            metadata = keypoint_metadata(annotations) if cfg.MODEL.KEYPOINT_ON else {}
+            register_coco_instances(name, metadata, annotations, images)

@@ -27,8 +27,8 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
     """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs of a training also end
     its ``metrics.json``.
 
-    engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, where a missing
-    or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
+    engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a
+    model of them, where a missing or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
     iterations: that the model which was judged has been trained for; eval_only: it may have been trained with another
     config; seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes
     that each split its images of an iteration into.
@@ -45,7 +45,8 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
 
     results = {
         "engine": engine,
-        "ap": {task: {key: percent(task, key) for key in AP_KEYS} for task in ("bbox", "segm")},
+        "ap": {task: {key: percent(task, key) for key in AP_KEYS}
+               for task in ("bbox", "segm", *ap.keys() & {"keypoints"})},
         "iterations": iterations,
         "eval_only": eval_only,
         "seed": cfg.SEED,

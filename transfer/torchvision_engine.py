@@ -1,4 +1,4 @@
-"""Mask R-CNN R50-FPN from torchvision's parts: fine-tuning on one device, where Detectron2 is not installed.
+"""Mask and Faster R-CNN R50-FPN from torchvision's parts: fine-tuning on one device, where Detectron2 is not installed.
 
 The same YAML gives the same layers, initialisation, schedule, files and metric; what cannot be honoured is refused.
 Tables 5 and 6 are Detectron2's all the same, because torchvision differs in the small print: box losses are smooth
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fvcore.nn.precise_bn import update_bn_stats
 from pycocotools import mask as rle
 from torch import nn
 from torch.utils.data import DataLoader
@@ -32,6 +31,7 @@ from transfer.annotations import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
+from transfer.precise_bn import update_statistics
 from transfer.results import begin_training, check_network, check_unchanged, own_training, write_results
 from transfer.run_folder import FINAL, LAST, find_start
 from transfer.torchvision_model import bfloat16_inside, build_model, check
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 LOSSES = {"loss_classifier": "loss_cls", "loss_box_reg": "loss_box_reg", "loss_mask": "loss_mask",
           "loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc"}  # torchvision's name: Detectron2's
+BOX_FIELDS = ("boxes", "scores", "labels")
 
 
 def training_batches(cfg, dataset, start, stop, device):
@@ -133,7 +134,7 @@ def fit(cfg, model, dataset, checkpoint=None):
         for i, (images, targets) in enumerate(training_batches(cfg, dataset, start, solver.MAX_ITER, device), start):
             losses = model(images, targets)
             total = sum(losses.values())
-            figures = torch.stack([total, *(losses[name] for name in LOSSES)]).tolist()  # one synchronisation
+            figures = torch.stack([total, *losses.values()]).tolist()  # one synchronisation
             if not math.isfinite(figures[0]):
                 raise InputError(f"the loss is {figures[0]:f} at iteration {i}: lower SOLVER.BASE_LR ({solver.BASE_LR})")
             for group in optimizer.param_groups:
@@ -146,7 +147,7 @@ def fit(cfg, model, dataset, checkpoint=None):
             bar.set_postfix(loss=f"{recent[-1][0]:.3f}", refresh=False)
             bar.update()
             if (i + 1) % 20 == 0 or i + 1 == solver.MAX_ITER:
-                means = dict(zip(("total_loss", *LOSSES.values()), np.mean(recent, 0)))
+                means = dict(zip(("total_loss", *map(LOSSES.get, losses)), np.mean(recent, 0)))
                 metrics.write(json.dumps({"iteration": i, **means, "lr": learning_rate(solver, i)}) + "\n")
                 recent.clear()
             if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
@@ -155,15 +156,17 @@ def fit(cfg, model, dataset, checkpoint=None):
     if cfg.TEST.PRECISE_BN.ENABLED:
         stop = solver.MAX_ITER + cfg.TEST.PRECISE_BN.NUM_ITER
         batches = training_batches(cfg, dataset, solver.MAX_ITER, stop, device)
-        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])  # update_bn_stats calls model(batch)
-        update_bn_stats(model, batches, cfg.TEST.PRECISE_BN.NUM_ITER, progress="tqdm")
+        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])  # for update_statistics calls model(batch)
+        update_statistics(model, tqdm(batches, "precise BatchNorm", cfg.TEST.PRECISE_BN.NUM_ITER, dynamic_ncols=True,
+                                      disable=None))
         unpack.remove()
     save(FINAL, solver.MAX_ITER - 1)
 
 
 @torch.no_grad()
 def detect(cfg, model, dataset):
-    """-> COCO-format detections: original category_id, bbox [x, y, w, h] in pixels, score, mask as compressed RLE."""
+    """-> COCO-format detections: original category_id, bbox [x, y, w, h] in pixels, score and, where the model has masks,
+    segmentation as compressed RLE."""
     model.eval()
     model.transform.min_size, model.transform.max_size = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
     detections = []
@@ -175,13 +178,14 @@ def detect(cfg, model, dataset):
         proposals, _ = model.rpn(images, features)
         (found,), _ = model.roi_heads(features, proposals, images.image_sizes)
         found["boxes"] = transform.resize_boxes(found["boxes"], images.image_sizes[0], image.shape[1:])
-        for box, score, label, mask in zip(*(found[key].cpu() for key in ("boxes", "scores", "labels", "masks"))):
-            mask = roi_heads.paste_masks_in_image(mask[None], box[None], image.shape[1:])[0, 0] >= 0.5
-            code = rle.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))
-            x0, y0, x1, y1 = box.tolist()
+        found = {key: values.cpu() for key, values in found.items()}
+        for n, ((x0, y0, x1, y1), score, label) in enumerate(zip(*(found[key].tolist() for key in BOX_FIELDS))):
             detections.append({"image_id": image_id, "category_id": dataset.categories[label - 1],
-                               "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score.item(),
-                               "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")}})
+                               "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
+            if cfg.MODEL.MASK_ON:
+                mask = roi_heads.paste_masks_in_image(found["masks"][[n]], found["boxes"][[n]], image.shape[1:])[0, 0] >= 0.5
+                code = rle.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))
+                detections[-1]["segmentation"] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
     return detections
 
 
@@ -200,16 +204,19 @@ def train(cfg, resume=False, eval_only=False):
         check_unchanged(cfg)
     if eval_only:
         check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
-    val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False)
+    masks = cfg.MODEL.MASK_ON
+    val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False, masks=masks)
     if not eval_only:
-        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True)
+        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True, masks=masks,
+                                  filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     torch.manual_seed(max(cfg.SEED, 0))
     device = torch.device("cuda" if cfg.MODEL.DEVICE == "cuda" and torch.cuda.is_available() else "cpu")
     model = build_model(cfg).to(device)
     if cfg.SOLVER.AMP.ENABLED:
         heads = model.roi_heads
         for part in (model.backbone, model.rpn.head, heads.box_head, heads.mask_head, heads.mask_predictor):
-            bfloat16_inside(part, device)
+            if part is not None:
+                bfloat16_inside(part, device)
     log.info("one %s device: SyncBN is BatchNorm over its batch", device.type)
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
@@ -224,6 +231,6 @@ def train(cfg, resume=False, eval_only=False):
     model.load_state_dict(state)
     detections = detect(cfg, model, val_set)
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
-    return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections),
+    return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections, ("bbox", "segm") if masks else ("bbox",)),
                          weights=weights, iterations=iterations, seconds=time.time() - began,
                          eval_only=eval_only and not (resume and own_training(cfg)))

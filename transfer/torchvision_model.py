@@ -1,6 +1,6 @@
-"""Mask R-CNN with a ResNet and FPN from torchvision's parts, with the layers and the initialisation that Detectron2's YAML asks for."""
+"""Mask and Faster R-CNN with a ResNet and FPN from torchvision's parts, with the layers and the initialisation that
+Detectron2's YAML asks for."""
 
-import functools
 
 import torch
 import torchvision
@@ -11,12 +11,12 @@ from torchvision.models.detection import anchor_utils, backbone_utils, faster_rc
 from torchvision.ops import poolers
 
 from transfer import architectures
-from transfer.config import InputError
+from transfer.config import InputError, check_possible
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
 STAGES, LEVELS = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
 POSSIBLE = {  # key: the values that can be honoured, or a test of the value and what it asks for
-    "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"], "MODEL.DEVICE": ["cuda", "cpu"], "MODEL.MASK_ON": [True],
+    "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"], "MODEL.DEVICE": ["cuda", "cpu"], "MODEL.MASK_ON": [True, False],
     "MODEL.BACKBONE.NAME": ["build_resnet_fpn_backbone"], "MODEL.BACKBONE.FREEZE_AT": [0],
     "MODEL.RESNETS.DEPTH": [18, 34, 50, 101, 152], "MODEL.RESNETS.NORM": ["BN", "SyncBN"], "MODEL.RESNETS.STRIDE_IN_1X1": [False],
     "MODEL.RESNETS.OUT_FEATURES": [STAGES], "MODEL.FPN.IN_FEATURES": [STAGES], "MODEL.FPN.NORM": list(NORMS),
@@ -36,15 +36,12 @@ POSSIBLE = {  # key: the values that can be honoured, or a test of the value and
 
 def check(cfg):
     """Raises InputError for the first key whose value this engine cannot honour."""
-    for key, rule in POSSIBLE.items():
-        value = functools.reduce(getattr, key.split("."), cfg)
-        fits, possible = rule if isinstance(rule, tuple) else (rule.__contains__, " or ".join(map(repr, rule)))
-        if not fits(value):
-            raise InputError(f"{key} is {value!r}, but the torchvision engine can only do {possible}")
+    check_possible(cfg, POSSIBLE, "the torchvision engine")
 
 
 def build_model(cfg):
-    """Config -> torchvision MaskRCNN, randomly initialised as Detectron2's is. Raises InputError.
+    """Config -> torchvision MaskRCNN, or FasterRCNN where MASK_ON is False, randomly initialised as Detectron2's is. Raises
+    InputError.
 
     Class 0 is the background; it has box and mask outputs of its own, unused, which Detectron2 leaves out.
     """
@@ -59,7 +56,11 @@ def build_model(cfg):
         pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], poolers.LevelMapper(2, 5)
         return pool
 
-    model = mask_rcnn.MaskRCNN(
+    masks = dict(
+        mask_roi_pool=pooler(mask), mask_predictor=mask_rcnn.MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
+        mask_head=mask_rcnn.MaskRCNNHeads(channels, [mask.CONV_DIM] * mask.NUM_CONV, 1, NORMS[mask.NORM]),
+    ) if net.MASK_ON else {}
+    model = (mask_rcnn.MaskRCNN if masks else faster_rcnn.FasterRCNN)(
         backbone_utils.BackboneWithFPN(resnet, {f"layer{i + 1}": LEVELS[i] for i in range(4)},
                                        [net.RESNETS.RES2_OUT_CHANNELS << i for i in range(4)], channels,
                                        norm_layer=NORMS[net.FPN.NORM]),
@@ -78,19 +79,20 @@ def build_model(cfg):
         box_bg_iou_thresh=roi.IOU_THRESHOLDS[0], box_fg_iou_thresh=roi.IOU_THRESHOLDS[0],
         box_batch_size_per_image=roi.BATCH_SIZE_PER_IMAGE, box_positive_fraction=roi.POSITIVE_FRACTION,
         box_score_thresh=roi.SCORE_THRESH_TEST, box_nms_thresh=roi.NMS_THRESH_TEST,
-        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        mask_roi_pool=pooler(mask), mask_predictor=mask_rcnn.MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
-        mask_head=mask_rcnn.MaskRCNNHeads(channels, [mask.CONV_DIM] * mask.NUM_CONV, 1, NORMS[mask.NORM]))
+        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE, **masks)
 
     # Where torchvision would start otherwise than Detectron2.
-    boxes, masks = model.roi_heads.box_predictor, model.roi_heads.mask_predictor
-    for layer in model.roi_heads.box_head:
+    heads = model.roi_heads
+    for layer in heads.box_head:
         if isinstance(layer, nn.Linear):
             c2_xavier_fill(layer)
-    for layer, std in ((boxes.cls_score, 0.01), (boxes.bbox_pred, 0.001), (masks.mask_fcn_logits, 0.001)):
+    outputs = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if masks:
+        outputs.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+        nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
+    for layer, std in outputs:
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
-    nn.init.zeros_(masks.conv5_mask.bias)
     return model
 
 

@@ -1,0 +1,56 @@
+"""Precise BatchNorm statistics: those of many batches together, with fixed weights, instead of a moving average.
+
+The definition is the population estimate of "Rethinking Batch in BatchNorm" (Wu and Johnson, 2021), as in
+fvcore.nn.precise_bn. fvcore divides by zero where a layer gets an empty batch, which is what a mask head gets of
+images without objects, and it knows nothing of several processes, which see different numbers of objects.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def norm_layers(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of ``model`` that are in training mode."""
+    return [layer for layer in model.modules() if layer.training and isinstance(layer, _BatchNorm)]
+
+
+@torch.no_grad()
+def update_statistics(model: nn.Module, batches: Iterable) -> None:
+    """Replace the running statistics of :func:`norm_layers` by those of what they get in ``model(batch)`` of ``batches``.
+
+    In a process group, which must be that of all processes, the statistics are those of all ranks' batches, the same on
+    each. A layer that got nothing keeps its own.
+    """
+    layers = norm_layers(model)
+    moments = {layer: torch.zeros(3, layer.num_features, dtype=torch.float64, device=layer.running_mean.device)
+               for layer in layers}  # number of values, their sum, their squares' sum: of each channel
+
+    def add(layer, inputs):
+        values = inputs[0].float().transpose(0, 1).flatten(1)
+        count = values.shape[1]
+        if count:
+            var, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
+            moments[layer] += torch.stack([torch.full_like(mean, count), count * mean, count * (var + mean.square())])
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    try:
+        kept = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+        for batch in batches:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    for layer, (mean, var) in zip(layers, kept):
+        if dist.is_initialized():
+            dist.all_reduce(moments[layer])
+        count, total, squares = moments[layer]
+        if count[0]:
+            mean = total / count
+            var = (squares / count - mean.square()).clamp(min=0)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
