@@ -3,6 +3,8 @@
 import itertools
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -567,3 +569,32 @@ def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_
         for moment in ("mean", "var"):  # torch's variance is Bessel's
             torch.testing.assert_close(first[1][name + moment], whole[1][name + moment], rtol=1e-2, atol=1e-5)
             assert torch.equal(first[1][name + moment], second[1][name + moment])
+
+
+@pytest.fixture(scope="module")
+def damaged(shapes, tmp_path_factory):
+    """The data set with every JPEG cut off, so that any batch meets one."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path, images = map(Path, shapes.split("::"))
+    shutil.copytree(images, folder / "images")
+    for image in (folder / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:-300])
+    return dataset_name(path, folder / "images")
+
+
+@pytest.mark.parametrize("workers, processes", [(0, 1), (1, 1), (2, 1), (1, 2)])
+def test_a_truncated_image_is_named_in_one_line(shapes, damaged, tmp_path, capfd, workers, processes):
+    cfg = tiny(damaged, tmp_path, "DATASETS.TEST", (shapes,), "DATALOADER.NUM_WORKERS", workers)
+    with pytest.raises(InputError, match=r"images/train_000\d.jpg cannot be used \(OSError: image file is truncated") as error:
+        d2_trainer.train(cfg, processes=processes)
+    assert "\n" not in str(error.value) and "DataLoader" not in str(error.value)
+    assert "SIGTERM" not in capfd.readouterr().err
+    logs = [path.read_text() for path in tmp_path.glob("log.txt*")]
+    assert len(logs) == processes and not any("Traceback" in log for log in logs)
+
+
+def test_a_truncated_image_of_the_validation_set_is_named(shapes, damaged, tmp_path):
+    cfg = tiny(damaged, tmp_path, "DATALOADER.NUM_WORKERS", 1)
+    d2_trainer.register_datasets(cfg)
+    with pytest.raises(InputError, match="train_0000.jpg cannot be used"):
+        next(iter(d2_trainer.Trainer.build_test_loader(cfg, damaged)))

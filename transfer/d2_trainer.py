@@ -7,6 +7,7 @@ on a CPU, the backbone is known to have arrived, and the final AP is that of the
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ POSSIBLE = {  # key: what can be trained on boxes, masks and keypoints, from a p
     "MODEL.LOAD_PROPOSALS": [False], "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
 }
+ONE_LINE = (InputError, FloatingPointError, torch.OutOfMemoryError)  # errors that end as one line
 REFERENCE_GPUS = 8  # of the recipes: two images each
 # What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
 # scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
@@ -263,7 +265,6 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     InputError.
     """
     check_possible(cfg, POSSIBLE, "the detectron2 engine")
-    start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     found = check_datasets(cfg, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
         check_keypoints(cfg, eval_only)
@@ -305,14 +306,14 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     accumulate = accumulate or 1
     if start:
         check_unchanged(cfg, processes, accumulate)
-    resume = resume if eval_only else bool(start)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which processes it ends after an error
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
-    except (FloatingPointError, torch.OutOfMemoryError, torch.multiprocessing.ProcessRaisedException) as error:
-        # Of another process there is its traceback, which ends in the name of the exception and its message.
+    except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
+        # Of another process, a loader's too, there is its traceback, which ends in the exception's name and message.
         text = str(error) if isinstance(error, torch.multiprocessing.ProcessRaisedException) else (
             f"{type(error).__name__}: {error}")
-        said = re.search(r"^[\w.]*(InputError|FloatingPointError|OutOfMemoryError): (.*)", text, re.M | re.DOTALL)
+        said = re.search(r".*^[\w.]*(InputError|FloatingPointError|OutOfMemoryError): (.*)", text, re.M | re.DOTALL)
         if not said:
             raise
         hint = {"FloatingPointError": f": lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR})",
@@ -347,8 +348,15 @@ def plan_passes(cfg, processes, accumulate=None):
     return accumulate
 
 
+def without_traceback(record):
+    """A filter of Detectron2's log: no traceback of what ends as one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ONE_LINE))
+
+
 def _train(cfg, resume, eval_only, provenance, accumulate):
     start = time.perf_counter()
+    logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # Detectron2 calls what torch 2.10 renames
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
     register_datasets(cfg, eval_only)  # a process that launch has started knows of none

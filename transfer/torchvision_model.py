@@ -1,7 +1,6 @@
 """Mask and Faster R-CNN with a ResNet and FPN from torchvision's parts, with the layers and the initialisation that
 Detectron2's YAML asks for."""
 
-
 import torch
 import torchvision
 from fvcore.nn.weight_init import c2_xavier_fill
