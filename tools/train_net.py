@@ -91,7 +91,7 @@ def processes(args):
     return max(1, args.num_processes or args.num_gpus)
 
 
-def parse():
+def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="looked up here and under configs/")
     parser.add_argument("--num-gpus", type=int, default=1)
@@ -112,7 +112,7 @@ def parse():
                         "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one")
     parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options
+    return parser.parse_intermixed_args(arguments)  # KEY VALUE pairs may stand between options
 
 
 if __name__ == "__main__":

@@ -265,6 +265,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     InputError.
     """
     check_possible(cfg, POSSIBLE, "the detectron2 engine")
+    start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     found = check_datasets(cfg, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
         check_keypoints(cfg, eval_only)
@@ -306,6 +307,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     accumulate = accumulate or 1
     if start:
         check_unchanged(cfg, processes, accumulate)
+    resume = resume if eval_only else bool(start)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which processes it ends after an error
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
