@@ -8,11 +8,11 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from pretrain.augment import normalize, to_float
+from pretrain.bad_images import read_or_next
 from pretrain.config import InputError
 from pretrain.datasets import VAL_NAMES, open_images
 from pretrain.distributed import device
 from pretrain.feature_cache import fingerprint
-from pretrain.images import read_or_next
 from pretrain.loader import build_loader
 
 

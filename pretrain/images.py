@@ -1,8 +1,6 @@
-"""One encoded image -> uint8 RGB; and what becomes of those that cannot be decoded."""
+"""One encoded image -> uint8 RGB."""
 
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +8,6 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from pretrain.config import InputError
-
-TRIES = 100  # images in a row that may be unreadable ...
-MAX_BAD = 0.001  # ... and share of all
 
 
 class UnreadableImage(InputError):
@@ -56,42 +51,3 @@ def _rgb(image):
         low, high = 0, 65535
     gray = (values - low) * 255 / max(high - low, 1e-12)
     return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-
-
-def read_or_next(images, index):
-    """(image, skipped): image ``index``, or the first after it that can be decoded (round the end), and how many could
-    not be. Raises InputError after 100."""
-    for skipped in range(min(TRIES, len(images))):
-        try:
-            return images.read((index + skipped) % len(images)), skipped
-        except UnreadableImage as error:
-            last = error
-    raise InputError(f"{skipped + 1} images in a row cannot be decoded, the last: {last}")
-
-
-class BadImages:
-    """``path``, a list of the images of a source that could not be decoded, one name a line; any process may add."""
-
-    def __init__(self, path, images):
-        self.path, self.images = Path(path), images
-
-    def __len__(self):
-        return len(self.listed())
-
-    def listed(self):
-        return set(os.fsdecode(self.path.read_bytes()).splitlines()) if self.path.is_file() else set()
-
-    def add(self, indices):
-        """List those that are not yet. Raises InputError when too large a share of the data set is listed."""
-        listed = self.listed()
-        new = sorted({self.images.name(index) for index in indices} - listed)
-        if not new:
-            return
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.write(file, os.fsencode("".join(f"{name}\n" for name in new)))
-        os.close(file)
-        count = len(listed) + len(new)
-        if count > MAX_BAD * len(self.images):
-            first = os.fsdecode(self.path.read_bytes()).splitlines()[0]
-            raise InputError(f"{self.path} lists {count} of {len(self.images)} images as unreadable, over "
-                             f"{MAX_BAD:.1%}, {first} first: replace them, delete the list, and start again")

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pretrain.augment import weak_view
-from pretrain.images import read_or_next
+from pretrain.bad_images import read_or_next
 from pretrain.distributed import device
 from pretrain.evaluate import check_labelled, label_of
 from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader

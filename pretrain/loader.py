@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from pretrain import distributed
 from pretrain.augment import draw_params, weak_view
 from pretrain.config import InputError
-from pretrain.images import read_or_next
+from pretrain.bad_images import read_or_next
 
 # First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1

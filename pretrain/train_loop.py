@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common import files
 from pretrain import checkpoint, distributed, identity, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
+from pretrain.bad_images import BadImages
 from pretrain.config import InputError, Interrupted
 from pretrain.datasets import open_images
 from pretrain.evaluate import Features, evaluate_knn, find_labelled
-from pretrain.images import BadImages
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
+from pretrain.bad_images import BadImages, read_or_next
 from pretrain.config import InputError, get_cfg
 from pretrain.datasets import ImageFolder, open_images
 from pretrain.evaluate import CenterCrops, Features, evaluate_knn, find_labelled
 from pretrain.feature_cache import fingerprint
-from pretrain.images import BadImages, UnreadableImage, decode, read_image, read_or_next
+from pretrain.images import UnreadableImage, decode, read_image
 from pretrain.linear import RandomCrops
 
 RNG = np.random.default_rng(0)
