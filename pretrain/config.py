@@ -35,6 +35,7 @@ def get_cfg():
     cfg.DATA.EVAL_RESIZE = 256  # short side before the centre crop of evaluation
     cfg.DATA.MEAN = IMAGENET_MEAN
     cfg.DATA.STD = IMAGENET_STD
+    cfg.DATA.RANGE = ()  # (black, white): values of channels with more than 8 bits; (): the range of their format
     cfg.DATA.NUM_WORKERS = -1  # per process; -1: from the number of cores
 
     cfg.MODEL = CN()
@@ -114,6 +115,9 @@ def check(cfg):
         if len(values) != 3 or not all(value > least for value in values):
             raise InputError(f"{key} is {tuple(values)}: it takes three numbers, of red, green and blue"
                              + ", each above 0" * (least == 0))
+    if len(cfg.DATA.RANGE) not in (0, 2) or tuple(cfg.DATA.RANGE) != tuple(sorted(set(cfg.DATA.RANGE))):
+        raise InputError(f"DATA.RANGE is {cfg.DATA.RANGE}: it takes the values that become black and white, as in "
+                         "(0, 4095), the smaller first, or ()")
     if cfg.METHOD == "moco" and cfg.MODEL.QUEUE < 2 * cfg.SOLVER.BATCH_SIZE:
         raise InputError(f"MODEL.QUEUE is {cfg.MODEL.QUEUE}: it must hold the {2 * cfg.SOLVER.BATCH_SIZE} keys of a "
                          "step, two for each image of the global batch")

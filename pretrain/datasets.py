@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pretrain.config import InputError
-from pretrain.images import decode, read_image
+from pretrain.images import decode, printable, read_file
 
 VAL_NAMES = ("val", "validation", "valid", "test")  # of a folder or of Parquet shards, the first that is there
 STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
@@ -108,9 +108,13 @@ class Source:
 
     own_val = False
     files = ()  # that hold the images, where they have none of their own
+    value_range = ()  # DATA.RANGE
 
     def __len__(self):
         return len(self.labels)
+
+    def read(self, index):
+        return decode(*self.encoded(index), self.value_range)
 
 
 class ImageFolder(Source):
@@ -145,8 +149,9 @@ class ImageFolder(Source):
     def name(self, index):
         return str(self.root / os.fsdecode(self.names[index]))
 
-    def read(self, index):
-        return read_image(self.name(index))
+    def encoded(self, index):
+        """The bytes of an image's file, and its name for a message."""
+        return read_file(self.name(index)), printable(self.name(index))
 
 
 def tiny_imagenet(root, split, classes=None):
@@ -230,8 +235,8 @@ class HuggingFace(Source):
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return f"{self.shards[shard].name if self.shards else self.root}:{index - self.starts[shard]}"
 
-    def read(self, index):
+    def encoded(self, index):
         image = self.images[int(index)][self.column] or {"bytes": b"", "path": None}
         if image["bytes"] is None and image["path"]:
-            return read_image(image["path"])
-        return decode(torch.from_numpy(np.array(bytearray(image["bytes"] or b""), dtype=np.uint8)), self.name(index))
+            return read_file(image["path"]), printable(image["path"])
+        return image["bytes"] or b"", self.name(index)

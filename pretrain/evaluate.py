@@ -106,8 +106,8 @@ class Features:
 
     def describe(self, images):
         """What the centre-crop features of a source depend on, besides the checkpoint."""
-        return {"images": fingerprint(images), "resize": self.data.EVAL_RESIZE, "size": self.data.IMAGE_SIZE,
-                "mean": list(self.data.MEAN), "std": list(self.data.STD), "dtype": str(self.amp)}
+        return {"images": fingerprint(images), "range": list(images.value_range), "resize": self.data.EVAL_RESIZE,
+                "size": self.data.IMAGE_SIZE, "mean": list(self.data.MEAN), "std": list(self.data.STD), "dtype": str(self.amp)}
 
 
 SIMILARITIES = 2 ** 27  # that are held at once: half a GB
@@ -145,6 +145,7 @@ def find_labelled(cfg, images):
         bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
     if cfg.DATA.VAL:
         val = open_images(cfg.DATA.VAL, "val", cfg.DATA.CLASSES)
+        val.value_range = images.value_range
         check_labelled(bank, val)
         return bank, val
     if not bank.classes or bank.labels.min() < 0:
@@ -153,6 +154,7 @@ def find_labelled(cfg, images):
     for place in [cfg.DATA.PATH] if bank.own_val else [root.parent / name for name in VAL_NAMES if name != root.name]:
         try:
             val = open_images(place, "val", cfg.DATA.CLASSES)
+            val.value_range = images.value_range
             check_labelled(bank, val)
             return bank, val
         except InputError:

@@ -19,6 +19,7 @@ from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
 from pretrain.optim import build_optimizer, set_lr
+from pretrain.pixels import check_pixels
 from pretrain.watch import Alarms, Log, Meter, Stopped, StopSignals, assert_finite
 
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
@@ -65,6 +66,8 @@ def _train(cfg, stop):
             print(f"{final} is already there: this run is complete")
         return str(final)
     data = identity.describe(images)
+    images.value_range = tuple(cfg.DATA.RANGE)
+    notes = check_pixels(images)
     bank, val = find_labelled(cfg, images)
 
     share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
@@ -122,6 +125,8 @@ def _train(cfg, stop):
               f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
         if gone:
             print(f"{gone} images of {bad_images.path} are gone: the next ones stand in for them, as before")
+        for note in notes:
+            print(f"warning: {note}")
         if saved and saved["normalised"] != normalised:
             print(f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
                   "goes on with the same samples, but not bit for bit")

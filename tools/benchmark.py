@@ -39,6 +39,7 @@ from pretrain.augment import (BLUR_RADIUS, FACTORS, GRAY, MAX_SIGMA, ORDER, SIGM
 from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, InputError, check, get_cfg  # noqa: E402
 from pretrain.datasets import ImageFolder, open_images  # noqa: E402
 from pretrain.distributed import amp_dtype, device  # noqa: E402
+from pretrain.images import native_name  # noqa: E402
 from pretrain.loader import MultiStageViews, StepBatches, build_loader, resolve_workers  # noqa: E402
 from pretrain.networks import build_networks  # noqa: E402
 from pretrain.objectives import METHODS  # noqa: E402
@@ -60,7 +61,8 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, 224 if (args.what, name) == ("data", "size") else value)
     machine = {"machine": torch.cuda.get_device_name() if on_gpu else cpu_name(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+               "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+               "decoder": native_name}
     print(", ".join(value if name == "machine" else f"{name} {value}" for name, value in machine.items()), flush=True)
     if not on_gpu and args.what != "data" and not args.config_file:
         print("no GPU: small defaults; --backbone, --size, --batch-size and --steps set others")

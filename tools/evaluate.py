@@ -21,6 +21,7 @@ from pretrain import evaluate, linear  # noqa: E402
 from pretrain.checkpoint import write_atomically  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
+from pretrain.pixels import check_pixels  # noqa: E402
 from tools._cli import run  # noqa: E402
 from tools._weights import load_features  # noqa: E402
 
@@ -34,10 +35,15 @@ def main():
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
-    train, val = evaluate.find_labelled(cfg, open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES))
+    images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
+    images.value_range = tuple(args.range or cfg.DATA.RANGE)
+    train, val = evaluate.find_labelled(cfg, images)
     if val is None:
         raise InputError(f"no validation images with the same classes in or beside {cfg.DATA.PATH}: give --val DIR")
 
+    for source in (train, val):
+        for note in check_pixels(source, "--range {} {}"):
+            print(f"warning: {note}", file=sys.stderr)
     result = {"checkpoint": args.checkpoint, **provenance}
     if args.protocol == "knn":
         result["bank"] = min(args.bank or len(train), len(train))
@@ -62,6 +68,9 @@ def parse():
     parser.add_argument("--classes", metavar="FILE",
                         help="class folders to keep (default: all of --train, or those of pre-training)")
     parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
+    parser.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="values of channels with more than 8 bits that become black and white (default: as in "
+                             "pre-training)")
     parser.add_argument("--branch", choices=("online", "target"),
                         help="of the checkpoint (default: online, or the one that a converted file holds)")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")

@@ -10,6 +10,7 @@ and left out. Run again it goes on where it stopped.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision.io import encode_jpeg  # noqa: E402
 from torchvision.transforms.v2 import InterpolationMode, functional as TF  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -29,6 +30,7 @@ from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import ImageFolder  # noqa: E402
 from pretrain.images import UnreadableImage  # noqa: E402
 from pretrain.loader import ignore_stop_signals  # noqa: E402
+from pretrain.pixels import check_pixels  # noqa: E402
 from tools._cli import run  # noqa: E402
 
 WRITTEN, COPIED, THERE, UNREADABLE = range(4)
@@ -41,6 +43,9 @@ def main():
     parser.add_argument("destination", help="new folder")
     parser.add_argument("--size", type=int, default=288, help="of the short side in pixels (default 288)")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEG files, 1-100 (default 92)")
+    parser.add_argument("--range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"),
+                        help="values of channels with more than 8 bits that become black and white (default: the range "
+                             "of their format)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                         help="processes (default: one per core)")
     args = parser.parse_args()
@@ -54,7 +59,10 @@ def main():
     if source.resolve() in (destination.resolve(), *destination.resolve().parents):
         raise InputError(f"{destination} lies in {source}: give a folder outside, the originals stay as they are")
     images = ImageFolder(source)
-    claim(destination, {"size": args.size, "quality": args.quality})
+    images.value_range = tuple(args.range)
+    for note in check_pixels(images, "--range {} {}"):
+        print(f"warning: {note}", file=sys.stderr)
+    claim(destination, {"size": args.size, "quality": args.quality} | ({"range": args.range} if args.range else {}))
 
     counts = [0, 0, 0, 0]
     loader = DataLoader(Preparation(images, destination, args.size, args.quality), batch_size=None,
@@ -112,9 +120,16 @@ class Preparation(Dataset):
             return COPIED, ""
         image = TF.resize(image, self.size, InterpolationMode.BICUBIC, antialias=True)
         part = jpeg.with_name(jpeg.name + ".part")
-        part.write_bytes(encode_jpeg(image.contiguous(), self.quality).numpy())
+        part.write_bytes(encode_jpeg(image, self.quality))
         os.replace(part, jpeg)
         return WRITTEN, ""
+
+
+def encode_jpeg(image, quality):
+    """uint8 RGB [3, H, W] -> the bytes of a JPEG file, the same as torchvision's and torchcodec's."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def is_whole(path):

@@ -33,6 +33,7 @@ def main():
     cfg, features = get_cfg(), None
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
+    images.value_range = tuple(cfg.DATA.RANGE)
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
