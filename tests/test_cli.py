@@ -35,6 +35,7 @@ def test_quickstart_fast(tool, tmp_path):
     done = tool("quickstart", "--fast", "--output-dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"detection engine: {engine}" in done.stderr
+    assert "Warning" not in done.stderr
     assert "| random |" in done.stdout and "| RSA    |" in done.stdout and "kNN top-1" in done.stdout
     written = {path.name for path in folder.iterdir()}
     assert {"report.md", "report.html", "table.csv", "views.png", "curves.png", "detections.png"} <= written

@@ -15,7 +15,6 @@ import json
 import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -56,7 +55,6 @@ def main():
                                          "--engine out")
     folder = Path(args.output_dir or "output/quickstart" + ("-fast" if args.fast else ""))
     start = time.perf_counter()
-    warnings.simplefilter("ignore")  # the libraries' deprecations would bury the few lines that matter here
     logging.getLogger("torch").setLevel(logging.ERROR)
 
     say(f"everything goes to {folder}; detection engine: {engine}")

@@ -1,0 +1,53 @@
+"""What libraries print: nothing of theirs stands before an error, and nothing beside a help text."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+MISTAKES = {
+    "ablation": ["--seeds", "0"],
+    "benchmark": ["data", "--data", "absent"],
+    "convert_to_d2": ["absent"],
+    "evaluate": ["knn", "absent"],
+    "prepare_data": ["absent", "out"],
+    "pretrain": ["--data", "absent", "--output-dir", "out"],
+    "report": ["absent"],
+    "report_top1": ["absent"],
+    "reproduce": ["table1", "--set", "ABSENT", "1"],
+    "show_views": ["absent"],
+    "train_net": ["--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "MODEL.WEIGHTS", "absent"],
+}
+
+
+def test_every_tool_is_here():
+    """But for the quick start, which has only choices; its test is in test_cli.py."""
+    assert {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")} == {*MISTAKES, "quickstart"}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(tool, tmp_path, name):
+    done = tool(name, *MISTAKES[name], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", [*MISTAKES, "quickstart"])
+def test_help_is_all_that_is_printed(tool, name):
+    done = tool(name, "--help")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_a_mistake_is_one_line_in_a_fresh_process(engine, tmp_path):
+    """Both engines import what warns as it is imported; the server that the other tests start from may have done so."""
+    if engine == "detectron2":
+        pytest.importorskip("detectron2")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    command = [sys.executable, ROOT / "tools" / "train_net.py", "--engine", engine, *MISTAKES["train_net"]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
