@@ -41,7 +41,7 @@ def test_whole_numbers_for_keys_that_hold_floats():
     assert (cfg.MODEL.BETA, cfg.SOLVER.BASE_LR, cfg.SOLVER.EPOCHS) == (0.0, 1.0, 20)
     assert type(cfg.MODEL.BETA) is float and type(cfg.SOLVER.EPOCHS) is int
     for key, value, reason in (("SOLVER.EPOCHS", "2.5", "int"), ("MODEL.BETA", "many", "float"),
-                               ("MODEL.BETTA", "0", "Non-existent key"), ("MODEL.BETA.X", "0", "")):
+                               ("MODEL.BETTA", "0", "Non-existent key"), ("MODEL.BETA.X", "0", "MODEL.BETA.X")):
         with pytest.raises(InputError, match=reason):
             merge_config(get_cfg(), None, [key, value], InputError)
 
