@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     packages=["common", "pretrain", "transfer"],
     python_requires=">=3.10",
-    # The tests have passed with the first and the last of these torch and torchvision, and with constraints.txt between.
+    # Tried: the first and the last of these torch and torchvision, and constraints.txt between them.
     install_requires=[
         "torch>=2.6,<2.15",
         "torchvision>=0.21,<0.30",

@@ -1,7 +1,7 @@
 """One encoded image -> uint8 RGB.
 
-:func:`decode` gives the same pixels whichever library reads them: the first frame or page, upright as its EXIF says,
-without alpha. Channels of more than 8 bits are mapped to 0-255 by a stated range.
+:func:`decode` gives the same pixels whichever library reads them: the first frame or page, turned as EXIF
+says, without alpha. Channels of more than 8 bits are mapped to 0-255 by a stated range.
 """
 
 import dataclasses
@@ -14,14 +14,25 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from pretrain.config import InputError
+from common.errors import InputError
 
 MAX_PIXELS = 500_000_000  # decoding takes seven bytes for each
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit, 179 megapixels, is one for uploads; slides and satellite scenes exceed it
+Image.MAX_IMAGE_PIXELS = (
+    None  # Pillow's limit, 179 megapixels, is one for uploads; slides and satellite scenes exceed it
+)
 # What Pillow finds odd in a file that it reads nevertheless. Its warnings do not say which file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-EXPECTED_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # of a TIFF, by its PhotometricInterpretation
+EXPECTED_BANDS = {
+    0: 1,
+    1: 1,
+    2: 3,
+    3: 1,
+    4: 1,
+    5: 4,
+    6: 3,
+    8: 3,
+}  # of a TIFF, by its PhotometricInterpretation
 ALPHA = (1, 2)  # values of a TIFF's ExtraSamples
 
 
@@ -31,8 +42,10 @@ class UnreadableImage(InputError):
 
 @dataclasses.dataclass
 class Pixels:
-    """What a file holds: ``values``, uint8 RGB [3, H, W], or others, [H, W] or [3, H, W], whose darkest and brightest
-    are ``limits`` by the file's format, or None; of ``bits`` in a channel."""
+    """What a file holds: ``values``, uint8 RGB [3, H, W], or others, [H, W] or [3, H, W].
+
+    ``bits`` of a channel; ``limits``, the least and greatest value of the format, where it has such.
+    """
 
     values: torch.Tensor | np.ndarray
     bits: int = 8
@@ -50,7 +63,9 @@ def read_file(path) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UnreadableImage(f"{printable(path)} cannot be read ({error.strerror}): restore or replace it") from None
+        raise UnreadableImage(
+            f"{printable(path)} cannot be read ({error.strerror}): restore or replace it"
+        ) from None
 
 
 def printable(name):
@@ -62,21 +77,26 @@ def printable(name):
 def decode(data: bytes, name: str, value_range: tuple = ()) -> torch.Tensor:
     """An encoded image -> uint8 RGB [3, H, W]. Raises UnreadableImage with ``name``.
 
-    ``value_range``, (low, high), says which values of channels with more than 8 bits become 0 and 255. Without it
-    integers are scaled by the range of their format, others (float, 32 bits) by their own least and greatest value.
+    ``value_range``, (low, high), says which values of channels with more than 8 bits become 0 and 255.
+    Without it 16 bits are scaled by the range of their format, others (float, 32 bits) from the least to the
+    greatest value of the image.
     """
     pixels = read_pixels(data, name)
     if pixels.bits <= 8:
         return pixels.values
     if pixels.values.dtype == torch.uint8:  # Pillow has cut the lower bits
         if value_range:
-            raise UnreadableImage(f"{name} has {pixels.bits} bits a channel, of which only the upper 8 can be read; "
-                                  f"DATA.RANGE needs all: convert it to PNG (gdal_translate -of PNG IN.tif OUT.png)")
+            raise UnreadableImage(
+                f"{name} has {pixels.bits} bits a channel, of which only the upper 8 can be read; "
+                f"DATA.RANGE needs all: convert it to PNG (gdal_translate -of PNG IN.tif OUT.png)"
+            )
         return pixels.values
     values = np.nan_to_num(pixels.values)
     low, high = value_range or pixels.limits or (values.min(), values.max())
     scaled = to_uint8(values, float(low), float(high))
-    return torch.from_numpy(scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, 2).transpose(2, 0, 1))
+    return torch.from_numpy(
+        scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, 2).transpose(2, 0, 1)
+    )
 
 
 def to_uint8(values, low, high):
@@ -103,13 +123,16 @@ def read_pixels(data: bytes, name: str) -> Pixels:
     except Exception as error:  # Pillow raises errors of almost any type for a damaged file
         # Only the text: a variable that holds the error would keep this frame, and the image with it, alive.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UnreadableImage(f"{name} cannot be decoded as an image ({reason}): remove or replace it") from None
+        raise UnreadableImage(
+            f"{name} cannot be decoded as an image ({reason}): remove or replace it"
+        ) from None
 
 
 # ---- torchcodec and torchvision ----
 
+
 def by_torchcodec():
-    """torchcodec's decoder: uint8 [bytes] -> uint8 or uint16 RGB [3, H, W], upright. Since torchcodec 0.16."""
+    """torchcodec's decoder, from 0.16 on: uint8 [bytes] -> uint8 or uint16 RGB [3, H, W], turned by EXIF."""
     from torchcodec.decoders import decode_image
 
     return lambda data: decode_image(data, mode="RGB", output_dtype="auto")
@@ -119,7 +142,7 @@ def by_torchvision():
     """The same of torchvision, which deprecates it from 0.29 on."""
     from torchvision.io import ImageReadMode, decode_image
 
-    torch.ops.image.decode_image  # torchvision may have been built without it
+    _ = torch.ops.image.decode_image  # torchvision may have been built without it
     return lambda data: decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
 
 
@@ -146,16 +169,17 @@ def suits_native(data):
 
 
 def has_end(data):
-    """Whether a JPEG has an end marker behind the start of its first scan. A thumbnail before that has one, too."""
+    """Whether a JPEG has an end marker after the start of its first scan: a thumbnail before it has one, too."""
     position = 2
-    while data[position:position + 1] == b"\xff":
-        if data[position + 1:position + 2] == b"\xda":
+    while data[position : position + 1] == b"\xff":
+        if data[position + 1 : position + 2] == b"\xda":
             return data.rfind(b"\xff\xd9", position) >= 0
-        position += 2 + int.from_bytes(data[position + 2:position + 4], "big")
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return False
 
 
 # ---- Pillow ----
+
 
 def by_pillow(data, name):
     """The pixels of any format that Pillow knows; raises UnreadableImage, and what Pillow raises."""
@@ -164,8 +188,10 @@ def by_pillow(data, name):
         check_bands(tiff, name)
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise UnreadableImage(f"{name} has {image.width} x {image.height} pixels, over the limit of "
-                                  f"{MAX_PIXELS // 10 ** 6} megapixels: cut it into tiles, or make it smaller")
+            raise UnreadableImage(
+                f"{name} has {image.width} x {image.height} pixels, over the limit of "
+                f"{MAX_PIXELS // 10**6} megapixels: cut it into tiles, or make it smaller"
+            )
         image.load()
         bits = stated_bits(data, tiff, image)
         image = upright(image)
@@ -173,7 +199,7 @@ def by_pillow(data, name):
             return Pixels(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1), bits)
         values = np.asarray(image)
         if image.mode.startswith("I;16"):
-            return Pixels(values.astype(np.uint16, copy=False), max(9, bits), (0, 2 ** bits - 1))
+            return Pixels(values.astype(np.uint16, copy=False), max(9, bits), (0, 2**bits - 1))
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
             return Pixels(values.astype(np.uint16), 16, (0, 65535))
         return Pixels(values.astype(np.float64), 32)
@@ -215,8 +241,12 @@ def tiff_tags(data) -> Tiff | None:
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
-        return Tiff(tags.get(277, 1), tags.get(258, (1,)), tags.get(262, 1),
-                    sum(kind in ALPHA for kind in tags.get(338, ())))
+        return Tiff(
+            tags.get(277, 1),
+            tags.get(258, (1,)),
+            tags.get(262, 1),
+            sum(kind in ALPHA for kind in tags.get(338, ())),
+        )
     except Exception:
         return None
 
@@ -224,5 +254,7 @@ def tiff_tags(data) -> Tiff | None:
 def check_bands(tiff, name):
     """Raises UnreadableImage for a TIFF with bands that would get lost."""
     if tiff.bands - tiff.alpha != EXPECTED_BANDS.get(tiff.photometric, tiff.bands):
-        raise UnreadableImage(f"{name} has {tiff.bands} bands, which are not gray, RGB or CMYK by its tags: choose the "
-                              "three to train on (gdal_translate -b 3 -b 2 -b 1 -co PHOTOMETRIC=RGB IN.tif OUT.tif)")
+        raise UnreadableImage(
+            f"{name} has {tiff.bands} bands, which are not gray, RGB or CMYK by its tags: choose the "
+            "three to train on (gdal_translate -b 3 -b 2 -b 1 -co PHOTOMETRIC=RGB IN.tif OUT.tif)"
+        )

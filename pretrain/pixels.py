@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretrain.config import InputError
+from common.errors import InputError
 from pretrain.images import UnreadableImage, check_bands, read_pixels, stated_bits, tiff_tags
 
 SAMPLES = 16  # images that are looked at, evenly spaced
@@ -14,10 +14,11 @@ LEAST = 0.25  # of the range of a format: below, fewer than 64 of 256 gray level
 
 
 def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
-    """Look at some images of a source, of ``images.value_range``. Returns a line for each kind of thing that is assumed
-    or left out. Raises InputError for bands that would get lost, and for values that would leave few gray levels.
+    """Look at some images of a source, as they are read by its ``value_range``.
 
-    ``option`` is how the user gives the range, with places for two numbers.
+    Returns a line for each kind of thing that is assumed or left out. Raises InputError for bands that would
+    get lost, and for values so small that few gray levels would be left. ``option`` is how the user gives the
+    range, with places for two numbers.
     """
     notes, most, brightest = {}, 0, None
     for index in np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).astype(int):
@@ -34,8 +35,11 @@ def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
         except UnreadableImage:
             continue
         if pixels.bits > 16:
-            notes.setdefault("stretched", f"{name} holds values of {pixels.bits} bits: each image is stretched from its "
-                                          f"least to its greatest; {option.format('LOW', 'HIGH')} maps all alike")
+            notes.setdefault(
+                "stretched",
+                f"{name} holds values of {pixels.bits} bits: each image is stretched from its "
+                f"least to its greatest; {option.format('LOW', 'HIGH')} maps all alike",
+            )
             continue
         if share_used(pixels) >= most:
             most, brightest = share_used(pixels), (pixels, name)
@@ -45,12 +49,15 @@ def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
 
 
 def of_header(data, name):
-    """(kind, line) of what the header of a file says that it holds besides gray or RGB. Raises UnreadableImage."""
+    """(kind, line) for what is left out by the header of a file. Raises UnreadableImage."""
     tiff = tiff_tags(data)
     if tiff:
         check_bands(tiff, name)
         if tiff.alpha:
-            yield "alpha", f"{name} has {tiff.bands} bands, {tiff.alpha} of them alpha by its tags, which is left out"
+            yield (
+                "alpha",
+                f"{name} has {tiff.bands} bands, {tiff.alpha} of them alpha by its tags, which is left out",
+            )
     try:
         with Image.open(io.BytesIO(data)) as image:
             size, frames = image.size, getattr(image, "n_frames", 1)
@@ -80,10 +87,15 @@ def few_levels(pixels, name, option):
     """The error for a data set whose brightest image is this one."""
     greatest = int(pixels.values.max())
     if pixels.values.dtype == torch.uint8:
-        return (f"{name} uses {greatest + 1} of the 256 gray levels, and only the upper 8 of its {pixels.bits} bits can "
-                f"be read: convert the images to PNG (gdal_translate -of PNG IN.tif OUT.png), then give "
-                f"{option.format(0, 2 ** greatest.bit_length() * 256 - 1)}")
-    full = int(pixels.limits[1])
-    return (f"{name} holds values up to {greatest} of {full}, and no other image looked at greater ones: they would "
-            f"become {256 * greatest // (full + 1) + 1} of 256 gray levels. Give the values that are to become black and "
-            f"white: {option.format(0, 2 ** greatest.bit_length() - 1)}, or {option.format(0, full)} to keep them dark")
+        brightest = 2 ** greatest.bit_length() * 256 - 1
+        return (
+            f"{name} uses {greatest + 1} of the 256 gray levels, and only the upper 8 of its {pixels.bits} bits "
+            "can be read: convert the images to PNG (gdal_translate -of PNG IN.tif OUT.png), then give "
+            + option.format(0, brightest)
+        )
+    full, brightest = int(pixels.limits[1]), 2 ** greatest.bit_length() - 1
+    return (
+        f"{name} holds values up to {greatest} of {full}, and no other image looked at greater ones: they would "
+        f"become {256 * greatest // (full + 1) + 1} of 256 gray levels. Give the values that become black and "
+        f"white: {option.format(0, brightest)}, or {option.format(0, full)} to keep them dark"
+    )

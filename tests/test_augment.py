@@ -130,11 +130,15 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width):
 def test_weak_view_is_crop_resize_flip():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 50, 70), dtype=np.uint8))
     flips = 0
+
+    def same(a, b):  # torch 2.6 rounds by the order of the channels in memory
+        return (a.int() - b.int()).abs().max() <= 1
+
     for seed in range(40):
         view = weak_view(image, np.random.default_rng(seed), 24)
         top, left, h, w = crop_box(np.random.default_rng(seed), 50, 70)
         crop = TF.resize(image[:, top:top + h, left:left + w], [24, 24], antialias=True)
-        flipped = torch.equal(view, TF.horizontal_flip(crop))
-        assert view.dtype == torch.uint8 and (flipped or torch.equal(view, crop))
+        flipped = same(view, TF.horizontal_flip(crop))
+        assert view.dtype == torch.uint8 and (flipped or same(view, crop))
         flips += flipped
     assert 10 <= flips <= 30

@@ -46,8 +46,17 @@ def tiff(pixels, photometric, extra=(), bits=None):
     height, width, bands = pixels.shape
     data = pixels.tobytes()
     bits = bits or 8 * pixels.itemsize
-    tags = [(256, 3, [width]), (257, 3, [height]), (258, 3, [bits] * bands), (259, 3, [1]), (262, 3, [photometric]),
-            (273, 4, [8]), (277, 3, [bands]), (278, 3, [height]), (279, 4, [len(data)])]
+    tags = [
+        (256, 3, [width]),
+        (257, 3, [height]),
+        (258, 3, [bits] * bands),
+        (259, 3, [1]),
+        (262, 3, [photometric]),
+        (273, 4, [8]),
+        (277, 3, [bands]),
+        (278, 3, [height]),
+        (279, 4, [len(data)]),
+    ]
     tags += [(338, 3, list(extra))] if extra else []
     tags += [(339, 3, [3] * bands)] if pixels.dtype == np.float32 else []
     data += bytes(len(data) % 2)
@@ -57,27 +66,44 @@ def tiff(pixels, photometric, extra=(), bits=None):
         if len(value) > 4:
             value, rest = struct.pack("<I", position + len(rest)), rest + value
         entries += struct.pack("<HHI4s", tag, kind, len(values), value.ljust(4, b"\0"))
-    return (b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries
-            + struct.pack("<I", 0) + rest)
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(data))
+        + data
+        + struct.pack("<H", len(tags))
+        + entries
+        + struct.pack("<I", 0)
+        + rest
+    )
 
 
 def png_rgb16(pixels):
     """A PNG of uint16 RGB [H, W, 3], which Pillow cannot write."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 # ---- the decoders, against Pillow ----
 
+
 @pytest.fixture(params=["torchcodec", "torchvision", "Pillow"])
 def decoder(request, monkeypatch):
     """Each of the decoders that are installed, in turn."""
-    loaders = {"torchcodec": images.by_torchcodec, "torchvision": images.by_torchvision, "Pillow": lambda: None}
+    loaders = {
+        "torchcodec": images.by_torchcodec,
+        "torchvision": images.by_torchvision,
+        "Pillow": lambda: None,
+    }
     try:
         monkeypatch.setattr(images, "native", loaders[request.param]())
     except (ImportError, OSError, RuntimeError, AttributeError):
@@ -85,12 +111,33 @@ def decoder(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("mode, kind, options", [
-    ("RGB", "JPEG", {}), ("RGB", "JPEG", {"subsampling": 0}), ("RGB", "JPEG", {"progressive": True}), ("L", "JPEG", {}),
-    ("CMYK", "JPEG", {}), ("RGB", "PNG", {}), ("L", "PNG", {}), ("1", "PNG", {}), ("P", "PNG", {}),
-    ("P", "PNG", {"transparency": 3}), ("LA", "PNG", {}), ("RGBA", "PNG", {}), ("RGB", "WEBP", {}),
-    ("RGBA", "WEBP", {"lossless": True}), ("RGB", "GIF", {}), ("RGB", "BMP", {}), ("RGB", "TIFF", {}), ("LA", "TIFF", {}),
-    ("RGBA", "TIFF", {}), ("CMYK", "TIFF", {}), ("P", "TIFF", {}), ("1", "TIFF", {})])
+@pytest.mark.parametrize(
+    "mode, kind, options",
+    [
+        ("RGB", "JPEG", {}),
+        ("RGB", "JPEG", {"subsampling": 0}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGB", "PNG", {}),
+        ("L", "PNG", {}),
+        ("1", "PNG", {}),
+        ("P", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}),
+        ("LA", "PNG", {}),
+        ("RGBA", "PNG", {}),
+        ("RGB", "WEBP", {}),
+        ("RGBA", "WEBP", {"lossless": True}),
+        ("RGB", "GIF", {}),
+        ("RGB", "BMP", {}),
+        ("RGB", "TIFF", {}),
+        ("LA", "TIFF", {}),
+        ("RGBA", "TIFF", {}),
+        ("CMYK", "TIFF", {}),
+        ("P", "TIFF", {}),
+        ("1", "TIFF", {}),
+    ],
+)
 def test_every_decoder_gives_the_pixels_of_pillow(decoder, mode, kind, options):
     image = photograph(60, 70).convert(mode)
     if mode in ("LA", "RGBA"):
@@ -116,7 +163,9 @@ def test_images_are_upright(decoder, kind):
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animation_is_its_first_image(decoder, kind):
     first, second = (Image.fromarray(np.full((6, 9, 3), value, np.uint8)) for value in (10, 200))
-    data = encoded(first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(
+        first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "WEBP" else {})
+    )
     assert decode(data, "x").unique().tolist() == [10]
 
 
@@ -135,6 +184,7 @@ def test_the_best_decoder_that_is_installed_is_taken(monkeypatch):
 
 # ---- more than 8 bits ----
 
+
 def test_16_bits_are_scaled_by_every_decoder(decoder):
     gray = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
     data = encoded(Image.fromarray(gray), "PNG")
@@ -146,13 +196,19 @@ def test_16_bits_are_scaled_by_every_decoder(decoder):
 def test_12_bits_in_16_are_256_gray_levels_by_the_range_that_is_given(decoder):
     gray = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     color = np.stack([gray, gray[::-1], gray.T], 2)
-    for data in (encoded(Image.fromarray(gray), "PNG"), encoded(Image.fromarray(gray), "TIFF"), tiff(gray[..., None], 1)):
+    for data in (
+        encoded(Image.fromarray(gray), "PNG"),
+        encoded(Image.fromarray(gray), "TIFF"),
+        tiff(gray[..., None], 1),
+    ):
         assert np.array_equal(decode(data, "x", (0, 4095))[0], gray.astype(int) * 255 // 4095)
     if decoder == "Pillow":
         with pytest.raises(UnreadableImage, match="x.png has 16 bits .* only the upper 8"):
             decode(png_rgb16(color), "x.png", (0, 4095))
     else:
-        assert np.array_equal(decode(png_rgb16(color), "x", (0, 4095)).permute(1, 2, 0), color.astype(int) * 255 // 4095)
+        assert np.array_equal(
+            decode(png_rgb16(color), "x", (0, 4095)).permute(1, 2, 0), color.astype(int) * 255 // 4095
+        )
 
 
 def test_bits_that_the_format_states():
@@ -187,9 +243,21 @@ def test_ranges_that_are_none(value):
 BANDS = RNG.integers(0, 256, (6, 7, 13), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("bands, photometric, extra", [
-    (4, 2, (0,)), (4, 2, ()), (5, 2, (0, 0)), (5, 2, (2, 0)), (4, 1, (0, 0, 0)), (13, 1, (0,) * 12), (13, 1, ()), (2, 1, (0,)),
-    (5, 5, (0,)), (3, 1, ())])
+@pytest.mark.parametrize(
+    "bands, photometric, extra",
+    [
+        (4, 2, (0,)),
+        (4, 2, ()),
+        (5, 2, (0, 0)),
+        (5, 2, (2, 0)),
+        (4, 1, (0, 0, 0)),
+        (13, 1, (0,) * 12),
+        (13, 1, ()),
+        (2, 1, (0,)),
+        (5, 5, (0,)),
+        (3, 1, ()),
+    ],
+)
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 def test_bands_do_not_get_lost(bands, photometric, extra, depth):
     data = tiff(BANDS[..., :bands].astype(depth), photometric, extra)
@@ -197,9 +265,11 @@ def test_bands_do_not_get_lost(bands, photometric, extra, depth):
         decode(data, "x.tif")
 
 
-@pytest.mark.parametrize("bands, photometric, extra", [(3, 2, ()), (4, 2, (2,)), (4, 2, (1,)), (1, 1, ()), (2, 1, (2,))])
+@pytest.mark.parametrize(
+    "bands, photometric, extra", [(3, 2, ()), (4, 2, (2,)), (4, 2, (1,)), (1, 1, ()), (2, 1, (2,))]
+)
 def test_bands_that_are_known(bands, photometric, extra):
-    color = BANDS[..., :3 if photometric == 2 else 1]
+    color = BANDS[..., : 3 if photometric == 2 else 1]
     result = decode(tiff(BANDS[..., :bands].copy(), photometric, extra), "x").permute(1, 2, 0)
     if extra != (1,):  # otherwise the colors were multiplied by alpha
         assert np.array_equal(result, np.broadcast_to(color, (6, 7, 3)))
@@ -210,32 +280,46 @@ def test_large_images():
     image = Image.new("1", (15000, 13500))
     image.putpixel((7, 5), 1)
     result = decode(encoded(image, "TIFF", compression="group4"), "x")
-    assert result.shape == (3, 13500, 15000) and result[:, 5, 7].tolist() == [255] * 3 and result[:, :99].sum() == 765
+    assert (
+        result.shape == (3, 13500, 15000)
+        and result[:, 5, 7].tolist() == [255] * 3
+        and result[:, :99].sum() == 765
+    )
     with pytest.raises(UnreadableImage, match="x has 40000 x 40000 pixels, over the limit of 500 megapixels"):
         decode(b"P6 40000 40000 255\n", "x")
 
 
 # ---- damaged files ----
 
+
 def test_where_a_jpeg_ends():
     whole = encoded(photograph(200, 300), "JPEG")
     thumbnail = encoded(COLORS, "JPEG")
-    with_thumbnail = whole[:2] + b"\xff\xe1" + struct.pack(">H", 8 + len(thumbnail)) + b"Exif\0\0" + thumbnail + whole[2:]
+    with_thumbnail = (
+        whole[:2] + b"\xff\xe1" + struct.pack(">H", 8 + len(thumbnail)) + b"Exif\0\0" + thumbnail + whole[2:]
+    )
     for data in (whole, with_thumbnail, whole + b"what a camera adds" * 9):
         assert images.has_end(data)
         assert torch.equal(decode(data, "x"), by_pillow(whole))
-    for data in (whole[:-2], whole[:-1], whole[:len(whole) // 2], with_thumbnail[:-len(whole) // 2], whole[:300], b"\xff\xd8\xff"):
+    for data in (
+        whole[:-2],
+        whole[:-1],
+        whole[: len(whole) // 2],
+        with_thumbnail[: -len(whole) // 2],
+        whole[:300],
+        b"\xff\xd8\xff",
+    ):
         assert not images.has_end(data)
         with pytest.raises(UnreadableImage, match="^x.jpg cannot be decoded"):
             decode(data, "x.jpg")
 
 
 def test_truncated_images_leave_no_memory_behind(tmp_path):
-    """Decoding each 50 times grows by less than three of its images of 12 MB; torchvision before 0.29 kept every one."""
+    """Decoding each 50 times takes less than three of its images of 12 MB; torchvision 0.25 kept every one."""
     image = photograph(2000, 2000)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(image, kind, **({"compress_level": 1} if kind == "PNG" else {}))
-        (tmp_path / kind).write_bytes(data[:len(data) // 2])
+        (tmp_path / kind).write_bytes(data[: len(data) // 2])
     program = """
 import sys
 from pretrain.images import UnreadableImage, read_image
@@ -257,8 +341,13 @@ for path in sys.argv[1:]:
     read(path, 50)
     print(resident() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program, *(str(tmp_path / kind) for kind in ("JPEG", "PNG", "WEBP"))],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *(str(tmp_path / kind) for kind in ("JPEG", "PNG", "WEBP"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 3 and max(map(float, done.stdout.split())) < 36
 
@@ -274,6 +363,7 @@ def test_out_of_memory_is_not_a_damaged_image(monkeypatch):
 
 # ---- what is looked at before a training ----
 
+
 def folder_of(path, **files):
     for name, data in files.items():
         (path / name.replace("_", ".")).write_bytes(data)
@@ -287,14 +377,22 @@ def gray(greatest, mode=np.uint16):
 @pytest.mark.parametrize("kind", ["png", "tif"])
 def test_few_gray_levels_are_refused_until_a_range_is_given(tmp_path, kind):
     kinds = {"png": "PNG", "tif": "TIFF"}
-    source = folder_of(tmp_path, **{f"a_{kind}": encoded(gray(900), kinds[kind]), f"b_{kind}": encoded(gray(4000), kinds[kind]),
-                                    "c_jpg": encoded(COLORS, "JPEG"), "d_jpg": b"damaged"})
+    source = folder_of(
+        tmp_path,
+        **{
+            f"a_{kind}": encoded(gray(900), kinds[kind]),
+            f"b_{kind}": encoded(gray(4000), kinds[kind]),
+            "c_jpg": encoded(COLORS, "JPEG"),
+            "d_jpg": b"damaged",
+        },
+    )
     with pytest.raises(InputError) as error:
         check_pixels(source)
     assert str(error.value) == (
-        f"{tmp_path}/b.{kind} holds values up to 4000 of 65535, and no other image looked at greater ones: they would become "
-        '16 of 256 gray levels. Give the values that are to become black and white: DATA.RANGE "(0, 4095)", or '
-        'DATA.RANGE "(0, 65535)" to keep them dark')
+        f"{tmp_path}/b.{kind} holds values up to 4000 of 65535, and no other image looked at greater ones: "
+        "they would become 16 of 256 gray levels. Give the values that become black and white: "
+        'DATA.RANGE "(0, 4095)", or DATA.RANGE "(0, 65535)" to keep them dark'
+    )
     for value_range in ((0, 4095), (0, 65535)):
         source.value_range = value_range
         assert check_pixels(source) == []
@@ -306,28 +404,40 @@ def test_few_gray_levels_are_refused_until_a_range_is_given(tmp_path, kind):
 
 def test_color_of_which_only_the_upper_bits_can_be_read(tmp_path):
     color = np.stack([np.asarray(gray(4000))] * 3, 2)
-    with pytest.raises(InputError, match=r'a.tif uses 16 of the 256 gray levels.* to PNG .* DATA.RANGE "\(0, 4095\)"'):
+    with pytest.raises(
+        InputError, match=r'a.tif uses 16 of the 256 gray levels.* to PNG .* DATA.RANGE "\(0, 4095\)"'
+    ):
         check_pixels(folder_of(tmp_path, a_tif=tiff(color, 2)))
     (tmp_path / "a.tif").unlink()
     source = folder_of(tmp_path, a_png=png_rgb16(color))  # the advice, followed
     with pytest.raises(InputError, match=r'a.png holds values up to 4000 .* DATA.RANGE "\(0, 4095\)"'):
         check_pixels(source)
     source.value_range = (0, 4095)
-    assert check_pixels(source) == [] and np.array_equal(source.read(0)[0], color[..., 0].astype(int) * 255 // 4095)
+    assert check_pixels(source) == [] and np.array_equal(
+        source.read(0)[0], color[..., 0].astype(int) * 255 // 4095
+    )
 
 
 def test_what_is_assumed_is_said(tmp_path):
-    source = folder_of(tmp_path, a_tif=tiff(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4, 1), 1),
-                       b_tif=encoded(Image.new("RGBA", (8, 8)), "TIFF"), c_jpg=encoded(COLORS, "JPEG"),
-                       d_tif=encoded(COLORS, "TIFF", save_all=True, append_images=[COLORS]),
-                       e_tif=encoded(COLORS, "TIFF", save_all=True, append_images=[COLORS.resize((20, 15))]))
+    source = folder_of(
+        tmp_path,
+        a_tif=tiff(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4, 1), 1),
+        b_tif=encoded(Image.new("RGBA", (8, 8)), "TIFF"),
+        c_jpg=encoded(COLORS, "JPEG"),
+        d_tif=encoded(COLORS, "TIFF", save_all=True, append_images=[COLORS]),
+        e_tif=encoded(COLORS, "TIFF", save_all=True, append_images=[COLORS.resize((20, 15))]),
+    )
     notes = [line.removeprefix(f"{tmp_path}/") for line in check_pixels(source, "--range {} {}")]
     assert notes == [
-        "a.tif holds values of 32 bits: each image is stretched from its least to its greatest; --range LOW HIGH maps all "
-        "alike", "b.tif has 4 bands, 1 of them alpha by its tags, which is left out",
-        "d.tif has 2 frames or pages: the first is read"]
+        "a.tif holds values of 32 bits: each image is stretched from its least to its greatest; "
+        "--range LOW HIGH maps all alike",
+        "b.tif has 4 bands, 1 of them alpha by its tags, which is left out",
+        "d.tif has 2 frames or pages: the first is read",
+    ]
 
 
 def test_bands_are_refused_before_a_training(tmp_path):
     with pytest.raises(InputError, match="a.tif has 5 bands"):
-        check_pixels(folder_of(tmp_path, a_tif=tiff(BANDS[..., :5].copy(), 2, (0, 0)), b_jpg=encoded(COLORS, "JPEG")))
+        check_pixels(
+            folder_of(tmp_path, a_tif=tiff(BANDS[..., :5].copy(), 2, (0, 0)), b_jpg=encoded(COLORS, "JPEG"))
+        )

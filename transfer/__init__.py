@@ -4,8 +4,8 @@ import warnings
 
 # What libraries are warned of for their own code: a user can mend none of it. (message, category, module)
 for known in (
-        ("`torch.jit.script(_method)?` is deprecated", FutureWarning),  # fvcore's and Detectron2's, when imported
-        ("torch.meshgrid: in an upcoming release", UserWarning),  # Detectron2's anchors
-        ("The given NumPy array is not writable", UserWarning, r"detectron2\."),  # its masks, which it only reads
+    ("`torch.jit.script(_method)?` is deprecated", FutureWarning),  # fvcore's and Detectron2's, when imported
+    ("torch.meshgrid: in an upcoming release", UserWarning),  # Detectron2's anchors
+    ("The given NumPy array is not writable", UserWarning, r"detectron2\."),  # its masks, which it only reads
 ):
     warnings.filterwarnings("ignore", *known)
