@@ -1,5 +1,7 @@
 """The configuration of a pre-training run. The defaults are the ImageNet-1K recipe at 200 epochs (paper, 4.1)."""
 
+import os
+
 import yaml
 from fvcore.common.config import CfgNode as CN
 
@@ -10,8 +12,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Keys that change how fast or where a run goes, not what it computes: they may differ when it is resumed.
 # SOLVER.MICRO_BATCH does move BatchNorm's statistics, but must follow the GPUs at hand: the loop warns of it.
-FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "LOG_PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD",
-             "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
+FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "DATA.MAX_BAD", "LOG_PERIOD",
+             "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD", "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
              "ALARM.COLLAPSE_STEPS")
 DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ too where identity.py knows the images
 
@@ -36,6 +38,7 @@ def get_cfg():
     cfg.DATA.MEAN = IMAGENET_MEAN
     cfg.DATA.STD = IMAGENET_STD
     cfg.DATA.RANGE = ()  # (black, white): values of channels with more than 8 bits; (): the range of their format
+    cfg.DATA.MAX_BAD = 0.001  # share of images that may be unreadable, 0 to 1; 5 always may, unless it is 0
     cfg.DATA.NUM_WORKERS = -1  # per process; -1: from the number of cores
 
     cfg.MODEL = CN()
@@ -80,6 +83,13 @@ def get_cfg():
     return cfg
 
 
+def expand_paths(cfg):
+    """Write the home folder for ``~`` in the keys that hold paths."""
+    for section, key in (("DATA", "PATH"), ("DATA", "VAL"), ("DATA", "CLASSES"), ("", "OUTPUT_DIR")):
+        node = cfg[section] if section else cfg
+        node[key] = os.path.expanduser(node[key])
+
+
 def check(cfg):
     """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
     for key, value, choices in (("METHOD", cfg.METHOD, METHODS),
@@ -104,6 +114,7 @@ def check(cfg):
         if value < least:
             raise InputError(f"{key} is {value}: it must be at least {least}")
     for key, value in (("MODEL.BETA", cfg.MODEL.BETA), ("MODEL.TAU", cfg.MODEL.TAU),
+                       ("DATA.MAX_BAD", cfg.DATA.MAX_BAD),
                        ("SOLVER.MOMENTUM", cfg.SOLVER.MOMENTUM)):
         if not 0 <= value <= 1:
             raise InputError(f"{key} is {value}: it must lie between 0 and 1")

@@ -1,55 +1,41 @@
-"""Where images come from: :func:`open_images` recognises what lies at a path and returns a source of images.
-
-A source has ``len(images)``; ``images.read(index)``, uint8 RGB [3, H, W], which raises UnreadableImage;
-``images.name(index)``, text that names one image; ``images.labels`` int64 [N], -1 where unlabelled; ``images.classes``,
-their names; ``images.root``, its folder; ``images.own_val``, whether ``root`` holds its validation images as well,
-which else lie in a folder beside it. Sources hold arrays, not long lists: a million strings would be copied into every
-worker as soon as their reference counts are touched.
-"""
+"""Where images come from: :func:`open_images` recognises what lies at a path and returns a source of images."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pretrain.config import InputError
-from pretrain.images import decode, printable, read_file
+from pretrain.folders import ImageFolder, NoImages, entries, find_folders, is_image, part_of, pick
+from pretrain.images import printable
+from pretrain.source import Source, say
+from pretrain.tables import HuggingFace, find_shards
 
-VAL_NAMES = ("val", "validation", "valid", "test")  # of a folder or of Parquet shards, the first that is there
 STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
 
 
 def open_images(path, split="pretrain", classes_file=""):
     """What lies at ``path``: its images to pre-train on ("pretrain"), or its labelled ones ("train", "val").
 
-    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet shards of the Hugging Face hub, or what
-    ``datasets.save_to_disk`` wrote; Tiny ImageNet; a folder with train/ and val/ or test/; else ``path`` itself is the
-    folder of images, whatever the split. ``classes_file`` lists the class folders to keep. Raises InputError.
+    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet files, or what ``datasets.save_to_disk`` wrote; Tiny
+    ImageNet; a folder that holds the parts of a data set (folders.PARTS); else ``path`` itself is the folder of images,
+    whatever the split. ``classes_file`` lists the class folders to keep. Raises InputError.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.get(path.name.lower().replace("-", ""))
-        raise InputError(f"no image folder {path}: " + (_download(kind, path) if kind else
-                         "correct the path (tools/pretrain.py takes it as --data PATH), or try tools/quickstart.py, which "
-                         "makes its own images"))
+        raise InputError(f"no image folder {printable(path)}: "
+                         + (_download(kind, path) if kind else
+                            "correct the path (tools/pretrain.py takes it as --data PATH), or try tools/quickstart.py, "
+                            "which makes its own images"))
     source = _open_data_set(path, split)
-    if source:  # and it is not empty
-        if classes_file:
-            raise InputError(f"DATA.CLASSES {classes_file} keeps folders of classes; {path} has none: leave it empty")
-        return source
-
-    classes = read_classes(classes_file) if classes_file else None
-    tiny = path.parent if path.name in ("train", "val") else path
-    if (tiny / "wnids.txt").is_file():
-        return tiny_imagenet(tiny, split, classes)
-    inside = {entry.name for entry in os.scandir(path)}
-    if "train" in inside and inside.intersection(VAL_NAMES) and not any(map(_is_image, inside)):
-        path = path / _pick(inside, split, path)
-    return ImageFolder(path, classes)
+    if source is None:
+        return _open_folder(path, split, read_classes(classes_file) if classes_file else None)
+    if classes_file:
+        raise InputError(f"DATA.CLASSES {classes_file} keeps folders of classes; {printable(path)} has none: leave it empty")
+    return source
 
 
 def _open_data_set(path, split):
@@ -59,27 +45,66 @@ def _open_data_set(path, split):
         if (root / kind.base_folder).is_dir():
             return ArrayImages(kind, root, split)
     if (path / "dataset_dict.json").is_file():
-        return HuggingFace(path / _pick(os.listdir(path), split, path))
+        return HuggingFace(path / pick(find_folders(path), "val" if split == "val" else "train", path))
     if (path / "state.json").is_file():
         return HuggingFace(path)
-    shards = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
-    if not shards:
-        return None
-    parsed = [re.match(r"(.+?)(?:-\d+-of-(\d+).*)?\.parquet", shard.name).groups() for shard in shards]
-    name = _pick({name for name, _ in parsed}, split, path)
-    shards = [shard for shard, (of, _) in zip(shards, parsed) if of == name]
-    count = int(dict(parsed)[name] or len(shards))
-    if len(shards) != count:
-        raise InputError(f"{shards[0].parent} has {len(shards)} of the {count} shards of {name}: complete the download")
-    return HuggingFace(path, shards)
+    if any(path.glob("*.parquet")) or any((path / "data").glob("*.parquet")):
+        return HuggingFace(path, *find_shards(path, split))
+    return None
 
 
-def _pick(available, split, path):
-    names = VAL_NAMES if split == "val" else ("train",)
-    for name in names:
-        if name in available:
-            return name
-    raise InputError(f"{path} has no {' or '.join(names)}, only {', '.join(sorted(available))}: give another folder")
+def _open_folder(path, split, classes):
+    tiny = path.parent if path.name in ("train", "val") else path
+    if (tiny / "wnids.txt").is_file():
+        return tiny_imagenet(tiny, split, classes)
+    root, held_out = choose_part(path, split)
+    try:
+        images = ImageFolder(root, classes, held_out)
+    except NoImages:
+        shards, whole = find_shards(root, split)
+        if not shards:
+            raise
+        return HuggingFace(root, shards, whole)
+    images.own_val = bool(held_out)
+    if split != "val":
+        tested = sorted(folder for folder in images.folders if "val" in map(part_of, folder.split(os.sep)))
+        if tested:
+            count = sum(images.folders[folder] for folder in tested)
+            say(f"warning: {count} of the {len(images)} images of {printable(root)} are trained on although they lie in "
+                f"folders like {printable(tested[0])}: move those out of it if they are for tests")
+    return images
+
+
+def choose_part(path, split):
+    """(folder of a part of the data set at ``path``, names of the folders in it that are held out). Says what is left
+    out. Raises InputError where there are only images for tests."""
+    folders = find_folders(path)
+    kinds = {name: part_of(name) for name in folders}
+    part = "val" if split == "val" else "train"
+    have = {"train", "val"}.intersection(kinds.values())
+    others = [name for name in folders if not kinds[name]]
+    loose = sum(is_image(entry.name) for entry in entries(path))
+    if have == {"train", "val"} or have == {"train"} and not others and not loose:
+        name = pick(folders, part, path)
+        rest = [f"{printable(other)}/" for other in others] + [f"{loose} images beside them"] * (loose > 0)
+        if rest and part == "train":
+            say(f"{printable(path)}: images of {printable(name)}/ are trained on; left out: {', '.join(rest)}")
+        return path / name, ()
+    if have == {"val"}:
+        if part == "val":
+            return path / pick(folders, part, path), ()
+        held_out = [name for name in folders if kinds[name] == "val"]
+        shown = ", ".join(f"{printable(name)}/" for name in held_out)
+        if not others and not loose:
+            raise InputError(f"{printable(path)} has only {shown} whose images are not for training: give that folder "
+                             "itself to train on them")
+        say(f"{printable(path)}: {shown} taken for validation, not trained on: rename a folder that is a class")
+        return path, tuple(held_out)
+    if len(folders) == 1 or "images" in folders:  # images/train, for one
+        inside = path / (folders[0] if len(folders) == 1 else "images")
+        if not loose and {"train", "val"} <= set(map(part_of, find_folders(inside))):
+            return choose_part(inside, split)
+    return path, ()
 
 
 def _download(kind, root):
@@ -87,71 +112,16 @@ def _download(kind, root):
     return f"download it with python3 -c \"from torchvision.datasets import {name}; {name}('{root}', download=True)\""
 
 
-def _is_image(name):
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def read_classes(path):
     """The first word of every line of a file, without comments (#); looked up as given, then under configs/."""
     configs = Path(__file__).resolve().parents[1] / "configs"
-    file = next((file for file in (Path(path), configs / path) if file.is_file()), None)
+    file = next((file for file in (Path(path).expanduser(), configs / path) if file.is_file()), None)
     if file is None:
         raise InputError(f"no file of classes (DATA.CLASSES) {path}: looked in {Path.cwd()} and in {configs}")
     classes = [word for line in file.read_text().splitlines() for word in line.split("#")[0].split()[:1]]
     if not classes:
         raise InputError(f"{file} (DATA.CLASSES) names no class: write one a line")
     return classes
-
-
-class Source:
-    """What the sources have in common."""
-
-    own_val = False
-    files = ()  # that hold the images, where they have none of their own
-    value_range = ()  # DATA.RANGE
-
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, index):
-        return decode(*self.encoded(index), self.value_range)
-
-
-class ImageFolder(Source):
-    """All images below ``root``, in the order of their paths; with ``classes``, those in these folders only.
-
-    The label of an image is the index in ``self.classes`` of the first-level folder that holds it, -1 for an image that
-    lies in ``root`` itself.
-    """
-
-    def __init__(self, root, classes=None):
-        self.root = Path(root)
-        tops = [self.root] if classes is None else [self.root / name for name in set(classes)]
-        names = sorted(os.path.relpath(os.path.join(folder, name), root)
-                       for top in tops for folder, _, files in os.walk(top, followlinks=True) for name in files
-                       if _is_image(name))
-        self.take([os.fsencode(name) for name in names])
-        missing = sorted(set(classes or ()) - set(self.classes))
-        if missing:
-            raise InputError(f"{root} has no images of {len(missing)} of the classes asked for, {missing[0]} first: "
-                             "complete it, or correct DATA.CLASSES")
-        if not names:
-            raise InputError(f"no images below {root} ({', '.join(IMG_EXTENSIONS)})")
-
-    def take(self, names):
-        """Hold these images, ``names`` below the root as bytes, in this order, there or not."""
-        folders = [os.fsdecode(name).split(os.sep)[0] if b"/" in name else None for name in names]
-        self.classes = sorted({folder for folder in folders if folder})
-        index = {folder: i for i, folder in enumerate(self.classes)}
-        self.names = np.array(names)
-        self.labels = np.array([index.get(folder, -1) for folder in folders])
-
-    def name(self, index):
-        return str(self.root / os.fsdecode(self.names[index]))
-
-    def encoded(self, index):
-        """The bytes of an image's file, and its name for a message."""
-        return read_file(self.name(index)), printable(self.name(index))
 
 
 def tiny_imagenet(root, split, classes=None):
@@ -194,49 +164,3 @@ class ArrayImages(Source):
 
     def read(self, index):
         return self.pixels[index].contiguous()
-
-
-class HuggingFace(Source):
-    """A table of the ``datasets`` library: what ``save_to_disk`` wrote to ``root``, or Parquet ``shards``, which the
-    library first copies to its cache (HF_HOME) in a form that can be read in any order."""
-
-    def __init__(self, root, shards=()):
-        self.root, self.shards, self.own_val = root, shards, bool(shards)
-        try:
-            from datasets import ClassLabel, Dataset, Image as ImageFeature, Value, load_from_disk
-            from datasets.exceptions import DatasetsError
-            from pyarrow.parquet import read_metadata
-        except ImportError:
-            raise InputError(f"{root} holds a Hugging Face data set, which needs one more library: "
-                             "python3 -m pip install -c constraints.txt -e '.[hf]'") from None
-        try:
-            self.starts = np.cumsum([0, *(read_metadata(shard).num_rows for shard in shards[:-1])])  # rows, by shard
-            table = Dataset.from_parquet(list(map(str, shards))) if shards else load_from_disk(str(root))
-            self.files = shards or [file["filename"] for file in table.cache_files]
-        except (DatasetsError, OSError, ValueError) as error:
-            raise InputError(f"{root} cannot be read as a Hugging Face data set: {error}") from None
-        kinds = table.features
-        self.column = next((name for name, kind in kinds.items() if isinstance(kind, ImageFeature)), None)
-        if self.column is None:
-            raise InputError(f"{root} has no column of images, only {', '.join(kinds)}: give another --data")
-        self.images = table.select_columns([self.column]).cast_column(self.column, ImageFeature(decode=False))
-        label = next((name for name, kind in kinds.items() if isinstance(kind, ClassLabel)),
-                     next((name for name in ("label", "labels") if isinstance(kinds.get(name), Value)), None))
-        self.classes, self.labels = [], np.full(len(table), -1)
-        if label:
-            values = table.select_columns([label]).with_format("arrow")[:][label].to_pylist()
-            named = isinstance(kinds[label], ClassLabel)
-            known = range(kinds[label].num_classes) if named else sorted({*values} - {None, -1})
-            self.classes = kinds[label].names if named else list(map(str, known))
-            index = {value: i for i, value in enumerate(known)}
-            self.labels = np.array([index.get(value, -1) for value in values])
-
-    def name(self, index):
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return f"{self.shards[shard].name if self.shards else self.root}:{index - self.starts[shard]}"
-
-    def encoded(self, index):
-        image = self.images[int(index)][self.column] or {"bytes": b"", "path": None}
-        if image["bytes"] is None and image["path"]:
-            return read_file(image["path"]), printable(image["path"])
-        return image["bytes"] or b"", self.name(index)

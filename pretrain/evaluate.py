@@ -10,10 +10,15 @@ from tqdm import tqdm
 from pretrain.augment import normalize, to_float
 from pretrain.bad_images import read_or_next
 from pretrain.config import InputError
-from pretrain.datasets import VAL_NAMES, open_images
+from pretrain.datasets import open_images
 from pretrain.distributed import device
 from pretrain.feature_cache import fingerprint
+from pretrain.folders import find_folders, part_of, rank
+from pretrain.images import printable
 from pretrain.loader import build_loader
+
+
+LONGEST = 4  # short sides of an image that the centre crop may need, its filter included
 
 
 class CenterCrops(Dataset):
@@ -25,6 +30,7 @@ class CenterCrops(Dataset):
 
     def __init__(self, images, indices, resize, size, replace=False):
         self.images, self.indices, self.resize, self.size, self.replace = images, indices, resize, size, replace
+        images.bad  # made here, so that all workers share it
 
     def __len__(self):
         return len(self.indices)
@@ -32,9 +38,19 @@ class CenterCrops(Dataset):
     def __getitem__(self, i):
         index = self.indices[i]
         image, skipped = read_or_next(self.images, index) if self.replace else (self.images.read(index), 0)
-        if min(image.shape[-2:]) != self.resize:
-            image = TF.resize(image, [self.resize], antialias=True)
-        return TF.center_crop(image, [self.size, self.size]), label_of(self.images, index + skipped)
+        return center_crop(image, self.resize, self.size), label_of(self.images, index + skipped)
+
+
+def center_crop(image, resize, size):
+    """uint8 [3, H, W] -> [3, size, size]: short side to ``resize``, then the centre."""
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    if max(height, width) > LONGEST * short:  # one line of 20000 pixels would become 5 million columns
+        # As many pixels go on either side: the centre stays where it is.
+        image = TF.center_crop(image, [side - 2 * max(0, (side - LONGEST * short) // 2) for side in (height, width)])
+    if short != resize:
+        image = TF.resize(image, [resize], antialias=True)
+    return TF.center_crop(image, [size, size])
 
 
 def label_of(images, index):
@@ -127,18 +143,44 @@ def knn_top1(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
     return 100 * correct / len(queries)
 
 
+class NoValidation(InputError):
+    """Nothing to classify was found; the message says why."""
+
+
+def unlabelled(images):
+    """Why the images of a source cannot be told apart by class; "" if they can."""
+    root, missing = printable(images.root), np.flatnonzero(np.asarray(images.labels) < 0)
+    if not images.classes:
+        return f"{root} has no labels (class folders)"
+    if len(missing):
+        return f"{len(missing)} of the {len(images)} images of {root} have no label, {printable(images.name(missing[0]))} first"
+    return f"{root} has one class only, {printable(images.classes[0])}" if len(images.classes) == 1 else ""
+
+
+def mismatch(train, val):
+    """Why kNN and linear evaluation cannot classify ``val`` by ``train``; "" if they can."""
+    why = unlabelled(train) or unlabelled(val)
+    if why or train.classes == val.classes:
+        return why
+    parts = [f"{word} {len(names)} ({', '.join(map(printable, names[:3]))}{', ...' * (len(names) > 3)})"
+             for word, names in (("without", sorted({*train.classes} - {*val.classes})),
+                                 ("with other", sorted({*val.classes} - {*train.classes}))) if names]
+    return (f"{printable(val.root)} has other classes than {printable(train.root)}: {', '.join(parts)}" if parts else
+            f"{printable(val.root)} and {printable(train.root)} have their classes in another order")
+
+
 def check_labelled(train, val):
     """Raises InputError unless both sources have the same classes and a label for every image."""
-    if not train.classes or train.classes != val.classes or min(train.labels.min(), val.labels.min()) < 0:
-        raise InputError(f"{train.root} and {val.root} are not labelled alike: kNN and linear evaluation need the same "
-                         "classes in both, and every image in one of them")
+    if why := mismatch(train, val):
+        raise InputError(f"kNN and linear evaluation need the same classes in training and validation images, and a label "
+                         f"for every image: {why}")
 
 
 def find_labelled(cfg, images):
     """(bank, val), the labelled training images and those to classify, for the ``images`` of pre-training.
 
     val is DATA.VAL; else the data set's own validation images, or those beside its folder, if they are labelled as the
-    bank is; else None. (None, None) where nothing is labelled. Raises InputError for a DATA.VAL that does not fit.
+    bank is. Raises NoValidation where there are none, and InputError for a DATA.VAL that does not fit.
     """
     bank = images
     if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labelled
@@ -148,18 +190,26 @@ def find_labelled(cfg, images):
         val.value_range = images.value_range
         check_labelled(bank, val)
         return bank, val
-    if not bank.classes or bank.labels.min() < 0:
-        return None, None
-    root = bank.root.absolute()
-    for place in [cfg.DATA.PATH] if bank.own_val else [root.parent / name for name in VAL_NAMES if name != root.name]:
+    if why := unlabelled(bank):
+        raise NoValidation(why)
+    found = []
+    for place in [cfg.DATA.PATH] if bank.own_val else beside(bank.root.absolute()):
         try:
             val = open_images(place, "val", cfg.DATA.CLASSES)
             val.value_range = images.value_range
-            check_labelled(bank, val)
+            why = mismatch(bank, val)
+        except InputError as error:
+            why = str(error)
+        if not why:
             return bank, val
-        except InputError:
-            continue  # not there, or not meant for this
-    return bank, None
+        found.append(why)
+    raise NoValidation(found[0] if found else f"there are no validation images (val/ or test/) beside {printable(bank.root)}")
+
+
+def beside(root):
+    """The folders beside ``root`` that hold validation images by their names, the preferred first."""
+    names = [name for name in find_folders(root.parent) if part_of(name) == "val" and name != root.name]
+    return [root.parent / name for name in sorted(names, key=rank)]
 
 
 def evaluate_knn(features, train, val, bank_size, replace=False):

@@ -56,7 +56,7 @@ class FeatureCache:
 
 def fingerprint(images):
     """Hexadecimal digest of a source of images: its place, the names, labels, sizes and times of its files."""
-    digest = hashlib.sha256(f"{images.root.resolve()}\n{images.classes}\n".encode())
+    digest = hashlib.sha256(os.fsencode(f"{images.root.resolve()}\n{images.classes}\n"))
     digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     for name in (*images.files, *map(images.name, range(len(images)))):
         digest.update(os.fsencode(name))

@@ -49,6 +49,7 @@ class RandomCrops(Dataset):
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
+        images.bad  # made here, so that all workers share it
 
     def __getitem__(self, key):
         epoch, index = key

@@ -14,7 +14,8 @@ from pretrain.augment import aggressive, normalize, to_float
 from pretrain.bad_images import BadImages
 from pretrain.config import InputError, Interrupted
 from pretrain.datasets import open_images
-from pretrain.evaluate import Features, evaluate_knn, find_labelled
+from pretrain.evaluate import Features, NoValidation, evaluate_knn, find_labelled
+from pretrain.images import printable
 from pretrain.loader import MultiStageViews, StepBatches, build_loader
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS
@@ -59,8 +60,8 @@ def _train(cfg, stop):
     if not (complete and same_path):
         images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
         identity.check_same_everywhere(images)
-        unreadable = BadImages(folder / "bad_images.txt", images).listed()
-        gone = identity.recognise(images, known, unreadable, folder) if known else 0
+        bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
+        gone = identity.recognise(images, known, bad_images.listed(), folder) if known else 0
     if complete:
         if main:
             print(f"{final} is already there: this run is complete")
@@ -68,7 +69,12 @@ def _train(cfg, stop):
     data = identity.describe(images)
     images.value_range = tuple(cfg.DATA.RANGE)
     notes = check_pixels(images)
-    bank, val = find_labelled(cfg, images)
+    try:
+        bank, val = find_labelled(cfg, images)
+    except NoValidation as reason:
+        bank = val = None
+        if main:
+            print(f"kNN top-1 is left out: {reason}")
 
     share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
     networks, model, optimizer, scaler, normalised = build(cfg, amp, share, kept, saved)
@@ -79,7 +85,7 @@ def _train(cfg, stop):
     K = cfg.SOLVER.EPOCHS * steps_per_epoch
     parts = StepBatches(len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED, start, distributed.rank(), ranks, size)
     loader = build_loader(MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED), parts, cfg.DATA.NUM_WORKERS)
-    bad_images = BadImages(folder / "bad_images.txt", images)
+    bad_images.start()
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     features = Features(networks.online.backbone, cfg.DATA, amp)
     mean, std = (torch.tensor(values, device=device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
@@ -120,7 +126,7 @@ def _train(cfg, stop):
         networks.train()
 
     if main:
-        print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {images.root}: {cfg.SOLVER.EPOCHS} epochs, "
+        print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {printable(images.root)}: {cfg.SOLVER.EPOCHS} epochs, "
               f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
               f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
         if gone:
@@ -135,8 +141,6 @@ def _train(cfg, stop):
                   "run goes on with the same samples, but not bit for bit")
         if cfg.METHOD == "simclr" and size < share:
             print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
-        if not val:
-            print(f"no labelled images in val/ or test/ beside {images.root}: kNN top-1 is left out")
         log = Log(folder, K, start)
         if val and not start:
             watch_knn(0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from pretrain.bad_images import BadImages, read_or_next
 from pretrain.config import InputError, get_cfg
 from pretrain.datasets import ImageFolder, open_images
-from pretrain.evaluate import CenterCrops, Features, evaluate_knn, find_labelled
+from pretrain.evaluate import CenterCrops, Features, NoValidation, center_crop, evaluate_knn, find_labelled
 from pretrain.feature_cache import fingerprint
 from pretrain.images import UnreadableImage, decode, read_image
 from pretrain.linear import RandomCrops
@@ -126,7 +127,8 @@ def test_labels_and_unlabelled_images(image_folder, tmp_path):
         assert (images.read(i).float() - by_pil(images.name(i)).float()).abs().mean() < 3
     save(tmp_path / "x.png", noise(9, 9, 3))
     assert ImageFolder(tmp_path).labels.tolist() == [-1]
-    assert find_labelled(cfg_of(tmp_path), ImageFolder(tmp_path)) == (None, None)
+    with pytest.raises(NoValidation, match="has no labels"):
+        find_labelled(cfg_of(tmp_path), ImageFolder(tmp_path))
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
@@ -148,21 +150,28 @@ def test_folder_with_train_and_val_inside(image_folder):
         images = open_images(path)
         bank, val = find_labelled(cfg_of(path), images)
         assert bank is images and val.root == image_folder.parent / "val" and len(val) == 24
-    # An image beside train/ and val/ makes them folders like others.
-    save(image_folder.parent / "x.png", noise(9, 9, 3))
-    assert open_images(image_folder.parent).classes == ["train", "val"]
-    (image_folder.parent / "x.png").unlink()
 
 
 def test_val_must_fit(image_folder, tmp_path):
-    save(tmp_path / "train" / "other" / "x.png", noise(9, 9, 3))
-    save(tmp_path / "val" / "a" / "x.png", noise(9, 9, 3))
+    """The classes that differ are named, the first of many."""
+    for part, classes in (("train", "abcdefgh"), ("val", "axyzh")):
+        for name in classes:
+            save(tmp_path / part / name / "x.png", noise(9, 9, 3))
     images = open_images(tmp_path / "train")
-    assert find_labelled(cfg_of(tmp_path / "train"), images) == (images, None)
-    with pytest.raises(InputError, match="labelled alike"):
+    why = (f"{tmp_path}/val has other classes than {tmp_path}/train: without 6 (b, c, d, ...), "
+           r"with other 3 (x, y, z)").replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(NoValidation, match=f"^{why}$"):
+        find_labelled(cfg_of(tmp_path / "train"), images)
+    with pytest.raises(InputError, match=f"need the same classes .*: {why}$") as error:
         find_labelled(cfg_of(tmp_path / "train", VAL=str(tmp_path / "val")), images)
+    assert not isinstance(error.value, NoValidation)  # a folder that was asked for must fit
     images = open_images(tmp_path / "val")  # pre-trained on, it is no validation set of itself
-    assert find_labelled(cfg_of(tmp_path / "val"), images) == (images, None)
+    with pytest.raises(NoValidation, match="there are no validation images .* beside"):
+        find_labelled(cfg_of(tmp_path / "val"), images)
+    for name in "bcdefgh":
+        shutil.rmtree(tmp_path / "train" / name)
+    with pytest.raises(NoValidation, match="train has one class only, a$"):
+        find_labelled(cfg_of(tmp_path / "train"), open_images(tmp_path / "train"))
     images = open_images(image_folder)
     assert find_labelled(cfg_of(image_folder, VAL=str(image_folder)), images)[1].root == image_folder
 
@@ -337,7 +346,8 @@ def test_hugging_face_columns(hub, tmp_path):
 
     images = write(picture=[image, {"bytes": None, "path": str(tmp_path / "x.png")}, None, image])
     assert images.classes == [] and images.labels.tolist() == [-1] * 4
-    assert find_labelled(cfg_of(tmp_path), images) == (None, None)
+    with pytest.raises(NoValidation):
+        find_labelled(cfg_of(tmp_path), images)
     assert torch.equal(images.read(1), by_pil(tmp_path / "x.png"))
     with pytest.raises(UnreadableImage, match="train.parquet:2"):
         images.read(2)
@@ -367,7 +377,7 @@ def test_hugging_face_refusals(hub, tmp_path, monkeypatch):
     file.write_bytes((source / file.name).read_bytes())
     with pytest.raises(InputError, match="1 of the 2 shards of train"):
         open_images(tmp_path)
-    with pytest.raises(InputError, match="no val or .*, only train"):
+    with pytest.raises(InputError, match="no val, .* or testing part, only train"):
         open_images(tmp_path, "val")
     file.rename(tmp_path / "train.parquet").write_bytes(b"PAR1 not a table")
     with pytest.raises(InputError, match=str(tmp_path)):
@@ -423,7 +433,7 @@ def test_the_next_image_stands_in(with_damage):
         CenterCrops(images, [2], 8, 8)[0]
     for i in range(8):
         open(images.name(i), "w").close()
-    with pytest.raises(InputError, match="8 images in a row.*b.3.png") as error:
+    with pytest.raises(InputError, match="8 images in a row.*b.5.png to .*b.3.png: restore") as error:
         read_or_next(images, 2 + 4)
     assert not isinstance(error.value, UnreadableImage)
 
@@ -446,21 +456,97 @@ class Numbered:
     def __len__(self):
         return self.count
 
-    def name(self, index):
+    def id(self, index):
         return f"/images/{index}.jpg"
+
+    name = id
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_list_of_bad_images(tmp_path):
     path = tmp_path / "bad_images.txt"
-    one, other = BadImages(path, Numbered(4000)), BadImages(path, Numbered(4000))  # of two processes
+    one, other = (BadImages(path, Numbered(6000), 0.001) for _ in range(2))  # of two processes
     one.add([])
     assert not path.exists()
     one.add([7, 7])
     other.add(np.array([7, 5]))
     one.add([5])
-    assert path.read_text().split() == ["/images/7.jpg", "/images/5.jpg"]
-    BadImages(path, Numbered(4000)).add([1, 2])  # resumed: four of 4000 are 0.1 %, and may be
-    assert len(path.read_text().split()) == 4
-    with pytest.raises(InputError, match=r"bad_images.txt lists 5 of 4000 .*0\.1%, /images/7.jpg first"):
-        one.add([3])
-    assert len(path.read_text().split()) == 5
+    assert lines(path) == ["/images/7.jpg", "/images/5.jpg"]
+    BadImages(path, Numbered(6000), 0.001).add([1, 2, 3, 4])  # six of 6000 are 0.1 %, and may be
+    assert len(lines(path)) == len(one) == 6
+    with pytest.raises(InputError, match=r"bad_images.txt lists 7 of 6000 images as unreadable, /images/0.jpg first, and "
+                                         "DATA.MAX_BAD allows 6: replace or remove them, or raise it"):
+        one.add([0, 3])
+    assert len(lines(path)) == 7
+
+
+@pytest.mark.parametrize("count, max_bad, allowed", [(24, 0.001, 5), (24, 0.5, 12), (4999, 0.001, 5), (6000, 0.001, 6),
+                                                     (24, 0.0, 0)])
+def test_how_many_may_be_bad(tmp_path, count, max_bad, allowed):
+    BadImages(tmp_path / "list", Numbered(count), max_bad).add(range(allowed))
+    with pytest.raises(InputError, match=f"allows {allowed}:"):
+        BadImages(tmp_path / "list", Numbered(count), max_bad).add(range(allowed, allowed + 1))
+
+
+def test_lists_of_older_versions(tmp_path, with_damage):
+    """Whole paths as they are; a run that goes on does not list them again."""
+    path, images = tmp_path / "bad_images.txt", with_damage
+    path.write_text("".join(f"{images.name(index)}\n" for index in (7, 2)))
+    bad_images = BadImages(path, images, 0.001)
+    bad_images.start()
+    assert lines(path) == ["a/4.png", "b/7.png"] and sum(images.bad[:]) == 2
+    bad_images.add([2, 3])
+    assert lines(path) == ["a/4.png", "b/7.png", "a/6.png"]
+    path.write_text(path.read_text().rstrip("\n"))  # an editor's
+    BadImages(path, images, 0.001).add([0])
+    assert len(lines(path)) == 4
+
+
+def test_what_was_replaced_or_removed_leaves_the_list(tmp_path, with_damage):
+    path = tmp_path / "bad_images.txt"
+    BadImages(path, with_damage, 0.001).add([2, 3, 7])
+    save(tmp_path / "train/a/4.png", np.full((9, 9, 3), 4, np.uint8))
+    (tmp_path / "train/b/7.png").unlink()
+    images = ImageFolder(tmp_path / "train")
+    BadImages(path, images, 0.001).start()
+    assert lines(path) == ["a/6.png"] and [*images.bad[:]] == [0, 0, 0, 1, 0, 0, 0]
+    assert read_or_next(images, 2)[0].unique().tolist() == [4]
+    path.write_text('"a/6.png"\n"b/3.png"\n')
+    open(images.name(5), "w").close()
+    with pytest.raises(InputError, match="lists 2 of 7 .*MAX_BAD allows 0"):
+        BadImages(path, images, 0.0).start()
+
+
+def test_a_disk_that_takes_no_list_does_not_stop_the_run(tmp_path, capsys):
+    bad_images = BadImages(tmp_path / "absent/list", Numbered(24), 0.001)
+    bad_images.add([1])
+    assert "cannot write" in (said := capsys.readouterr().err) and "list (No such file" in said and "goes on" in said
+    with pytest.raises(InputError, match="lists 6 of 24"):
+        bad_images.add(range(6))
+
+
+def test_an_image_that_is_known_to_be_bad_is_not_decoded_again(with_damage, monkeypatch):
+    """And the same one stands in for it, whether it is known or not."""
+    reads = []
+    read = ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda images, index: (reads.append(index), read(images, index))[1])
+    for known in ((), (2,), (3,), (2, 3, 7)):
+        images = ImageFolder(with_damage.root)
+        for index in known:
+            images.bad[index] = 1
+        found = [(read_or_next(images, index)[0].unique().item(), read_or_next(images, index)[1]) for index in range(8)]
+        assert found == [(0, 0), (2, 0), (1, 2), (1, 1), (1, 0), (3, 0), (5, 0), (0, 1)]
+        assert [reads.count(index) for index in (2, 3, 7)] == [int(index not in known) for index in (2, 3, 7)]
+        reads.clear()
+
+
+def test_workers_tell_each_other_what_is_bad(with_damage):
+    images = CenterCrops(with_damage, range(8), 8, 8, replace=True).images
+    worker = multiprocessing.get_context("fork").Process(target=read_or_next, args=(images, 2))
+    worker.start()
+    worker.join(60)
+    assert [*images.bad[:]] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert "bad" not in pickle.loads(pickle.dumps(images)).__dict__

@@ -1,5 +1,6 @@
 """What the command-line tools share: where a config file is looked for, and errors as one line."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -61,8 +62,18 @@ def refuse_repeated_keys(path, error):
         refuse_repeated_keys(Path(path).parent / Path(base).expanduser(), error)
 
 
+def expand_home(argument):
+    """``~`` as the home folder, where a shell leaves it: in quotes, and in --option=~/folder."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
+
+
 def run(main, *errors):
     """``main()``, with the user's mistakes (``errors``) and the system's refusals as one line on stderr, status 2."""
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
+    # A file's name need not be UTF-8, and the terminal may take less than that.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # of the processes that are started
     try:
         sys.exit(main())
     except (*errors, OSError) as error:

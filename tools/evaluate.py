@@ -37,9 +37,10 @@ def main():
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
     images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
     images.value_range = tuple(args.range or cfg.DATA.RANGE)
-    train, val = evaluate.find_labelled(cfg, images)
-    if val is None:
-        raise InputError(f"no validation images with the same classes in or beside {cfg.DATA.PATH}: give --val DIR")
+    try:
+        train, val = evaluate.find_labelled(cfg, images)
+    except evaluate.NoValidation as reason:
+        raise InputError(f"no validation images to classify: {reason}: give --train DIR and --val DIR") from None
 
     for source in (train, val):
         for note in check_pixels(source, "--range {} {}"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.config import METHODS, InputError, Interrupted, check, get_cfg  # noqa: E402
+from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
 from tools._cli import ROOT, find_config, merge_config, run  # noqa: E402
 
 
@@ -28,6 +28,7 @@ def main():
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
     cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
     check(cfg)
+    expand_paths(cfg)
     from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
 
     distributed.adopt_slurm(os.environ)
