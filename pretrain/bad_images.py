@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pretrain import distributed
 from pretrain.checkpoint import write_atomically
 from pretrain.config import InputError
@@ -51,7 +53,8 @@ class BadImages:
         no longer in the data set, leaves the list. Called on every rank; raises InputError when too many are left."""
         still = None
         if distributed.rank() == 0 and self.path.is_file():
-            still = [index for index in self.images.indices(self.listed()) if not self.can_be_read(index)]
+            listed = tqdm(self.images.indices(self.listed()), "unreadable images, again", leave=False, disable=None)
+            still = [index for index in listed if not self.can_be_read(index)]
             lines = "".join(map(self.line, still)).encode()
             write_atomically(self.path, lambda file: file.write(lines))
         for index in distributed.from_first(still) or ():

@@ -129,6 +129,8 @@ def check(cfg):
     if len(cfg.DATA.RANGE) not in (0, 2) or tuple(cfg.DATA.RANGE) != tuple(sorted(set(cfg.DATA.RANGE))):
         raise InputError(f"DATA.RANGE is {cfg.DATA.RANGE}: it takes the values that become black and white, as in "
                          "(0, 4095), the smaller first, or ()")
+    if any("\udc80" <= letter <= "\udcff" for letter in cfg.OUTPUT_DIR):
+        raise InputError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!a}: TensorBoard takes names in UTF-8 only, give another")
     if cfg.METHOD == "moco" and cfg.MODEL.QUEUE < 2 * cfg.SOLVER.BATCH_SIZE:
         raise InputError(f"MODEL.QUEUE is {cfg.MODEL.QUEUE}: it must hold the {2 * cfg.SOLVER.BATCH_SIZE} keys of a "
                          "step, two for each image of the global batch")

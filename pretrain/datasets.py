@@ -78,6 +78,7 @@ def _open_folder(path, split, classes):
 def choose_part(path, split):
     """(folder of a part of the data set at ``path``, names of the folders in it that are held out). Says what is left
     out. Raises InputError where there are only images for tests."""
+    path = find_parts(path)
     folders = find_folders(path)
     kinds = {name: part_of(name) for name in folders}
     part = "val" if split == "val" else "train"
@@ -100,16 +101,30 @@ def choose_part(path, split):
                              "itself to train on them")
         say(f"{printable(path)}: {shown} taken for validation, not trained on: rename a folder that is a class")
         return path, tuple(held_out)
-    if len(folders) == 1 or "images" in folders:  # images/train, for one
-        inside = path / (folders[0] if len(folders) == 1 else "images")
-        if not loose and {"train", "val"} <= set(map(part_of, find_folders(inside))):
-            return choose_part(inside, split)
     return path, ()
+
+
+def find_parts(path, depth=3):
+    """The folder that holds the parts of a data set: ``path``, or the only folder in it, or images/."""
+    place = path
+    for _ in range(depth):
+        folders = find_folders(place)
+        if any(map(part_of, folders)) or any(is_image(entry.name) for entry in entries(place)):
+            break
+        if len(folders) != 1 and "images" not in folders:
+            break
+        place = place / (folders[0] if len(folders) == 1 else "images")
+    return place if {"train", "val"} <= set(map(part_of, find_folders(place))) else path
 
 
 def _download(kind, root):
     name = kind.__name__
     return f"download it with python3 -c \"from torchvision.datasets import {name}; {name}('{root}', download=True)\""
+
+
+def read_text(path):
+    """With names as the system gives them: they need not be UTF-8."""
+    return path.read_text("utf-8-sig", errors="surrogateescape")
 
 
 def read_classes(path):
@@ -118,7 +133,7 @@ def read_classes(path):
     file = next((file for file in (Path(path).expanduser(), configs / path) if file.is_file()), None)
     if file is None:
         raise InputError(f"no file of classes (DATA.CLASSES) {path}: looked in {Path.cwd()} and in {configs}")
-    classes = [word for line in file.read_text().splitlines() for word in line.split("#")[0].split()[:1]]
+    classes = [word for line in read_text(file).splitlines() for word in line.split("#")[0].split()[:1]]
     if not classes:
         raise InputError(f"{file} (DATA.CLASSES) names no class: write one a line")
     return classes
@@ -126,11 +141,11 @@ def read_classes(path):
 
 def tiny_imagenet(root, split, classes=None):
     """An ImageFolder of Tiny ImageNet; the validation images lie in one folder, their labels in a table."""
-    classes, table = sorted(classes or (root / "wnids.txt").read_text().split()), root / "val/val_annotations.txt"
+    classes, table = sorted(classes or read_text(root / "wnids.txt").split()), root / "val/val_annotations.txt"
     if split != "val" or not table.is_file():
         return ImageFolder(root / ("val" if split == "val" else "train"), classes)
     images = ImageFolder(root / "val")
-    wnids = {os.fsencode(row[0]): row[1] for row in map(str.split, table.read_text().splitlines())}
+    wnids = {os.fsencode(row[0]): row[1] for row in map(str.split, read_text(table).splitlines())}
     found = [wnids.get(os.path.basename(name)) for name in images.names]
     if None in found:
         raise InputError(f"{table} has no class for {images.name(found.index(None))}: restore both")

@@ -16,6 +16,7 @@ from pretrain.feature_cache import fingerprint
 from pretrain.folders import find_folders, part_of, rank
 from pretrain.images import printable
 from pretrain.loader import build_loader
+from pretrain.source import say
 
 
 LONGEST = 4  # short sides of an image that the centre crop may need, its filter included
@@ -92,6 +93,9 @@ class Features:
                 features = batch.new_empty(count, batch.shape[1])
             part = slice(done, done + len(batch))
             features[part], labels[part], done = batch, batch_labels, part.stop
+        if replace and (bad := images.known_bad()):
+            say(f"{len(bad)} of the {len(images)} images of {printable(images.root)} cannot be decoded, "
+                f"{printable(images.name(bad[0]))} first: the next ones stand in for them")
         if self.cache:
             self.cache.put(what, features=features.cpu().numpy(), labels=labels.cpu().numpy())
         return features, labels

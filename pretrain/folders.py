@@ -24,6 +24,7 @@ PARTS = {"train": ("train", "training"),
 # ... and those that may stand beside them: train_images, test-set, ILSVRC2012_img_val. Case and digits do not count.
 FILLERS = ("images", "image", "imgs", "img", "pictures", "photos", "set", "data", "dataset", "split", "folder", "ilsvrc",
            "partial", "part", "shard", "of")
+NAMED = {"train": "train", "val": "val or test"}  # in messages
 SHOWN = 8  # kinds of files that one line names
 
 
@@ -47,9 +48,8 @@ def pick(names, part, place):
     """The best of ``names`` for a part of the data set at ``place``. Raises InputError if there is none, or several."""
     ranked = sorted((name for name in names if part_of(name) == part), key=lambda name: (rank(name), name))
     if not ranked:
-        words, others = PARTS[part], ", ".join(sorted(map(printable, names)))
-        raise InputError(f"{printable(place)} has no {', '.join(words[:-1])} or {words[-1]} part, only {others}: "
-                         "give the folder that is meant")
+        raise InputError(f"{printable(place)} has only {', '.join(sorted(map(printable, names)))}, no "
+                         f"{NAMED[part]}: name the folder that is meant")
     equal = [printable(name) for name in ranked if rank(name) == rank(ranked[0])]
     if len(equal) > 1:
         raise InputError(f"{printable(place)} has several {part} parts, {', '.join(equal)}: give the folder of one")
@@ -174,10 +174,11 @@ class ImageFolder(Source):
         if not names:
             raise NoImages(root, files.left_out)
         if files.left_out:
-            say(f"{printable(root)}: {len(names)} images; left out {listing(files.left_out)}")
+            say(f"{printable(root)}: {len(names)} images; files left out: {listing(files.left_out)}")
         if files.links_back:
-            say(f"{printable(root)}: left out {len(files.links_back)} links to folders that are read already, "
-                f"{printable(sorted(files.links_back)[0])} first")
+            more = f" and {len(files.links_back) - 1} more" * (len(files.links_back) > 1)
+            say(f"{printable(root)}: links to folders that are read already, left out: "
+                f"{printable(min(files.links_back))}{more}")
         self.folders = files.folders
 
     def take(self, names):
@@ -209,6 +210,6 @@ class NoImages(InputError):
 
     def __init__(self, root, left_out):
         archives = [kind for kind in left_out if kind in ARCHIVES]
-        there = f", only files left out: {listing(left_out)}" if left_out else f" ({', '.join(SUFFIXES)})"
+        there = f", only other files: {listing(left_out)}" if left_out else f" ({', '.join(SUFFIXES)})"
         super().__init__(f"no images below {printable(root)}{there}"
                          + (": unpack them" if archives else ": correct the path"))

@@ -4,6 +4,9 @@ import functools
 import mmap
 import sys
 
+import numpy as np
+from tqdm import tqdm
+
 from pretrain import distributed
 from pretrain.images import decode
 
@@ -44,6 +47,10 @@ class Source:
         share it."""
         return mmap.mmap(-1, max(1, len(self)))
 
+    def known_bad(self):
+        """Indices of the images that are known to be unreadable."""
+        return np.flatnonzero(np.frombuffer(self.bad[:], np.uint8)[:len(self)]).tolist()
+
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "bad"}
 
@@ -52,4 +59,4 @@ class Source:
 def say(line):
     """Print a line about a data set to stderr, once."""
     if distributed.is_first_process():
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one

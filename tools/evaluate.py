@@ -40,7 +40,7 @@ def main():
     try:
         train, val = evaluate.find_labelled(cfg, images)
     except evaluate.NoValidation as reason:
-        raise InputError(f"no validation images to classify: {reason}: give --train DIR and --val DIR") from None
+        raise InputError(f"{reason}; kNN and linear evaluation take --train DIR and --val DIR") from None
 
     for source in (train, val):
         for note in check_pixels(source, "--range {} {}"):
