@@ -39,8 +39,7 @@ class BadImages:
     Any process may add. ``max_bad`` is DATA.MAX_BAD."""
 
     def __init__(self, path, images, max_bad):
-        self.path, self.images, self.added = Path(path), images, set()
-        self.allowed = max(HANDFUL, int(max_bad * len(images))) if max_bad else 0
+        self.path, self.images, self.max_bad, self.added = Path(path), images, max_bad, set()
 
     def __len__(self):
         return len(self.listed())
@@ -94,10 +93,11 @@ class BadImages:
         self.check(count)
 
     def check(self, count):
-        if count > self.allowed:
+        allowed = max(HANDFUL, int(self.max_bad * len(self.images))) if self.max_bad else 0
+        if count > allowed:
             first = printable(self.images.name(min(self.added)))
             raise InputError(f"{self.path} lists {count} of {len(self.images)} images as unreadable, {first} first, and "
-                             f"DATA.MAX_BAD allows {self.allowed}: replace or remove them, or raise it, and run the same "
+                             f"DATA.MAX_BAD allows {allowed}: replace or remove them, or raise it, and run the same "
                              "command again")
 
 

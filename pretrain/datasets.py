@@ -8,7 +8,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from pretrain.config import InputError
-from pretrain.folders import ImageFolder, NoImages, entries, find_folders, is_image, part_of, pick
+from pretrain.folders import ARCHIVES, ImageFolder, NoImages, entries, find_folders, is_image, part_of, pick
 from pretrain.images import printable
 from pretrain.source import Source, say
 from pretrain.tables import HuggingFace, find_shards
@@ -24,6 +24,9 @@ def open_images(path, split="pretrain", classes_file=""):
     whatever the split. ``classes_file`` lists the class folders to keep. Raises InputError.
     """
     path = Path(path).expanduser()
+    if path.is_file():
+        raise InputError(f"{printable(path)} is a file: "
+                         + ("unpack it and give that folder" if path.suffix in ARCHIVES else "give the folder that holds it"))
     if not path.is_dir():
         kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.get(path.name.lower().replace("-", ""))
         raise InputError(f"no image folder {printable(path)}: "
@@ -111,9 +114,10 @@ def find_parts(path, depth=3):
         folders = find_folders(place)
         if any(map(part_of, folders)) or any(is_image(entry.name) for entry in entries(place)):
             break
-        if len(folders) != 1 and "images" not in folders:
+        inside = folders if len(folders) == 1 else [name for name in folders if name.lower() == "images"]
+        if not inside:
             break
-        place = place / (folders[0] if len(folders) == 1 else "images")
+        place = place / inside[0]
     return place if {"train", "val"} <= set(map(part_of, find_folders(place))) else path
 
 

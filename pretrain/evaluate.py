@@ -212,7 +212,11 @@ def find_labelled(cfg, images):
 
 def beside(root):
     """The folders beside ``root`` that hold validation images by their names, the preferred first."""
-    names = [name for name in find_folders(root.parent) if part_of(name) == "val" and name != root.name]
+    try:
+        folders = find_folders(root.parent)
+    except InputError:  # which need not be readable
+        return []
+    names = [name for name in folders if part_of(name) == "val" and name != root.name]
     return [root.parent / name for name in sorted(names, key=rank)]
 
 

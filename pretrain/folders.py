@@ -1,5 +1,6 @@
 """Folders of images: which files are images, what is left out, and which folders are parts of a data set (train, val)."""
 
+import heapq
 import os
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".7z", ".rar")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
                   "lost+found", "__pycache__")
 # The words that name a part of a data set, the preferred one first ...
-PARTS = {"train": ("train", "training"),
+PARTS = {"train": ("train", "training", "trainval"),
          "val": ("val", "validation", "valid", "eval", "evaluation", "dev", "test", "testing")}
 # ... and those that may stand beside them: train_images, test-set, ILSVRC2012_img_val. Case and digits do not count.
 FILLERS = ("images", "image", "imgs", "img", "pictures", "photos", "set", "data", "dataset", "split", "folder", "ilsvrc",
@@ -34,9 +35,10 @@ def part_of(name):
 
 
 def _word(name):
-    """The one word of a name, in lower case; "" if it has none or more."""
-    words = [word for word in re.findall("[a-z]+", name.lower()) if word not in FILLERS]
-    return words[0] if len(words) == 1 else ""
+    """The one word of a name, in lower case; "" if it has none, or others beside it."""
+    words, fillers = "|".join(sum(PARTS.values(), ())), "|".join(FILLERS)
+    found = re.fullmatch(f"(?:{fillers})*({words})(?:{fillers})*", re.sub(r"[\W\d_]", "", name.lower()))
+    return found[1] if found else ""
 
 
 def rank(name):
@@ -108,8 +110,7 @@ def find_images(root, is_kept=lambda folder: True):
     can be reached by several paths is read once: by its own path, else by the first."""
     files, seen, folders, links = Files(), set(), [""], []
     while folders or links:
-        links.sort()
-        folder, linked = (folders.pop(), False) if folders else (links.pop(0), True)
+        folder, linked = (folders.pop(), False) if folders else (heapq.heappop(links), True)
         status = os.stat(os.path.join(root, folder))
         place = status.st_dev, status.st_ino
         if linked and place in seen:
@@ -123,22 +124,25 @@ def find_images(root, is_kept=lambda folder: True):
             elif is_skipped(entry.name):
                 files.left_out[f"in {printable(entry.name)}/"] += sum(len(names) for *_, names in os.walk(entry.path))
             elif folder or is_kept(entry.name):
-                (links if linked or entry.is_symlink() else folders).append(path)
+                if linked or entry.is_symlink():
+                    heapq.heappush(links, path)
+                else:
+                    folders.append(path)
     files.names.sort()
     return files
 
 
 def add_file(files, folder, entry):
     """``entry`` to the image files or to what is left out."""
-    name = entry.name
+    name, exists = entry.name, is_file(entry)
     if name.startswith("._"):  # a Mac's resource forks
         kind = "._*"
     elif name.startswith("."):
         kind = "hidden"
+    elif not exists:
+        kind = "broken links" if entry.is_symlink() else "that are no files"
     elif not is_image(name):
         kind = printable(os.path.splitext(name)[1].lower()) or "without suffix"
-    elif not is_file(entry):
-        kind = "broken links" if entry.is_symlink() else "that are no files"
     else:
         files.names.append(os.path.join(folder, name))
         files.folders[folder] += 1

@@ -377,7 +377,7 @@ def test_hugging_face_refusals(hub, tmp_path, monkeypatch):
     file.write_bytes((source / file.name).read_bytes())
     with pytest.raises(InputError, match="1 of the 2 shards of train"):
         open_images(tmp_path)
-    with pytest.raises(InputError, match="no val, .* or testing part, only train"):
+    with pytest.raises(InputError, match="has only train, no val or test"):
         open_images(tmp_path, "val")
     file.rename(tmp_path / "train.parquet").write_bytes(b"PAR1 not a table")
     with pytest.raises(InputError, match=str(tmp_path)):

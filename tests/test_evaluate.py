@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 from pretrain import evaluate
 from pretrain.config import get_cfg
 from pretrain.datasets import ImageFolder, Source
-from pretrain.evaluate import Features, knn_top1
+from pretrain.evaluate import LONGEST, Features, center_crop, knn_top1
 from pretrain.feature_cache import FeatureCache
 from pretrain.linear import (LINEAR, LinearClassifier, RandomCrops, evaluate_linear, evaluate_linear_on, shorten,
                              standardize)
@@ -157,6 +158,41 @@ def test_standardisation_against_numpy(tmp_path):
     classifier = LinearClassifier(6, 3, LINEAR["large"], 0, (mean, var))
     logits = expected @ classifier.layer.weight.detach().numpy().T
     np.testing.assert_allclose(classifier(torch.from_numpy(found).float()).detach(), logits, atol=1e-3)
+
+
+# ---- the centre crop ----
+
+@pytest.mark.parametrize("height, width", [(300, 400), (256, 256), (57, 100), (9, 36), (480, 120), (1500, 700)])
+@pytest.mark.parametrize("resize, size", [(256, 224), (64, 64)])
+def test_centre_crops_are_torchvisions(height, width, resize, size):
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.manual_seed(0))
+    expected = TF.center_crop(TF.resize(image, [resize], antialias=True), [size, size])
+    assert torch.equal(center_crop(image, resize, size), expected)
+
+
+@pytest.mark.parametrize("height, width", [(40, 700), (701, 40), (10, 3001), (3, 1000), (300, 4000)])
+def test_centre_crops_of_long_images(height, width, monkeypatch):
+    """The same, but for the rounding of the long side, of half a pixel of the output; and nothing large on the way."""
+    # Smooth, so that half a pixel is less than two grey levels, but for what it is made of itself.
+    rng = np.random.default_rng(0)
+    waves = sum(np.sin(2 * np.pi * (np.arange(max(height, width)) / min(height, width) * f + rng.random())) for f in (0.3, 0.7, 1.1))
+    line = torch.from_numpy((127 + 40 * waves).astype(np.uint8))
+    image = (line[:, None] if height > width else line).expand(3, height, width).contiguous()
+    expected = TF.center_crop(TF.resize(image, [64], antialias=True), [56, 56])
+    sizes = []
+    resized = TF.resize
+    monkeypatch.setattr(evaluate.TF, "resize", lambda *args, **options: sizes.append((out := resized(*args, **options)).shape) or out)
+    found = center_crop(image, 64, 56)
+    assert (found.int() - expected.int()).abs().max() <= 4
+    assert found.shape == (3, 56, 56) and max(sizes[0][1:]) <= 64 * (LONGEST + 1)
+
+
+def test_centre_crop_of_one_line_of_pixels():
+    image = torch.randint(256, (3, 1, 20000), dtype=torch.uint8, generator=torch.manual_seed(0))
+    crop = center_crop(image, 256, 224)
+    assert crop.shape == (3, 224, 224) and torch.equal(crop, center_crop(image.mT, 256, 224).mT)
+    middle = image[:, 0, 9999:10001].float()  # the centre lies between these two pixels
+    assert (crop[:, 0, 111:113].float() - middle.mean(1, keepdim=True)).abs().max() < 2
 
 
 # ---- what is kept beside a checkpoint ----

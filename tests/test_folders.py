@@ -122,16 +122,17 @@ def test_links_are_followed_once(tmp_path, capsys, links, expected, said):
     assert line.count("\n") == (said is not None) and (said is None or f"read already, left out: {said}\n" in line)
 
 
-def test_links_that_lead_nowhere_and_what_is_no_file(tmp_path, capsys):
+def test_links_that_lead_nowhere_and_what_is_no_file(tmp_path, capsys, monkeypatch):
     draw(tmp_path, "a/0.png")
     link(tmp_path / "a/1.png", "absent.png")
+    link(tmp_path / "class", "of another disk")
     link(tmp_path / "a/2.png", "2.png")
     os.mkfifo(tmp_path / "a/3.png")  # which would wait for a writer
     with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(tmp_path)  # the path of a socket must be short
+        monkeypatch.chdir(tmp_path)  # the path of a socket must be short
         listening.bind("4.png")
     assert names(ImageFolder(tmp_path)) == ["a/0.png"]
-    assert "files left out: 2 broken links, 2 that are no files" in capsys.readouterr().err
+    assert "files left out: 3 broken links, 2 that are no files" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -204,13 +205,21 @@ def test_folders_without_images_say_what_they_hold(tmp_path, files, words):
         open_images(tmp_path)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    for name, words in (("x.tar", "x.tar is a file: unpack it"), ("x.parquet", "x.parquet is a file: give the folder")):
+        (tmp_path / name).write_bytes(b"...")
+        with pytest.raises(InputError, match=words):
+            open_images(tmp_path / name)
+
+
 # ---- parts of a data set ----
 
 @pytest.mark.parametrize("train, val", [
     ("train", "val"), ("Train", "Test"), ("training", "testing"), ("TRAIN", "VAL"), ("train2017", "val2017"),
     ("training_set", "test_set"), ("train_images", "test-images"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val"),
     ("images/train", "images/val"), ("Data/Training", "Data/Validation"), ("dataset/x/train", "dataset/x/valid"),
-    (".", "test"), (".", "Testing"), ("train", "dev")])
+    (".", "test"), (".", "Testing"), ("train", "dev"), ("trainset", "TestSet"),
+    ("trainval", "test"), ("Images/train", "Images/val")])
 def test_parts_are_known_by_their_names(tmp_path, train, val):
     draw(tmp_path / "set" / train, "a/0.png", "b/0.png", "b/1.png")
     draw(tmp_path / "set" / val, "a/0.png", "b/0.png")

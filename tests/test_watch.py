@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from pretrain import checkpoint, train_loop
 from pretrain.config import InputError, get_cfg
+from pretrain.folders import ImageFolder
 from pretrain.watch import Alarms, Meter, assert_finite
 from tests.conftest import tiny_cfg
 
@@ -102,11 +104,18 @@ def test_metrics_hold_every_figure(image_folder, tmp_path):
     assert 0 <= row["data_wait"] <= 1 and row["beta"] == pytest.approx(0.4 * (1 + math.cos(math.pi / 9)) / 2)
 
 
-def test_a_bad_image_in_24_is_too_many(image_folder, tmp_path):
-    import shutil
+def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, monkeypatch):
+    """In three epochs with kNN after each. Unless not one may be bad; a run that goes on then stops at its start."""
     copy = shutil.copytree(image_folder, tmp_path / "train")
     broken = sorted(copy.glob("*/*.png"))[0]
     broken.write_bytes(b"")
-    with pytest.raises(InputError, match=f"{broken.name}"):
-        train_loop.train(tiny_cfg(copy, tmp_path))
-    assert broken.name in (tmp_path / "run" / "bad_images.txt").read_text()
+    reads = []
+    read = ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda images, index: (reads.append(images.name(index)), read(images, index))[1])
+    shutil.copytree(image_folder.parent / "val", tmp_path / "val")
+    train_loop.train(tiny_cfg(copy, tmp_path, "KNN.PERIOD", 1))
+    assert (tmp_path / "run" / "bad_images.txt").read_text() == f'"{broken.relative_to(copy)}"\n'
+    assert reads.count(str(broken)) == 1 and reads.count(str(sorted(copy.glob("*/*.png"))[1])) >= 6
+    (tmp_path / "run" / "model_final.pth").unlink()
+    with pytest.raises(InputError, match=f"lists 1 of 24 .*{broken.name} first, and DATA.MAX_BAD allows 0: replace or remove"):
+        train_loop.train(tiny_cfg(copy, tmp_path, "DATA.MAX_BAD", 0.0))
