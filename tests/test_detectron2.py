@@ -24,9 +24,10 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
 
+from tests.test_run_folder import full_after  # noqa: E402
 from tools import train_net  # noqa: E402
 from tools._cli import merge_config  # noqa: E402
-from transfer import d2_trainer, d2_weights  # noqa: E402
+from transfer import d2_trainer, d2_weights, run_folder  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
 from transfer.architectures import ARCHITECTURES  # noqa: E402
 from transfer.config import (RGB_IMAGENET, InputError, check_weights, protocol_of,  # noqa: E402
@@ -506,6 +507,18 @@ def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
     again = d2_trainer.Trainer(cfg, 2)
     again.resume_or_load(True)
     assert again.start_iter == 3 and images(again, 5) == whole[6:]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(shapes, tmp_path, monkeypatch, capsys):
+    """Training goes on; at the end it is one line, and --resume trains what is missing."""
+    options = "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "save_tensors", full_after("model_0000000.pth"))
+        with pytest.raises(InputError, match=r"model_final.pth \(No space left on device\): make room"):
+            d2_trainer.train(tiny(shapes, tmp_path, *options))
+    assert "model_0000001.pth (No space left on device); training goes on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("*.pth*")] == ["model_0000000.pth"]
+    assert d2_trainer.train(tiny(shapes, tmp_path, *options), resume=True)["iterations"] == 3
 
 
 def test_only_known_zoo_files(shapes, tmp_path):

@@ -103,6 +103,16 @@ def hold(folder, ready, done):
         done.wait(300)
 
 
+def full_after(name):
+    """A save_tensors that finds room for the file of this name alone."""
+    def save(path, state):
+        if path.name != name:
+            raise OSError(28, "No space left on device")
+        files.save_tensors(path, state)
+
+    return save
+
+
 def test_two_commands_in_one_folder(tmp_path, monkeypatch):
     ready, done = processes.Event(), processes.Event()
     other = processes.Process(target=hold, args=(tmp_path, ready, done))

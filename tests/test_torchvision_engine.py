@@ -11,6 +11,8 @@ from PIL import Image
 from torchvision.models import resnet50
 from pycocotools import mask as rle
 
+from tests.test_run_folder import full_after
+from transfer import run_folder
 from transfer import torchvision_engine as engine
 from transfer.annotations import dataset_name
 from transfer.coco import CocoInstances, coco_ap
@@ -290,21 +292,14 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     shutil.rmtree(tmp_path)  # gigabytes
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog, capsys):
     """Training goes on; at the end it is one line, and --resume trains what is missing."""
-    save = engine.save_tensors
-
-    def full(path, state):
-        if path.name != "model_0000001.pth":
-            raise OSError(28, "No space left on device")
-        save(path, state)
-
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_tensors", full)
+        patch.setattr(run_folder, "save_tensors", full_after("model_0000001.pth"))
         with pytest.raises(InputError, match=r"model_final.pth \(No space left on device\): make room"):
             engine.train(cfg)
-    assert "cannot write" in caplog.text and "model_0000003.pth" in caplog.text
+    assert "model_0000003.pth (No space left on device); training goes on" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
     caplog.set_level("INFO")
     engine.train(cfg, resume=True)

@@ -14,6 +14,7 @@ from transfer.architectures import tensor_shapes
 from transfer.config import RGB_IMAGENET, InputError
 from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
+from transfer.run_folder import save_checkpoint
 
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
 # running statistics are folded into its weight and bias.
@@ -69,6 +70,13 @@ class Checkpointer(DetectionCheckpointer):
     """DetectionCheckpointer that remembers what it could not place, of which Detectron2 only warns."""
 
     absent = unused = ("nothing was loaded",)
+
+    def save(self, name, **more):
+        """Detectron2 writes into the file itself: a kill leaves half of it, a full disk ends training."""
+        if not self.save_to_disk:  # not the main process
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        save_checkpoint(self.save_dir, f"{name}.pth", {"model": self.model.state_dict(), **parts, **more})
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)

@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from common.files import check_tensors, write_atomically
+from common.files import check_tensors, save_tensors, write_atomically
 from transfer.config import InputError
 
 FINAL = "model_final.pth"
@@ -25,6 +25,23 @@ def last_name(folder):
     """What last_checkpoint says, "" where it is lost."""
     path = folder / LAST
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
+
+
+def save_checkpoint(folder, name, state):
+    """Write a checkpoint, whole or not at all, and last_checkpoint, which names it.
+
+    Where the disk is full, a line says so and training goes on. Raises InputError at its end.
+    """
+    folder = Path(folder)
+    try:
+        save_tensors(folder / name, state)
+        write_atomically(folder / LAST, lambda file: file.write(name.encode()))
+    except OSError as error:
+        reason = f"cannot write {folder / name} ({error.strerror or error})"
+        if name == FINAL:
+            raise InputError(f"{reason}: make room, and run it again with --resume") from None
+        print(f"warning: {reason}; training goes on, and tries again at the next checkpoint",
+              file=sys.stderr, flush=True)
 
 
 def find_start(folder, resume):

@@ -26,14 +26,13 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import roi_heads, transform
 from tqdm import tqdm
 
-from common.files import save_tensors, write_atomically
 from transfer.annotations import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
 from transfer.precise_bn import update_statistics
 from transfer.results import begin_training, check_network, check_unchanged, own_training, write_results
-from transfer.run_folder import FINAL, LAST, find_start
+from transfer.run_folder import FINAL, find_start, save_checkpoint
 from transfer.torchvision_model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
@@ -94,16 +93,8 @@ def fit(cfg, model, dataset, checkpoint=None):
                                 solver.BASE_LR, solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY)
 
     def save(name, i):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "iteration": i, "weights": provenance}
-        try:
-            save_tensors(folder / name, state)
-            write_atomically(folder / LAST, lambda file: file.write(name.encode()))
-        except OSError as error:
-            reason = f"cannot write {folder / name} ({error.strerror or error})"
-            if name == FINAL:
-                raise InputError(f"{reason}: make room, and run it again with --resume") from None
-            log.warning("warning: %s; training goes on, and tries again at the next checkpoint", reason)
+        save_checkpoint(folder, name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "iteration": i, "weights": provenance})
 
     start, provenance = 0, None
     if checkpoint:
