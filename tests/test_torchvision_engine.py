@@ -13,6 +13,7 @@ from pycocotools import mask as rle
 
 from tests.test_run_folder import full_after
 from transfer import run_folder
+from tools import train_net
 from transfer import torchvision_engine as engine
 from transfer.annotations import dataset_name
 from transfer.coco import CocoInstances, coco_ap
@@ -408,3 +409,21 @@ def test_boxes_alone_train_a_faster_rcnn(coco, tmp_path):
     assert found and all("segmentation" not in d for d in found)
     row = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[0])
     assert "loss_box_reg" in row and "loss_mask" not in row
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_is_named(coco, tmp_path, workers):
+    path, images = coco.split("::")
+    shutil.copytree(images, tmp_path / "images")
+    for image in (tmp_path / "images").glob("*.png"):
+        image.write_bytes(image.read_bytes()[:-2000])
+    damaged = dataset_name(path, tmp_path / "images")
+    with pytest.raises(InputError, match=r"images/\d\.png"):
+        engine.train(config(damaged, tmp_path / "run", "DATASETS.TEST", (coco,), "DATALOADER.NUM_WORKERS", workers))
+
+
+def test_a_key_of_another_architecture_names_the_other_engine(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("MODEL:\n  RETINANET:\n    NUM_CLASSES: 3\n")
+    monkeypatch.setattr("sys.argv", ["train_net", "--engine", "torchvision", "--config-file", str(tmp_path / "c.yaml")])
+    with pytest.raises(InputError, match="key: MODEL.RETINANET, which the torchvision engine does not have.*--engine detec"):
+        train_net.main()

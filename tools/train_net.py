@@ -49,7 +49,13 @@ def main():
             raise InputError("--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
                              "the torchvision engine trains on one device, all images at once")
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
-    configure(cfg, args)
+    try:
+        configure(cfg, args)
+    except InputError as error:
+        if args.engine == "torchvision" and "Non-existent config key" in str(error):
+            raise InputError(f"{error}, which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
+                             "leave the key out, or use --engine detectron2") from None
+        raise
     with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")

@@ -1,8 +1,9 @@
 """Fine-tuning with Detectron2: its own trainer, fail-closed weights, and one results.json at the end.
 
-This file and d2_weights.py alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may be several
-forward and backward passes (accumulation), precise-BN statistics are the same on all ranks, several processes also work
-on a CPU, the backbone is known to have arrived, and the final AP is that of the saved file, read back.
+This file and d2_weights.py alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may
+be several forward and backward passes (accumulation), a pass may have no object, precise-BN statistics are the same on
+all ranks, several processes also work on a CPU, the backbone is known to have arrived, an image that cannot be read is
+named, and the final AP is that of the saved file, read back.
 """
 
 import contextlib
@@ -109,8 +110,8 @@ class Mapper(DatasetMapper):
             raise
         except Exception as error:  # PIL raises errors of almost any type for a damaged file
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"{dataset_dict['file_name']} cannot be used ({reason}): restore the image, or take it out of "
-                             "the annotation file") from error
+            raise InputError(f"{dataset_dict['file_name']} cannot be used ({reason}): restore the image, or take it "
+                             "out of the annotation file") from error
 
 
 class Onwards(torch.utils.data.Sampler):
@@ -165,9 +166,9 @@ class Trainer(DefaultTrainer):
         try:
             model = super().build_model(with_empty_passes(cfg))
         except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion may say nothing itself
-            raise InputError(f"Detectron2 cannot build the network of these MODEL settings ({type(error).__name__}: "
-                             f"{error or line})") from error
+            reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # the assertion itself
+            raise InputError("Detectron2 cannot build the network of these MODEL settings "
+                             f"({type(error).__name__}: {reason})") from error
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # evaluation too: a CPU has time to lose
             model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
         return model
@@ -214,10 +215,11 @@ class Trainer(DefaultTrainer):
 
 
 def with_empty_passes(cfg):
-    """``cfg`` with a norm in the heads of regions that takes a pass in which no region is an object.
+    """``cfg`` whose heads have a synchronized norm that takes a pass without any object.
 
-    Detectron2 refuses such a pass with torch's SyncBatchNorm, and torch's own forgets running statistics when no rank has
-    a region. In Detectron2's naiveSyncBN_N every rank takes part in the collective, each with the weight of its regions.
+    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the running statistics
+    of torch's would decay. Detectron2's naiveSyncBN_N takes part in the collective even with no region, and weights the
+    ranks by their regions.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -308,11 +310,11 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     if start:
         check_unchanged(cfg, processes, accumulate)
     resume = resume if eval_only else bool(start)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which processes it ends after an error
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not which processes it terminates
     try:
         launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
-        # Of another process, a loader's too, there is its traceback, which ends in the exception's name and message.
+        # An error of another process is a traceback, which ends in the exception's name and message.
         text = str(error) if isinstance(error, torch.multiprocessing.ProcessRaisedException) else (
             f"{type(error).__name__}: {error}")
         said = re.search(r".*^[\w.]*(InputError|FloatingPointError|OutOfMemoryError): (.*)", text, re.M | re.DOTALL)
@@ -358,7 +360,7 @@ def without_traceback(record):
 def _train(cfg, resume, eval_only, provenance, accumulate):
     start = time.perf_counter()
     logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # Detectron2 calls what torch 2.10 renames
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # Detectron2 calls a deprecated function
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
     register_datasets(cfg, eval_only)  # a process that launch has started knows of none

@@ -16,15 +16,16 @@ from transfer.convert import detectron2_name, load_weights
 from transfer.readers import sha256
 from transfer.run_folder import save_checkpoint
 
-# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did: BatchNorm's
-# running statistics are folded into its weight and bias.
+# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did:
+# BatchNorm's running statistics are folded into its weight and bias.
 ZOO = {
     "detectron2://ImageNetPretrained/torchvision/R-50.pkl": RGB_IMAGENET,
     "detectron2://ImageNetPretrained/MSRA/R-50.pkl": {
         "input_format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0],
         "stride_in_1x1": True, "statistics": False},
 }
-# A tensor of the ResNet in a model: below an FPN, or the backbone itself (C4, DC5), whose res5 is the RoI heads' in C4.
+# A tensor of the ResNet in a model. The ResNet is below an FPN, or is the backbone itself (C4, DC5); the res5 of C4
+# is in the RoI heads.
 RESNET = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)((?:stem|res\d)\..+)")
 ADVICE = "does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?"
 
@@ -34,15 +35,16 @@ def unwrap(model):
 
 
 def resnet_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{Detectron2's name of a ResNet's tensor: the model's own}, such as "res5.0.conv1.weight", wherever it is."""
+    """Model -> the tensors of its ResNet, wherever they are, under names such as "res5.0.conv1.weight"."""
     found = {RESNET.fullmatch(name): tensor for name, tensor in unwrap(model).state_dict().items()}
     return {match[1]: tensor for match, tensor in found.items() if match}
 
 
 def load_backbone(model: torch.nn.Module, path: str) -> None:
-    """Copy a converted file's tensors into the model's ResNet; Detectron2's checkpointer would run what a pickle holds.
+    """Copy a converted file's tensors into the model's ResNet.
 
-    Raises InputError that names the model's tensors which the file does not fill, or the file's without a place.
+    Detectron2's checkpointer would run the code that a pickle may hold. Raises InputError that names the tensors of
+    the model that the file does not fill, or those of the file that have no place.
     """
     needed = resnet_state(model)
     state = {detectron2_name(name): tensor for name, tensor in load_weights(path)[0].items()}
@@ -62,8 +64,8 @@ def assert_backbone_arrived(model: torch.nn.Module, path: str) -> None:
     absent = [detectron2_name(name) for name, tensor in state.items()
               if not torch.equal(found.get(detectron2_name(name), torch.empty(0)).cpu(), tensor)]
     if absent:
-        raise InputError(f"{len(absent)} of {len(state)} backbone tensors of {path} did not arrive in the model "
-                         f"({', '.join(absent[:3])}, ...): {ADVICE}")
+        raise InputError(f"{len(absent)} of {len(state)} backbone tensors of {path} did not arrive in the model ("
+                         f"{', '.join(absent[:3])}, ...): {ADVICE}")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -80,22 +82,25 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
-        self.absent = [name for name in (*incompatible.missing_keys, *(s[0] for s in incompatible.incorrect_shapes))
+        missing = (*incompatible.missing_keys, *(entry[0] for entry in incompatible.incorrect_shapes))
+        self.absent = [name for name in missing
                        if RESNET.fullmatch(name) and not name.endswith("num_batches_tracked")]
-        self.unused = [name for name in map(detectron2_name, tensor_shapes()) if name in incompatible.unexpected_keys]
+        self.unused = [name for name in map(detectron2_name, tensor_shapes())
+                       if name in incompatible.unexpected_keys]
         return incompatible
 
     def assert_backbone_arrived(self, statistics=True):
-        """Raises InputError that names the tensors of the backbone which the loaded file did not fill, but for BatchNorm's
-        running ``statistics`` where the file has none, or those of the file's ResNet-50 that found no place."""
-        absent = [name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))]
+        """Raises InputError that names the tensors of the backbone that the loaded file did not fill, or those of
+        the file's ResNet-50 that found no place. ``statistics``: whether the file has BatchNorm's running ones."""
+        absent = [name for name in self.absent
+                  if statistics or not name.endswith(("running_mean", "running_var"))]
         if lost := absent or self.unused:
-            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS ({', '.join(lost)[:200]}): "
-                             f"{ADVICE}")
+            raise InputError(f"{len(lost)} backbone tensors did not arrive from MODEL.WEIGHTS "
+                             f"({', '.join(lost)[:200]}): {ADVICE}")
 
 
 def read_provenance(path: str) -> dict:
-    """What is known of the weights ``path``: a converted file's provenance, or that of a file of :data:`ZOO`, fetched.
+    """The provenance of the weights ``path``: a converted file, or one of :data:`ZOO`, which is fetched.
 
     Raises InputError.
     """

@@ -1,4 +1,4 @@
-"""Keypoints of COCO-format files: their names, and whether a file has what training and COCO's metric need of them."""
+"""Keypoints of COCO-format files: their names, and whether they are what training and COCO's metric need."""
 
 import json
 from pathlib import Path
@@ -8,41 +8,45 @@ from transfer.config import InputError
 
 
 def keypoint_metadata(annotations: str) -> dict:
-    """COCO JSON -> Detectron2's ``keypoint_names`` (list of str) and ``keypoint_flip_map`` (pairs of names that change
-    places in a mirrored image: those that differ in left and right only). Raises InputError."""
+    """COCO JSON -> Detectron2's ``keypoint_names`` (list of str) and ``keypoint_flip_map`` (pairs of names).
+
+    The pairs change places in a mirrored image: they are the names that differ in left and right only. Raises
+    InputError.
+    """
     found = {category["name"]: category.get("keypoints") for category in _read(annotations)["categories"]}
     names = next(iter(found.values()))
     if not names or any(other != names for other in found.values()):
-        raise InputError(f"{annotations}: MODEL.KEYPOINT_ON needs the names of the keypoints in each of the categories, the "
-                         f"same in all: give every category \"keypoints\": [...], as COCO's person_keypoints files do")
+        raise InputError(f"{annotations}: MODEL.KEYPOINT_ON needs the names of the keypoints in each of the categories, "
+                         'the same in all: give every category "keypoints": [...], as COCO\'s person_keypoints do')
     pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
 
 
 def check_keypoints(cfg, eval_only: bool = False) -> None:
-    """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns; says which are mirrored.
+    """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns.
 
-    COCO 2017's built-in names are those of its instances files, which have no keypoints.
+    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files, without keypoints.
     """
     training = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*training, *cfg.DATASETS.TEST)):
         annotations, _ = locate_dataset(name)
         if name in COCO_2017:
-            raise InputError(f"{annotations} has no keypoints: give COCO's person_keypoints files with --train and --val")
+            raise InputError(f"{annotations} has no keypoints: give COCO's person_keypoints files with --train and "
+                             "--val")
         metadata = keypoint_metadata(annotations)
         names = metadata["keypoint_names"]
-        if len(names) != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
-            raise InputError(f"{annotations} has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
-                             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS}: add MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS "
-                             f"{len(names)}")
-        if len(cfg.TEST.KEYPOINT_OKS_SIGMAS or [0] * 17) != len(names):
-            raise InputError(f"TEST.KEYPOINT_OKS_SIGMAS has {len(cfg.TEST.KEYPOINT_OKS_SIGMAS)} numbers: COCO's metric needs "
-                             f"one for each of the {len(names)} keypoints of {annotations}, such as 0.05 each")
+        key, number = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        if len(names) != number:
+            raise InputError(f"{annotations} has {len(names)} keypoints, but {key} is {number}: add {key} {len(names)}")
+        sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        if (sigmas or 17) != len(names):  # by default they are those of COCO's 17 keypoints
+            raise InputError(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers: COCO's metric needs one for each of the "
+                             f"{len(names)} keypoints of {annotations}, such as 0.05 each")
         _check_annotations(annotations, len(names), evaluated=name in cfg.DATASETS.TEST)
         if name in training and cfg.INPUT.RANDOM_FLIP == "horizontal":
-            pairs = ", ".join(f"{left} and {right}" for left, right in metadata["keypoint_flip_map"]) or "none"
-            print(f"keypoints that change places in a mirrored image: {pairs} (INPUT.RANDOM_FLIP none mirrors no image)",
-                  flush=True)
+            pairs = ", ".join(map(" and ".join, metadata["keypoint_flip_map"])) or "none"
+            print(f"keypoints that change places in a mirrored image: {pairs} "
+                  "(INPUT.RANDOM_FLIP none mirrors no image)", flush=True)
 
 
 def _read(path):
@@ -53,10 +57,10 @@ def _check_annotations(path, number, evaluated):
     for annotation in _read(path)["annotations"]:
         if annotation.get("iscrowd") and not evaluated:  # not trained on
             continue
-        if len(annotation.get("keypoints", [])) != 3 * number:
-            raise InputError(f"{path}: annotation {annotation['id']} has {len(annotation.get('keypoints', []))} numbers of "
-                             f"keypoints: {number} keypoints are {3 * number} numbers x, y, visibility (0, 0, 0 where one "
-                             "is not labelled)")
+        found, where = len(annotation.get("keypoints", [])), f"{path}: annotation {annotation['id']}"
+        if found != 3 * number:
+            raise InputError(f"{where} has {found} numbers of keypoints: {number} keypoints are {3 * number} numbers x, "
+                             "y, visibility (0, 0, 0 where one is not labelled)")
         if evaluated and "num_keypoints" not in annotation:
-            raise InputError(f"{path}: annotation {annotation['id']} lacks num_keypoints, which COCO's metric needs: give "
-                             "the number of its keypoints whose visibility is not 0")
+            raise InputError(f"{where} lacks num_keypoints, which COCO's metric needs: give the number of its keypoints "
+                             "whose visibility is not 0")

@@ -1,8 +1,8 @@
 """Precise BatchNorm statistics: those of many batches together, with fixed weights, instead of a moving average.
 
 The definition is the population estimate of "Rethinking Batch in BatchNorm" (Wu and Johnson, 2021), as in
-fvcore.nn.precise_bn. fvcore divides by zero where a layer gets an empty batch, which is what a mask head gets of
-images without objects, and it knows nothing of several processes, which see different numbers of objects.
+fvcore.nn.precise_bn. But fvcore divides by zero when a layer gets an empty batch, as a mask head does from images
+without objects, and it knows nothing of several processes, which see different numbers of objects.
 """
 
 from collections.abc import Iterable
@@ -20,21 +20,21 @@ def norm_layers(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable) -> None:
-    """Replace the running statistics of :func:`norm_layers` by those of what they get in ``model(batch)`` of ``batches``.
+    """Replace the running statistics of :func:`norm_layers` by those of all ``batches``, each run as ``model(batch)``.
 
-    In a process group, which must be that of all processes, the statistics are those of all ranks' batches, the same on
-    each. A layer that got nothing keeps its own.
+    In a process group they are those of all ranks' batches, the same on each rank. A layer that got nothing keeps its
+    own.
     """
     layers = norm_layers(model)
-    moments = {layer: torch.zeros(3, layer.num_features, dtype=torch.float64, device=layer.running_mean.device)
-               for layer in layers}  # number of values, their sum, their squares' sum: of each channel
+    # Of each channel: how many values, their sum, the sum of their squares.
+    moments = {layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64) for layer in layers}
 
     def add(layer, inputs):
         values = inputs[0].float().transpose(0, 1).flatten(1)
         count = values.shape[1]
         if count:
             var, mean = (moment.double() for moment in torch.var_mean(values, 1, correction=0))
-            moments[layer] += torch.stack([torch.full_like(mean, count), count * mean, count * (var + mean.square())])
+            moments[layer] += count * torch.stack([torch.ones_like(mean), mean, var + mean.square()])
 
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     try:

@@ -28,7 +28,7 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
     its ``metrics.json``.
 
     engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a
-    model of them, where a missing or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
+    model that has them, where a missing or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
     iterations: that the model which was judged has been trained for; eval_only: it may have been trained with another
     config; seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes
     that each split its images of an iteration into.

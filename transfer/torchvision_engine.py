@@ -147,7 +147,7 @@ def fit(cfg, model, dataset, checkpoint=None):
     if cfg.TEST.PRECISE_BN.ENABLED:
         stop = solver.MAX_ITER + cfg.TEST.PRECISE_BN.NUM_ITER
         batches = training_batches(cfg, dataset, solver.MAX_ITER, stop, device)
-        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])  # for update_statistics calls model(batch)
+        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])  # model(batch) -> model(images, targets)
         update_statistics(model, tqdm(batches, "precise BatchNorm", cfg.TEST.PRECISE_BN.NUM_ITER, dynamic_ncols=True,
                                       disable=None))
         unpack.remove()

@@ -39,8 +39,9 @@ def check(cfg):
 
 
 def build_model(cfg):
-    """Config -> torchvision MaskRCNN, or FasterRCNN where MASK_ON is False, randomly initialised as Detectron2's is. Raises
-    InputError.
+    """Config -> torchvision MaskRCNN, or FasterRCNN without MASK_ON, randomly initialised as Detectron2's is.
+
+    Raises InputError.
 
     Class 0 is the background; it has box and mask outputs of its own, unused, which Detectron2 leaves out.
     """
