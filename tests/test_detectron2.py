@@ -627,21 +627,27 @@ MODEL:
   BACKBONE: {{FREEZE_AT: 0}}
   RESNETS: {{NORM: "SyncBN", STRIDE_IN_1X1: False}}
   RPN: {{POST_NMS_TOPK_TRAIN: 10, POST_NMS_TOPK_TEST: 5}}
-  ROI_HEADS: {{BATCH_SIZE_PER_IMAGE: 8}}
+  ROI_HEADS: {{BATCH_SIZE_PER_IMAGE: 4}}
 INPUT: {{FORMAT: "RGB", MASK_FORMAT: "bitmask", MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}}
 DATALOADER: {{NUM_WORKERS: 0}}
-SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 2, STEPS: []}}
+SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: []}}
 """
 
 
-def stock(name, weights, data, folder, *overrides):
+@pytest.fixture(scope="module")
+def one_image(tmp_path_factory):
+    """Data set name of one drawn image, for evaluations."""
+    folder = tmp_path_factory.mktemp("one")
+    return dataset_name(write_coco(folder, "val", 1, 64, 1), folder / "images")
+
+
+def stock(name, weights, data, folder, *overrides, val=None):
     """The configuration of a user's YAML that inherits from Detectron2's own ``name`` and says what our weights need, as
     tools/train_net.py makes it for --train and --val with the data set ``data``."""
     path = folder / "user.yaml"
     path.write_text(f'_BASE_: "{model_zoo.get_config_file(name)}"' + OURS.format(weights=weights))
-    files = data.split("::")
-    args = train_net.parse(["--config-file", str(path), "--train", *files, "--val", *files, "OUTPUT_DIR", str(folder / "run"),
-                            *map(str, overrides)])
+    args = train_net.parse(["--config-file", str(path), "--train", *data.split("::"), "--val",
+                            *(val or data).split("::"), "OUTPUT_DIR", str(folder / "run"), *map(str, overrides)])
     cfg = get_cfg()
     train_net.configure(cfg, args)
     return cfg
@@ -654,7 +660,7 @@ def stock(name, weights, data, folder, *overrides):
     ("COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "loss_mask"),
     ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "loss_cls_stage2"),
 ])
-def test_other_architectures_train_from_our_weights(weights, shapes, tmp_path, monkeypatch, name, key, loss):
+def test_other_architectures_train_from_our_weights(weights, shapes, one_image, tmp_path, monkeypatch, name, key, loss):
     """All 265 tensors arrive, wherever the model has them, and its outputs are those of the data set's 8 classes."""
     arrived = []
 
@@ -665,7 +671,7 @@ def test_other_architectures_train_from_our_weights(weights, shapes, tmp_path, m
         arrived.append(len(found))
 
     monkeypatch.setattr(d2_trainer, "assert_backbone_arrived", compare)
-    cfg = stock(name, weights, shapes, tmp_path)
+    cfg = stock(name, weights, shapes, tmp_path, val=one_image)
     assert value_of(cfg, key) == 8
     results = d2_trainer.train(cfg)
     assert arrived == [265] and results["weights"]["format"] == "this project's pre-training"
@@ -697,7 +703,8 @@ KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
 def test_keypoints_train_and_are_measured(weights, shapes, tmp_path, capfd):
     data = with_keypoints(shapes, tmp_path, ["left_top", "right_top", "bottom"])
     cfg = stock(KEYPOINT_RCNN, weights, data, tmp_path, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3,
-                "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+                "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
+                "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
     results = d2_trainer.train(cfg)
     assert "keypoints that change places in a mirrored image: left_top and right_top (" in capfd.readouterr().out
     assert results["ap"]["keypoints"]["AP"] is not None and results["ap"]["keypoints"]["APs"] is None
@@ -729,7 +736,8 @@ def test_keypoints_that_do_not_fit_are_refused_before_training(weights, shapes, 
     ("COCO-Detection/rpn_R_50_FPN_1x.yaml", (), "MODEL.META_ARCHITECTURE is 'ProposalNetwork', but the detectron2 engine"),
     ("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", (), "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'"),
     ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", (), "MODEL.META_ARCHITECTURE is 'PanopticFPN'"),
-    ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", ("MODEL.RESNETS.DEPTH", 60), r"cannot build the network .*KeyError: 60"),
+    ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", ("MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 60),
+     r"cannot build the network .*KeyError: 60"),
     ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]),
      "cannot build the network .*AssertionError: .*res5"),
 ])

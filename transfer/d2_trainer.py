@@ -380,6 +380,8 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
     ap = Trainer.test(cfg, model)
     if comm.is_main_process():
+        if cfg.MODEL.KEYPOINT_ON:
+            ap.setdefault("keypoints", {})  # Detectron2 leaves it out where nothing was detected
         training = read_training(Path(final).parent)
         own = own_training(cfg) if eval_only and resume else None  # then these are the training's results once more
         processes, accumulate = ((own["processes"], own["accumulate"]) if own else (comm.get_world_size(), accumulate))
