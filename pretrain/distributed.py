@@ -15,7 +15,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pretrain.config import InputError, Interrupted
+from common.errors import InputError, one_line
+from common.progress import close_bars
+from common.signals import stop_signals
+from pretrain.config import Interrupted
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
 PATIENCE = 10  # seconds that a process whose peer is lost waits before it says so
@@ -43,18 +46,22 @@ def launch(train, cfg, processes):
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id="pretrain", max_restarts=0,
                           local_addr="localhost")  # not this machine's name, which need not resolve
-    # SIGUSR1, SLURM's warning before the time limit, is to reach the processes as SIGTERM does. Recent versions of
-    # torch take the list from the config, earlier ones from the environment.
-    config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    # What elastic hands on to the processes. Recent versions of torch take it from the config, earlier ones from the
+    # environment.
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(n.name for n in handlers)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                                                                signal.SIGQUIT, signal.SIGUSR1)}
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
         raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from there") from None
     except ChildFailedError as failure:
-        message = failure.get_first_failure()[1].message
+        rank, first = failure.get_first_failure()
+        if first.exitcode < 0:
+            raise InputError(f"process {rank} of {processes} died of {signal.Signals(-first.exitcode).name}"
+                             + ", most likely because memory ran out" * (first.exitcode == -signal.SIGKILL)
+                             + ": the same command goes on from the last checkpoint") from None
+        message = first.message
         name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
         for kind in HANDED_ON:
             if name == kind.__name__:
@@ -109,8 +116,9 @@ def join_and_run(train, cfg):
         traceback.clear_frames(interruption.__traceback__)
         dist.destroy_process_group()
         raise
-    except InputError as error:  # plain, without a loader's traceback: the launcher knows it by its name
-        raise InputError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
+    except (InputError, OSError, MemoryError) as error:  # as the one that the launcher knows by its name
+        close_bars()
+        raise InputError(one_line(error)) from None
     except RuntimeError:  # most often a lost peer, whose own error the launcher must see first: it tells of one alone
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the wait
         time.sleep(PATIENCE)

@@ -5,12 +5,11 @@ The batch of step s is a slice of its epoch's permutation; the crops, flips and 
 ranks or accumulation steps, changes which pixels are seen.
 """
 
-import signal
-
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
+from common import workers
 from pretrain import distributed
 from pretrain.augment import draw_params, weak_view
 from pretrain.config import InputError
@@ -80,18 +79,8 @@ class StepBatches(Sampler):
 
 
 def build_loader(dataset, batches, num_workers):
-    """DataLoader over a map-style ``dataset`` that yields ``batches`` (lists of keys) collated into tensors."""
-    workers = resolve_workers(num_workers)
-    # fork, because the workers of a fork server, Python 3.14's default, outlive a process that was killed.
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      collate_fn=getattr(dataset, "collate", None), worker_init_fn=ignore_stop_signals,
-                      multiprocessing_context="fork" if workers else None)
-
-
-def ignore_stop_signals(_):
-    """A scheduler signals the whole process group: the workers must live until the main process has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """An iterable of ``batches`` (lists of keys) of a map-style ``dataset``, collated into tensors."""
+    return workers.load(dataset, batches, resolve_workers(num_workers), "--workers", getattr(dataset, "collate", None))
 
 
 def resolve_workers(num_workers):

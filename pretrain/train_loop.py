@@ -29,8 +29,8 @@ REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command ag
 def train(cfg):
     """Pre-train as ``cfg`` says, from the last checkpoint in ``cfg.OUTPUT_DIR`` if there is one.
 
-    Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after SIGTERM, SIGUSR1 or
-    SIGINT once the state is saved, if there is any yet.
+    Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after one of the
+    stop signals (common/signals.py) once the state is saved, if there is any yet.
     """
     main = distributed.rank() == 0
     lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if main else contextlib.nullcontext()

@@ -10,6 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.signals import stop_signals
 from pretrain import checkpoint, distributed
 from pretrain.config import InputError
 
@@ -19,7 +20,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """While it is entered, SIGTERM, SIGUSR1 and SIGINT make ``asked`` true, and the loop ends after its step. Before
+    """While it is entered, each of common.signals' makes ``asked`` true, and the loop ends after its step. Before
     ``stepping`` there is nothing to save: a single process stops at once, with Stopped; with several, some may already be
     in the first step, and all finish it. A second SIGINT kills, except under a launcher, which hands one Ctrl-C on twice.
     """
@@ -28,8 +29,7 @@ class StopSignals:
         self.asked = self.stepping = False
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle)
-                         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.previous = {number: signal.signal(number, self.handle) for number in stop_signals()}
         return self
 
     def handle(self, number, frame):

@@ -1,11 +1,15 @@
 """What the command-line tools share: where a config file is looked for, and errors as one line."""
 
+import contextlib
 import os
 import re
 import sys
 from pathlib import Path
 
 import yaml
+
+from common.errors import one_line
+from common.progress import close_bars
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,11 +80,16 @@ def run(main, *errors):
     os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # of the processes that are started
     try:
         sys.exit(main())
-    except (*errors, OSError) as error:
-        # A loader's worker wraps the message in its traceback.
-        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    except (*errors, OSError, MemoryError) as error:
+        say(f"error: {one_line(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(130)
+
+
+def say(line):
+    """A last line on stderr, below the progress bars. The terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        close_bars()
+        print(line, file=sys.stderr)

@@ -28,13 +28,16 @@ from tools._weights import load_features  # noqa: E402
 
 def main():
     args = parse()
-    for name, value, least in (("epochs", args.epochs, 1), ("bank", args.bank, 0)):
+    for name, value, least in (("epochs", args.epochs, 1), ("bank", args.bank, 0),
+                               ("workers", args.workers, -1)):
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}: it must be at least {least}")
 
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
     cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
+    if args.workers is not None:
+        cfg.DATA.NUM_WORKERS = args.workers
     images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
     images.value_range = tuple(args.range or cfg.DATA.RANGE)
     try:
@@ -77,6 +80,8 @@ def parse():
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument("--bank", type=int, default=0, metavar="N",
                         help="of kNN: at most N training images, evenly spaced (default: all)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that load images (default: the pre-training's number)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="FILE", help="write the result there, too")
     return parser.parse_args()

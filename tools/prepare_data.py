@@ -13,23 +13,22 @@ import argparse
 import io
 import json
 import os
-import shutil
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torch.utils.data import BatchSampler, Dataset, SequentialSampler  # noqa: E402
 from torchvision.transforms.v2 import InterpolationMode, functional as TF  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from pretrain.checkpoint import write_atomically  # noqa: E402
+from common import workers  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import ImageFolder  # noqa: E402
 from pretrain.images import UnreadableImage  # noqa: E402
-from pretrain.loader import ignore_stop_signals  # noqa: E402
 from pretrain.pixels import check_pixels  # noqa: E402
 from tools._cli import run  # noqa: E402
 
@@ -65,10 +64,9 @@ def main():
     claim(destination, {"size": args.size, "quality": args.quality} | ({"range": args.range} if args.range else {}))
 
     counts = [0, 0, 0, 0]
-    loader = DataLoader(Preparation(images, destination, args.size, args.quality), batch_size=None,
-                        num_workers=args.workers, worker_init_fn=ignore_stop_signals,
-                        multiprocessing_context="fork" if args.workers else None)
-    for outcome, message in tqdm(loader, desc="preparing", unit="image", dynamic_ncols=True,
+    outcomes = workers.load(Preparation(images, destination, args.size, args.quality),
+                            BatchSampler(SequentialSampler(images), 1, False), args.workers, "--workers", itemgetter(0))
+    for outcome, message in tqdm(outcomes, desc="preparing", unit="image", dynamic_ncols=True,
                                  mininterval=0.1 if sys.stderr.isatty() else 10):
         counts[outcome] += 1
         if message:
@@ -81,15 +79,19 @@ def main():
 
 def claim(folder, how):
     """Leave in ``folder`` how its images are made. Raises InputError if it holds others, or something else."""
-    marker = folder / MARKER
-    folder.mkdir(parents=True, exist_ok=True)
+    marker, text = folder / MARKER, json.dumps(how)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
     if marker.is_file():
-        if (found := marker.read_text()) != json.dumps(how):
-            raise InputError(f"{folder} was made with {found}, not with {json.dumps(how)}: give another folder")
-    elif any(folder.iterdir()):
+        if (found := marker.read_text()) != text:
+            raise InputError(f"{folder} was made with {found}, not with {text}: give another folder")
+    elif not empty:
         raise InputError(f"{folder} is not empty and not of this tool: give a new folder")
     else:
-        write_atomically(marker, lambda file: file.write(json.dumps(how).encode()))
+        write(marker, text.encode())
 
 
 class Preparation(Dataset):
@@ -112,16 +114,11 @@ class Preparation(Dataset):
             image = self.images.read(index)
         except UnreadableImage as error:
             return UNREADABLE, str(error)
-        same.parent.mkdir(parents=True, exist_ok=True)
         if min(image.shape[1:]) <= self.size:
-            part = same.with_name(same.name + ".part")
-            shutil.copyfile(source, part)
-            os.replace(part, same)
+            write(same, source.read_bytes())
             return COPIED, ""
         image = TF.resize(image, self.size, InterpolationMode.BICUBIC, antialias=True)
-        part = jpeg.with_name(jpeg.name + ".part")
-        part.write_bytes(encode_jpeg(image, self.quality))
-        os.replace(part, jpeg)
+        write(jpeg, encode_jpeg(image, self.quality))
         return WRITTEN, ""
 
 
@@ -130,6 +127,19 @@ def encode_jpeg(image, quality):
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def write(path, data):
+    """Write a file that has its name once it is whole. Raises InputError, and leaves nothing, when the disk is full."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}): make room, then run the same command again, "
+                         "which goes on from there") from None
 
 
 def is_whole(path):

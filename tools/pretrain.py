@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
-from tools._cli import ROOT, find_config, merge_config, run  # noqa: E402
+from tools._cli import ROOT, find_config, merge_config, run, say  # noqa: E402
 
 
 def main():
@@ -24,6 +24,7 @@ def main():
     recipe = args.config_file or imagenet_recipe(args.method or "rsa", args.epochs or 200)
     options = {"SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
                "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed,
+               "DATA.NUM_WORKERS": args.workers,
                "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
     cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
@@ -40,7 +41,7 @@ def main():
         final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_processes))
     except Interrupted as interruption:
         if distributed.is_first_process():
-            print(interruption, file=sys.stderr)
+            say(interruption)
         return train_loop.REQUEUE
     if distributed.is_first_process():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
@@ -76,10 +77,12 @@ def parse():
                         help="images at once in a process, the rest of its share is accumulated (default: by free memory)")
     parser.add_argument("--num-processes", type=int, metavar="N",
                         help="default: one per GPU of this machine; without a GPU, one on the CPU")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that load images, for each that trains (default: by the number of cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
     parser.add_argument("--seed", type=int)
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. DATA.NUM_WORKERS 8")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. SOLVER.BASE_LR 0.3")
     return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options
 
 

@@ -25,7 +25,8 @@ from tools._weights import load_features  # noqa: E402
 
 def main():
     args = parse()
-    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("image_size", 7)):  # the blur reflects 6 pixels
+    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1),
+                        ("image_size", 7)):  # the blur reflects 6 pixels
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -34,6 +35,8 @@ def main():
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
     images.value_range = tuple(cfg.DATA.RANGE)
+    if args.workers is not None:
+        cfg.DATA.NUM_WORKERS = args.workers
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,8 @@ def parse():
                              "them for the operations")
     parser.add_argument("--image-size", type=int, metavar="PIXELS",
                         help="of the views (default: the checkpoint's, or 224)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that load images (default: the pre-training's number)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="output/views", metavar="DIR", help="default %(default)s")
     return parser.parse_args()

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection import roi_heads, transform
 from tqdm import tqdm
 
+from common import workers
 from transfer.annotations import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
@@ -58,8 +58,7 @@ def training_batches(cfg, dataset, start, stop, device):
         flips = np.random.default_rng((seed, 1, i)).random(size) < probability
         return [(order(epoch)[place], flip) for (epoch, place), flip in zip(places, flips)]
 
-    loader = DataLoader(dataset, batch_sampler=map(keys, range(start, stop)), collate_fn=list,
-                        num_workers=cfg.DATALOADER.NUM_WORKERS)
+    loader = workers.load(dataset, map(keys, range(start, stop)), cfg.DATALOADER.NUM_WORKERS, "DATALOADER.NUM_WORKERS", list)
     for i, batch in enumerate(loader, start):
         torch.manual_seed(int(np.random.default_rng((seed, 2, i)).integers(2**32)))
         yield ([image.to(device).float() / 255 for image, _ in batch],

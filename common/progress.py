@@ -1,0 +1,9 @@
+"""Progress bars, and what is said beside them."""
+
+from tqdm import tqdm
+
+
+def close_bars():
+    """End the line of every bar that is shown, so that an error begins on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

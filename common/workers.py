@@ -1,0 +1,226 @@
+"""Processes that load data. Whatever happens to one, the program learns of it; and none outlives the program.
+
+The workers hold back the signals that stop a program: a scheduler sends them to all processes of a job, and workers
+must live until the main process has saved. When a program ends, multiprocessing sends its children SIGTERM and waits
+for them, here for ever. So they are killed before that.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
+from pathlib import Path
+
+import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig as signal_when_parent_dies
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+
+from common.errors import InputError, one_line
+from common.signals import held_back
+
+MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
+
+
+def load(dataset, batches, num_workers, setting, collate=None):
+    """The ``batches`` (lists of keys) of a map-style ``dataset``, each collated, by default into tensors.
+
+    setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the dataset raises. In a
+    worker these are InputError and OSError; any other exception, or the death of a worker, becomes an InputError.
+    """
+    collate = collate or default_collate
+    return Loader(DataLoader(Batches(dataset, Sender(collate, setting)) if num_workers else dataset,
+                             batch_sampler=batches, collate_fn=as_it_is if num_workers else collate,
+                             num_workers=num_workers, worker_init_fn=prepare_worker,
+                             pin_memory=torch.cuda.is_available(),
+                             # Workers of a fork server, Python 3.14's default, outlive a process that was killed.
+                             multiprocessing_context="fork" if num_workers else None), setting)
+
+
+class Loader:
+    """Iterates a DataLoader whose workers answer with a :class:`Sender`; they end with the iteration."""
+
+    warned = False
+
+    def __init__(self, loader, setting):
+        self.loader, self.setting = loader, setting
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        if not self.loader.num_workers:
+            yield from self.loader
+            return
+        workers = Workers(self.setting)
+        end = Finalize(None, workers.kill, exitpriority=1)  # called here, or else when the program ends
+        try:
+            iterator = workers.start(self.loader)
+            while (answer := workers.next_of(iterator)) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer.collate and not Loader.warned:
+                    Loader.warned = True
+                    print("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
+                          + MORE_SHARED_MEMORY, file=sys.stderr)
+                yield answer.open()
+        except GeneratorExit:
+            iterator = None  # torch ends the workers in order
+            raise
+        except BaseException:
+            abandoned.append(iterator)
+            raise
+        finally:
+            end()
+
+
+# To take down its iterator, torch may wait for a lock that a killed worker held. So it is left as it is.
+abandoned = []
+
+
+class Workers:
+    """The worker processes of one iteration."""
+
+    waited_for = None  # the Workers of which the main thread awaits a batch
+
+    def __init__(self, setting):
+        self.setting, self.processes = setting, []
+
+    def start(self, loader):
+        """An iterator of the DataLoader. Raises InputError."""
+        before = set(multiprocessing.active_children())
+        try:
+            with held_back():
+                return iter(loader)
+        except OSError as error:
+            raise InputError(f"{loader.num_workers} workers cannot be started ({one_line(error)}): "
+                             f"give {self.setting} {loader.num_workers // 2}, or more room in /dev/shm; "
+                             + MORE_SHARED_MEMORY) from None
+        finally:
+            self.processes += set(multiprocessing.active_children()) - before
+            # torch's handler raises wherever the program is; this one where it waits for a batch.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, child_has_ended)
+
+    def next_of(self, iterator):
+        """The next of the iterator, or None. Raises InputError if a worker has died."""
+        self.check()
+        Workers.waited_for = self
+        try:
+            return next(iterator, None)
+        except RuntimeError:  # torch's word for a worker that is gone
+            self.check(any_status=True)
+            raise
+        finally:
+            Workers.waited_for = None
+
+    def check(self, any_status=False):
+        """Raises InputError if a worker has died; those that end in order have status 0."""
+        for process in self.processes:
+            if process.exitcode or any_status and process.exitcode is not None:
+                raise InputError(f"a worker process that loads images {self.cause(process.exitcode)}")
+
+    def cause(self, status):
+        """What a worker died of, by its exit status, and what to do."""
+        fewer = len(self.processes) // 2
+        if status == -signal.SIGKILL:
+            return ("was killed (SIGKILL), most likely because memory ran out: close other programs, "
+                    f"or give {self.setting} {fewer}")
+        if status == -signal.SIGBUS:
+            return f"died of SIGBUS, most likely because /dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
+        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"{how}: run the same command again, with {self.setting} 0 if it repeats"
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(1)
+            remove_unfinished(process.pid)
+
+
+def child_has_ended(number, frame):
+    if Workers.waited_for:
+        Workers.waited_for.check()
+
+
+def prepare_worker(_):
+    """In a worker, as it starts."""
+    signal.signal(signal.SIGUSR2, lambda *_: os._exit(1))  # SIGKILL might leave a batch in /dev/shm
+    signal_when_parent_dies(signal.SIGUSR2)
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # without torch's line on stderr: the main process reports it
+
+
+def remove_unfinished(pid):
+    """Remove the shared memory that torch created in a process and could not fill; what it filled has no name."""
+    for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
+        path.unlink(missing_ok=True)
+
+
+def as_it_is(batch):
+    return batch
+
+
+class Batches(Dataset):
+    """A list of keys -> what a :class:`Sender` makes of these samples of ``dataset``."""
+
+    def __init__(self, dataset, sender):
+        self.dataset, self.sender = dataset, sender
+
+    def __getitems__(self, keys):
+        return self.sender(lambda: [self.dataset[key] for key in keys])
+
+
+class Sender:
+    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception to raise."""
+
+    def __init__(self, collate, setting):
+        self.collate, self.setting = collate, setting
+
+    def __call__(self, read):
+        try:
+            return Parcel(read(), self.collate)
+        except Exception as error:
+            return self.portable(error)
+
+    def portable(self, error):
+        """``error``, or an InputError that stands for it, to be raised in another process."""
+        if isinstance(error, (InputError, OSError)):
+            try:
+                return pickle.loads(pickle.dumps(error))
+            except Exception:
+                pass  # one whose arguments do not pickle, or not those that it is made with
+        if isinstance(error, MemoryError):
+            fewer = get_worker_info().num_workers // 2
+            return InputError("a worker process that loads images ran out of memory: close other programs, "
+                              f"or give {self.setting} {fewer}")
+        return InputError(f"a worker process that loads images failed ({type(error).__name__}: {one_line(error)}): "
+                          f"the same command with {self.setting} 0 shows where")
+
+
+class Parcel:
+    """A batch on its way to the main process: its tensors in shared memory, or where that is full, the samples with
+    their pixels, which are collated there."""
+
+    def __init__(self, samples, collate):
+        try:
+            self.content, self.collate = bytes(ForkingPickler.dumps(collate(samples))), None
+        except RuntimeError:
+            remove_unfinished(os.getpid())
+            self.content, self.collate = pickle.dumps(samples), collate
+
+    def open(self):
+        if isinstance(self.content, bytes):
+            content = pickle.loads(self.content)
+            return self.collate(content) if self.collate else content
+        return self.content
+
+    def pin_memory(self):
+        """For torch's thread that copies to page-locked memory."""
+        self.content = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, self.open())
+        return self
