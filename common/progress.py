@@ -1,6 +1,13 @@
 """Progress bars, and what is said beside them."""
 
+import sys
+
 from tqdm import tqdm
+
+
+def say(line):
+    """Print a line to stderr, above the bars."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def close_bars():

@@ -5,11 +5,11 @@ must live until the main process has saved. When a program ends, multiprocessing
 for them, here for ever. So they are killed before that.
 """
 
+import errno
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from common.errors import InputError, one_line
+from common.progress import say
 from common.signals import held_back
 
 MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
@@ -59,20 +60,20 @@ class Loader:
         workers = Workers(self.setting)
         end = Finalize(None, workers.kill, exitpriority=1)  # called here, or else when the program ends
         try:
-            iterator = workers.start(self.loader)
-            while (answer := workers.next_of(iterator)) is not None:
+            workers.start(self.loader)
+            while (answer := workers.next()) is not None:
                 if isinstance(answer, Exception):
                     raise answer
                 if answer.collate and not Loader.warned:
                     Loader.warned = True
-                    print("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
-                          + MORE_SHARED_MEMORY, file=sys.stderr)
+                    say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
+                        + MORE_SHARED_MEMORY)
                 yield answer.open()
         except GeneratorExit:
-            iterator = None  # torch ends the workers in order
+            workers.iterator = None  # torch ends the workers in order
             raise
         except BaseException:
-            abandoned.append(iterator)
+            abandoned.append(workers.iterator)
             raise
         finally:
             end()
@@ -88,40 +89,42 @@ class Workers:
     waited_for = None  # the Workers of which the main thread awaits a batch
 
     def __init__(self, setting):
-        self.setting, self.processes = setting, []
+        self.setting, self.processes, self.iterator = setting, [], None
 
     def start(self, loader):
-        """An iterator of the DataLoader. Raises InputError."""
+        """Start to iterate the DataLoader. Raises InputError."""
         before = set(multiprocessing.active_children())
         try:
             with held_back():
-                return iter(loader)
+                self.iterator = iter(loader)
         except OSError as error:
-            raise InputError(f"{loader.num_workers} workers cannot be started ({one_line(error)}): "
-                             f"give {self.setting} {loader.num_workers // 2}, or more room in /dev/shm; "
-                             + MORE_SHARED_MEMORY) from None
+            abandoned.append(error)  # with what there is of the iterator, which torch could not take down
+            fix = (f"/dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0" if error.errno == errno.ENOSPC
+                   else f"give {self.setting} {loader.num_workers // 2}")
+            raise InputError(f"{loader.num_workers} worker processes cannot be started ({error.strerror}): {fix}") from None
         finally:
             self.processes += set(multiprocessing.active_children()) - before
             # torch's handler raises wherever the program is; this one where it waits for a batch.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child_has_ended)
 
-    def next_of(self, iterator):
-        """The next of the iterator, or None. Raises InputError if a worker has died."""
+    def next(self):
+        """The next answer, or None at the end. Raises InputError if a worker has died."""
         self.check()
         Workers.waited_for = self
         try:
-            return next(iterator, None)
+            return next(self.iterator, None)
         except RuntimeError:  # torch's word for a worker that is gone
-            self.check(any_status=True)
+            self.check()
             raise
         finally:
             Workers.waited_for = None
 
-    def check(self, any_status=False):
-        """Raises InputError if a worker has died; those that end in order have status 0."""
+    def check(self):
+        """Raises InputError if a worker has died. At the end, torch has them exit with status 0."""
+        at_work = not self.iterator._shutdown
         for process in self.processes:
-            if process.exitcode or any_status and process.exitcode is not None:
+            if process.exitcode or at_work and process.exitcode is not None:
                 raise InputError(f"a worker process that loads images {self.cause(process.exitcode)}")
 
     def cause(self, status):

@@ -51,6 +51,7 @@ def launch(train, cfg, processes):
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(n.name for n in handlers)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:

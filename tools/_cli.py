@@ -81,14 +81,14 @@ def run(main, *errors):
     try:
         sys.exit(main())
     except (*errors, OSError, MemoryError) as error:
-        say(f"error: {one_line(error)}")
+        say_last(f"error: {one_line(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted")
+        say_last("interrupted")
         sys.exit(130)
 
 
-def say(line):
+def say_last(line):
     """A last line on stderr, below the progress bars. The terminal may have been closed."""
     with contextlib.suppress(OSError):
         close_bars()

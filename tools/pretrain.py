@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
-from tools._cli import ROOT, find_config, merge_config, run, say  # noqa: E402
+from tools._cli import ROOT, find_config, merge_config, run, say_last  # noqa: E402
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
         final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_processes))
     except Interrupted as interruption:
         if distributed.is_first_process():
-            say(interruption)
+            say_last(interruption)
         return train_loop.REQUEUE
     if distributed.is_first_process():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
