@@ -62,13 +62,7 @@ class Loader:
         try:
             workers.start(self.loader)
             while (answer := workers.next()) is not None:
-                if isinstance(answer, Exception):
-                    raise answer
-                if answer.collate and not Loader.warned:
-                    Loader.warned = True
-                    say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
-                        + MORE_SHARED_MEMORY)
-                yield answer.open()
+                yield list(map(self.opened, answer)) if isinstance(answer, list) else self.opened(answer)
         except GeneratorExit:
             workers.iterator = None  # torch ends the workers in order
             raise
@@ -77,6 +71,16 @@ class Loader:
             raise
         finally:
             end()
+
+
+    def opened(self, answer):
+        if isinstance(answer, Exception):
+            raise answer
+        if answer.collate and not Loader.warned:
+            Loader.warned = True
+            say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
+                + MORE_SHARED_MEMORY)
+        return answer.open()
 
 
 # To take down its iterator, torch may wait for a lock that a killed worker held. So it is left as it is.
@@ -125,7 +129,7 @@ class Workers:
         at_work = not self.iterator._shutdown
         for process in self.processes:
             if process.exitcode or at_work and process.exitcode is not None:
-                raise InputError(f"a worker process that loads images {self.cause(process.exitcode)}")
+                raise InputError(f"a worker process that loads images {self.cause(process.exitcode)}") from None
 
     def cause(self, status):
         """What a worker died of, by its exit status, and what to do."""
@@ -204,6 +208,17 @@ class Sender:
                               f"or give {self.setting} {fewer}")
         return InputError(f"a worker process that loads images failed ({type(error).__name__}: {one_line(error)}): "
                           f"the same command with {self.setting} 0 shows where")
+
+
+class Reader:
+    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a worker it answers as a
+    Sender does."""
+
+    def __init__(self, read, setting):
+        self.read, self.sender = read, Sender(as_it_is, setting)
+
+    def __call__(self, key):
+        return self.sender(lambda: self.read(key)) if get_worker_info() else self.read(key)
 
 
 class Parcel:

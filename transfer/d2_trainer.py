@@ -34,6 +34,8 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common import workers
+from common.errors import one_line
 from transfer.annotations import COCO_2017, check_datasets, locate_dataset
 from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
 from transfer.convert import load_model
@@ -44,6 +46,7 @@ from transfer.results import (begin_training, check_network, check_unchanged, lo
                               settings, write_results)
 from transfer.run_folder import find_start, trained_model
 
+WORKERS = "DATALOADER.NUM_WORKERS"
 POSSIBLE = {  # key: what can be trained on boxes, masks and keypoints, from a pre-trained ResNet
     "MODEL.META_ARCHITECTURE": list(CLASSES_KEYS), "MODEL.PROPOSAL_GENERATOR.NAME": ["RPN"],
     "MODEL.LOAD_PROPOSALS": [False], "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
@@ -155,11 +158,17 @@ class Trainer(DefaultTrainer):
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             seen = start * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
             sampler = Onwards(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
-        return build_detection_train_loader(cfg, mapper=Mapper(cfg, True), dataset=self.images, sampler=sampler)
+        mapper = workers.Reader(Mapper(cfg, True), WORKERS)
+        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=self.images, sampler=sampler)
+        if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            return workers.Loader(loader, WORKERS)
+        loader.dataset = workers.Loader(loader.dataset, WORKERS)
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_detection_test_loader(cfg, dataset_name, mapper=Mapper(cfg, False))
+        mapper = workers.Reader(Mapper(cfg, False), WORKERS)
+        return workers.Loader(build_detection_test_loader(cfg, dataset_name, mapper=mapper), WORKERS)
 
     @classmethod
     def build_model(cls, cfg):
@@ -312,7 +321,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     resume = resume if eval_only else bool(start)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not which processes it terminates
     try:
-        launch(_train, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
+        launch(train_process, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
         # An error of another process is a traceback, which ends in the exception's name and message.
         text = str(error) if isinstance(error, torch.multiprocessing.ProcessRaisedException) else (
@@ -323,6 +332,10 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         hint = {"FloatingPointError": f": lower SOLVER.BASE_LR ({cfg.SOLVER.BASE_LR})",
                 "OutOfMemoryError": f": give --accumulate {2 * accumulate}"}.get(said[1], "")
         raise InputError(said[2].strip() + hint) from None
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise InputError(f"process {error.error_index} of {processes} ended by itself ({error.signal_name or error.exit_code}"
+                         + ", most likely because memory ran out" * (error.signal_name == "SIGKILL")
+                         + "): the same command with --resume goes on") from None
     return load_results(cfg.OUTPUT_DIR)
 
 
@@ -355,6 +368,14 @@ def plan_passes(cfg, processes, accumulate=None):
 def without_traceback(record):
     """A filter of Detectron2's log: no traceback of what ends as one line."""
     return not (record.exc_info and isinstance(record.exc_info[1], ONE_LINE))
+
+
+def train_process(*arguments):
+    """What each process runs: _train, whose errors that a user can mend become InputError, which the launcher knows."""
+    try:
+        _train(*arguments)
+    except (InputError, OSError, MemoryError) as error:
+        raise InputError(one_line(error)) from None
 
 
 def _train(cfg, resume, eval_only, provenance, accumulate):
