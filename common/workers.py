@@ -5,12 +5,14 @@ must live until the main process has saved. When a program ends, multiprocessing
 for them, here for ever. So they are killed before that.
 """
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+from multiprocessing import connection
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -45,8 +47,6 @@ def load(dataset, batches, num_workers, setting, collate=None):
 class Loader:
     """Iterates a DataLoader whose workers answer with a :class:`Sender`; they end with the iteration."""
 
-    warned = False
-
     def __init__(self, loader, setting):
         self.loader, self.setting = loader, setting
 
@@ -62,7 +62,7 @@ class Loader:
         try:
             workers.start(self.loader)
             while (answer := workers.next()) is not None:
-                yield list(map(self.opened, answer)) if isinstance(answer, list) else self.opened(answer)
+                yield [workers.opened(part) for part in answer] if isinstance(answer, list) else workers.opened(answer)
         except GeneratorExit:
             workers.iterator = None  # torch ends the workers in order
             raise
@@ -73,15 +73,6 @@ class Loader:
             end()
 
 
-    def opened(self, answer):
-        if isinstance(answer, Exception):
-            raise answer
-        if answer.collate and not Loader.warned:
-            Loader.warned = True
-            say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
-                + MORE_SHARED_MEMORY)
-        return answer.open()
-
 
 # To take down its iterator, torch may wait for a lock that a killed worker held. So it is left as it is.
 abandoned = []
@@ -90,7 +81,8 @@ abandoned = []
 class Workers:
     """The worker processes of one iteration."""
 
-    waited_for = None  # the Workers of which the main thread awaits a batch
+    waited_for = None  # the Workers of which the main thread awaits something
+    warned = False
 
     def __init__(self, setting):
         self.setting, self.processes, self.iterator = setting, [], None
@@ -114,11 +106,34 @@ class Workers:
 
     def next(self):
         """The next answer, or None at the end. Raises InputError if a worker has died."""
+        with self.watched():
+            return next(self.iterator, None)
+
+    def opened(self, answer):
+        """What a :class:`Sender` made, in this process. Raises the exception that it is, or as :meth:`next`."""
+        if isinstance(answer, Exception):
+            raise answer
+        if not answer.shared and not Workers.warned:
+            Workers.warned = True
+            say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
+                + MORE_SHARED_MEMORY)
+        with self.watched():
+            return answer.open()
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Where something is awaited from the workers. Raises InputError if one has died."""
         self.check()
         Workers.waited_for = self
         try:
-            return next(self.iterator, None)
-        except RuntimeError:  # torch's word for a worker that is gone
+            yield
+        except InputError:
+            raise
+        except Exception:  # torch's RuntimeError, or that of a connection: has a worker ended?
+            ended = connection.wait([process.sentinel for process in self.processes], 1)
+            for process in self.processes:
+                if process.sentinel in ended:
+                    process.join(1)  # its files are closed a moment before it has a status
             self.check()
             raise
         finally:
@@ -227,16 +242,18 @@ class Parcel:
 
     def __init__(self, samples, collate):
         try:
-            self.content, self.collate = bytes(ForkingPickler.dumps(collate(samples))), None
+            self.content, self.shared = bytes(ForkingPickler.dumps(collate(samples))), True
         except RuntimeError:
             remove_unfinished(os.getpid())
-            self.content, self.collate = pickle.dumps(samples), collate
+            self.content, self.shared = pickle.dumps((collate, samples)), False
 
     def open(self):
-        if isinstance(self.content, bytes):
-            content = pickle.loads(self.content)
-            return self.collate(content) if self.collate else content
-        return self.content
+        if not isinstance(self.content, bytes):  # it was opened by pin_memory
+            return self.content
+        if self.shared:
+            return pickle.loads(self.content)
+        collate, samples = pickle.loads(self.content)
+        return collate(samples)
 
     def pin_memory(self):
         """For torch's thread that copies to page-locked memory."""

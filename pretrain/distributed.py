@@ -75,9 +75,9 @@ def launch(train, cfg, processes):
 
 
 def is_a_crash(record):
-    """False for InputError and Interrupted: the tool prints one line for those, so elastic need not log a traceback."""
+    """False for InputError and Interrupted, for which the tool prints one line, and for signals that are handed on."""
     error = str(record.exc_info[1]) if record.exc_info else ""
-    return not any(f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON)
+    return not record.msg.startswith("Closing process") and not any(f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON)
 
 
 def adopt_slurm(environment):

@@ -1,5 +1,6 @@
 """Several processes (gloo, on the CPU): however they are started, they learn one model."""
 
+import errno
 import json
 import logging
 import os
@@ -69,14 +70,16 @@ def one_of_one(monkeypatch):
 
 
 def test_a_kind_of_input_error_is_handed_on_as_one(one_of_one):
-    """Elastic knows an error by its name; a loader's worker puts its traceback before the message."""
-    def train(cfg):
-        raise UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n"
-                              "pretrain.images.UnreadableImage: a.jpg cannot be decoded")
+    """The launcher knows an error by its name."""
+    for error, message in ((UnreadableImage("a.jpg cannot be decoded"), "^a.jpg cannot be decoded$"),
+                           (OSError(errno.EIO, "Input/output error", "a.jpg"), "Input/output error: 'a.jpg'"),
+                           (MemoryError(), "^out of memory$")):
+        def train(cfg):
+            raise error
 
-    with pytest.raises(InputError, match="^a.jpg cannot be decoded$") as error:
-        distributed.join_and_run(train, None)
-    assert type(error.value) is InputError
+        with pytest.raises(InputError, match=message) as handed_on:
+            distributed.join_and_run(train, None)
+        assert type(handed_on.value) is InputError
 
 
 def test_model_goes_before_the_group(one_of_one, monkeypatch):
@@ -107,6 +110,34 @@ def test_error_of_one_process_is_the_one_that_is_told(rank):
     """Not that of its peer, which loses the connection."""
     with pytest.raises(InputError, match="^one image cannot be decoded$"):
         distributed.launch(fail_in, rank, processes=2)
+
+
+def killed(rank):
+    if distributed.rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.any_rank(False)
+
+
+def test_killed_process_is_reported():
+    with pytest.raises(InputError, match="^process 1 of 2 died of SIGKILL, most likely because memory ran out: the same"):
+        distributed.launch(killed, 1, processes=2)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_launcher_leaves_nohups_signal_ignored(monkeypatch, ignored):
+    found = []
+
+    def elastic_launch(config, run):
+        found.extend([config.signals_to_handle.split(","), signal.getsignal(signal.SIGHUP)])
+        return lambda *_: [None]
+
+    monkeypatch.setattr(distributed, "elastic_launch", elastic_launch)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        distributed.launch(None, None, processes=2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert set(found[0]) == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGQUIT", *(() if ignored else ("SIGHUP",))}
 
 
 def test_cores_of_a_process(monkeypatch):
@@ -179,28 +210,34 @@ def test_slurm_batch_script_is_one_process():
     assert "RANK" not in environment
 
 
-@pytest.mark.parametrize("status, requeued", [(75, True), (0, False), (2, False)])
-def test_sbatch_file_requeues_itself(tmp_path, status, requeued):
+ARRAY = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize("status, array, requeued", [(75, {}, "requeue 77\n"), (75, ARRAY, "requeue 70_3\n"),
+                                                     (0, {}, None), (2, ARRAY, None)])
+def test_sbatch_file_requeues_itself(tmp_path, status, array, requeued):
     for name, body in {"srun": f'echo "$@" > "{tmp_path}/srun.txt"; exit {status}',
                        "scontrol": f'echo "$@" > "{tmp_path}/scontrol.txt"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     done = subprocess.run(["bash", str(ROOT / "tools" / "pretrain.sbatch"), "--epochs", "200", "--data", "a b"], timeout=60,
-                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"})
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", **array})
     assert done.returncode == status
     assert (tmp_path / "srun.txt").read_text().strip().endswith("python3 tools/pretrain.py --epochs 200 --data a b")
-    assert (tmp_path / "scontrol.txt").is_file() == requeued
-    assert not requeued or (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    written = tmp_path / "scontrol.txt"
+    assert (written.read_text() if written.is_file() else None) == requeued
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT])
 def test_signal_to_the_launcher_reaches_its_processes(image_folder, tmp_path, two_processes, tool, number):
     command = ["pretrain", *arguments(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS), "--num-processes", "2"]
     first = Program(tmp_path, *command)
     first.wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
     os.kill(first.process.pid, number)
     stopped = first.finish()
-    assert stopped.returncode == 75 and "the same command goes on" in stopped.stderr, stopped.stderr
+    assert stopped.returncode == 75 and stopped.stderr.endswith(
+        f"stopped by {number.name}; the same command goes on from there\n"), stopped.stderr
+    assert "Closing process" not in stopped.stderr
     step = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)["step"]
     again = tool(*command)
     assert again.returncode == 0 and f"goes on after step {step}" in again.stdout, again.stderr
