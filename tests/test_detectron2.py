@@ -700,11 +700,13 @@ def with_keypoints(shapes, folder, names):
 KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
 
 
-def test_keypoints_train_and_are_measured(weights, shapes, tmp_path, capfd):
-    data = with_keypoints(shapes, tmp_path, ["left_top", "right_top", "bottom"])
+def test_keypoints_train_and_are_measured(weights, shapes, one_image, tmp_path, capfd):
+    (tmp_path / "val").mkdir()
+    data, val = (with_keypoints(name, folder, ["left_top", "right_top", "bottom"])
+                 for name, folder in ((shapes, tmp_path), (one_image, tmp_path / "val")))
     cfg = stock(KEYPOINT_RCNN, weights, data, tmp_path, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3,
                 "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 3, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
-                "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
+                "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, val=val)
     results = d2_trainer.train(cfg)
     assert "keypoints that change places in a mirrored image: left_top and right_top (" in capfd.readouterr().out
     assert results["ap"]["keypoints"]["AP"] is not None and results["ap"]["keypoints"]["APs"] is None
