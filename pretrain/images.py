@@ -121,11 +121,20 @@ def read_pixels(data: bytes, name: str) -> Pixels:
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow raises errors of almost any type for a damaged file
-        # Only the text: a variable that holds the error would keep this frame, and the image with it, alive.
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UnreadableImage(
-            f"{name} cannot be decoded as an image ({reason}): remove or replace it"
-        ) from None
+        # A variable that holds the error would keep this frame, and the image with it, alive.
+        raise UnreadableImage(f"{name} {why_unreadable(error, data)}") from None
+
+
+def why_unreadable(error, data):
+    """What Pillow's error means for the user, to go after the name of the file."""
+    tiff = tiff_tags(data)
+    if tiff and isinstance(error, UnidentifiedImageError):
+        return (
+            f"is a TIFF of {tiff.bands} x {max(tiff.bits)} bits, which cannot be read: convert it to 8 or 16 "
+            "bits (gdal_translate -ot UInt16 -scale LOW HIGH 0 65535 IN.tif OUT.tif)"
+        )
+    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+    return f"cannot be decoded as an image ({reason}): remove or replace it"
 
 
 # ---- torchcodec and torchvision ----
@@ -169,7 +178,7 @@ def suits_native(data):
 
 
 def has_end(data):
-    """Whether a JPEG has an end marker after the start of its first scan: a thumbnail before it has one, too."""
+    """Whether a JPEG has an end marker after the start of its first scan; a thumbnail has one before."""
     position = 2
     while data[position : position + 1] == b"\xff":
         if data[position + 1 : position + 2] == b"\xda":

@@ -37,7 +37,7 @@ def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
         if pixels.bits > 16:
             notes.setdefault(
                 "stretched",
-                f"{name} holds values of {pixels.bits} bits: each image is stretched from its "
+                f"{name} holds signed, float or 32-bit values: each image is stretched from its "
                 f"least to its greatest; {option.format('LOW', 'HIGH')} maps all alike",
             )
             continue
@@ -89,13 +89,14 @@ def few_levels(pixels, name, option):
     if pixels.values.dtype == torch.uint8:
         brightest = 2 ** greatest.bit_length() * 256 - 1
         return (
-            f"{name} uses {greatest + 1} of the 256 gray levels, and only the upper 8 of its {pixels.bits} bits "
-            "can be read: convert the images to PNG (gdal_translate -of PNG IN.tif OUT.png), then give "
+            f"{name} uses {greatest + 1} of the 256 gray levels, and only the upper 8 of its {pixels.bits} "
+            "bits can be read: convert the images to PNG (gdal_translate -of PNG IN.tif OUT.png), then give "
             + option.format(0, brightest)
         )
     full, brightest = int(pixels.limits[1]), 2 ** greatest.bit_length() - 1
+    levels = 256 * greatest // (full + 1) + 1
     return (
-        f"{name} holds values up to {greatest} of {full}, and no other image looked at greater ones: they would "
-        f"become {256 * greatest // (full + 1) + 1} of 256 gray levels. Give the values that become black and "
-        f"white: {option.format(0, brightest)}, or {option.format(0, full)} to keep them dark"
+        f"{name} holds values up to {greatest} of {full}, and no other image looked at greater ones: they "
+        f"would become {levels} of 256 gray levels. Give the values that become black and white: "
+        f"{option.format(0, brightest)}, or {option.format(0, full)} to keep them dark"
     )

@@ -275,6 +275,13 @@ def test_bands_that_are_known(bands, photometric, extra):
         assert np.array_equal(result, np.broadcast_to(color, (6, 7, 3)))
 
 
+def test_a_tiff_that_pillow_does_not_read():
+    with pytest.raises(
+        UnreadableImage, match=r"^x.tif is a TIFF of 3 x 32 bits, .*gdal_translate -ot UInt16"
+    ):
+        decode(tiff(BANDS[..., :3].astype(np.float32), 2), "x.tif")
+
+
 def test_large_images():
     """A TIFF of 202 megapixels, above Pillow's own limit, is decoded; one above ours says so."""
     image = Image.new("1", (15000, 13500))
@@ -315,7 +322,7 @@ def test_where_a_jpeg_ends():
 
 
 def test_truncated_images_leave_no_memory_behind(tmp_path):
-    """Decoding each 50 times takes less than three of its images of 12 MB; torchvision 0.25 kept every one."""
+    """50 times each takes less than three of its images of 12 MB; torchvision 0.25 kept every one."""
     image = photograph(2000, 2000)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(image, kind, **({"compress_level": 1} if kind == "PNG" else {}))
@@ -429,7 +436,7 @@ def test_what_is_assumed_is_said(tmp_path):
     )
     notes = [line.removeprefix(f"{tmp_path}/") for line in check_pixels(source, "--range {} {}")]
     assert notes == [
-        "a.tif holds values of 32 bits: each image is stretched from its least to its greatest; "
+        "a.tif holds signed, float or 32-bit values: each image is stretched from its least to its greatest; "
         "--range LOW HIGH maps all alike",
         "b.tif has 4 bands, 1 of them alpha by its tags, which is left out",
         "d.tif has 2 frames or pages: the first is read",

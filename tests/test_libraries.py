@@ -43,7 +43,7 @@ def test_help_is_all_that_is_printed(tool, name):
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
 def test_a_mistake_is_one_line_in_a_fresh_process(engine, tmp_path):
-    """Both engines import what warns as it is imported, and the server of the other tests may have done so."""
+    """Both engines import what warns when imported, and the server of the other tests may have done so."""
     if engine == "detectron2":
         pytest.importorskip("detectron2")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
