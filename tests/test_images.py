@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pretrain import images
+from pretrain import images, train_loop
 from pretrain.config import InputError, check, get_cfg
-from pretrain.datasets import ImageFolder
+from pretrain.datasets import ImageFolder, open_images
+from pretrain.evaluate import find_labelled
 from pretrain.images import UnreadableImage, decode
 from pretrain.pixels import check_pixels
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_cfg
 
 RNG = np.random.default_rng(0)
 GRADIENT = np.linspace(0, 255, 30 * 40).astype(np.uint8).reshape(30, 40)
@@ -423,6 +424,22 @@ def test_color_of_which_only_the_upper_bits_can_be_read(tmp_path):
     assert check_pixels(source) == [] and np.array_equal(
         source.read(0)[0], color[..., 0].astype(int) * 255 // 4095
     )
+
+
+def test_a_training_looks_before_it_starts(tmp_path):
+    """And gives its range to the validation images, too."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                (tmp_path / split / name / f"{i}.png").write_bytes(encoded(gray(4000), "PNG"))
+    cfg = tiny_cfg(tmp_path / "train", tmp_path)
+    with pytest.raises(InputError, match="DATA.RANGE"):
+        train_loop.train(cfg)
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+    source = open_images(cfg.DATA.PATH)
+    source.value_range = (0, 4095)
+    assert all(found.read(0).max() == 4000 * 255 // 4095 for found in find_labelled(cfg, source))
 
 
 def test_what_is_assumed_is_said(tmp_path):

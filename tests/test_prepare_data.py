@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from pretrain.config import InputError
@@ -116,3 +117,33 @@ def test_folders_without_images(monkeypatch, tmp_path):
         with pytest.raises(InputError, match=message):
             prepare_data.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_deep_pixels_need_a_range(prepare, source, tmp_path):
+    """12-bit values in 16-bit files: refused, then mapped as asked; small files are copied as they are."""
+    for path in list(source.rglob("*.*")):
+        path.unlink()
+    values = np.linspace(0, 4095, 60 * 80).astype(np.uint16).reshape(60, 80)
+    for name, pixels in (("large.png", values), ("small.png", values[:40])):
+        Image.fromarray(pixels).save(source / name)
+    with pytest.raises(InputError, match="large.png holds values up to 4095 .*: --range 0 4095, or --range 0 65535"):
+        prepare(tmp_path / "out")
+    prepare(tmp_path / "out", "--range", "0", "4095")
+    written = read_image(tmp_path / "out" / "large.png.jpg")
+    assert written.shape == (3, 48, 64) and written.min() < 5 and written.max() > 250
+    assert (tmp_path / "out" / "small.png").read_bytes() == (source / "small.png").read_bytes()
+    with pytest.raises(InputError, match="was made with"):
+        prepare(tmp_path / "out", "--range", "0", "65535")
+
+
+def test_jpegs_are_those_of_the_decoders_libraries():
+    """The same bytes as from the encoders of torchvision and torchcodec, whatever the order in memory."""
+    image = torch.from_numpy(np.array(smooth(60, 90, 0))).permute(2, 0, 1)
+    for contents in (image, image.contiguous()):
+        ours = prepare_data.encode_jpeg(contents, 92)
+        assert ours == torchvision.io.encode_jpeg(image.contiguous(), 92).numpy().tobytes()
+    try:
+        from torchcodec.encoders import JpegEncoder
+    except (ImportError, OSError, RuntimeError):
+        return
+    assert ours == JpegEncoder(image.contiguous()).to_tensor(quality=92).numpy().tobytes()
