@@ -1,5 +1,6 @@
 """Shared by the tests: the tools' command lines, small images on disk, and a ResNet-50 checkpoint of random weights."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -136,3 +137,26 @@ def resnet50_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "model_final.pth"
     torch.save({"format": "rsa-pretraining", "method": "rsa", "step": 7, "config": "", "model": networks.state_dict()}, path)
     return path
+
+
+@pytest.fixture
+def tiny_coco(tmp_path):
+    """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""
+    square = [1, 1, 5, 1, 5, 5, 1, 5]
+    annotations = [
+        {"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0,
+         "segmentation": [square]},
+        {"id": 2, "image_id": 4, "category_id": 90, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 0,
+         "segmentation": {"size": [6, 8], "counts": [0, 48]}},
+        {"id": 3, "image_id": 9, "category_id": 3, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 1,
+         "segmentation": {"size": [6, 8], "counts": [0, 48]}}]
+    images = [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (4, 9, 11)]
+    for image in images:
+        Image.new("RGB", (8, 6)).save(tmp_path / image["file_name"])
+    return {"images": images, "annotations": annotations,
+            "categories": [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}]}
+
+
+def write_json(content, folder, name="a.json"):
+    (folder / name).write_text(json.dumps(content))
+    return folder / name

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from transfer.annotations import Annotations, check_annotations, run_lengths
+from transfer.annotations import dataset_name
+from transfer.checks import check_datasets
+from transfer.config import torchvision_defaults
+from transfer.masks import run_lengths
 from transfer.shapes import write_coco
 
 
@@ -38,6 +41,11 @@ def test_a_broken_run_length_string_is_refused(text, message):
         run_lengths(text)
 
 
-def test_the_drawn_shapes_are_sound(tmp_path):
-    path = write_coco(tmp_path, "val", 6, 64, 0)
-    assert check_annotations(path, tmp_path / "images", evaluated=True) == Annotations(images=6, annotated=6, rle=True)
+def test_the_drawn_shapes_are_sound(tmp_path, capsys):
+    cfg = torchvision_defaults()
+    name = dataset_name(write_coco(tmp_path, "val", 6, 64, 0), tmp_path / "images")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NUM_CLASSES = True, 8
+    (dataset,) = check_datasets(cfg)
+    assert (len(dataset.images), dataset.annotated(), dataset.has_rle()) == (6, 6, True)
+    assert "warning" not in capsys.readouterr().err

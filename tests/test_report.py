@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 
 from transfer import pictures, report, results
 from transfer.annotations import dataset_name
+from transfer.masks import to_rle
 from transfer.config import InputError, torchvision_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ def test_masks_from_polygons_and_both_rle_forms():
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, flat.size]).tolist()
     for segmentation in (packed, {"size": [20, 30], "counts": counts}, [[10, 5, 20, 5, 20, 10, 10, 10]]):
-        assert (pictures.decode_mask(segmentation, 20, 30) == square).all()
+        assert (rle.decode(to_rle(segmentation, 20, 30)) == square).all()
 
 
 def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):

@@ -1,19 +1,14 @@
 """Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML and annotations."""
 
 import argparse
-import json
-from copy import deepcopy
+import shlex
 
 import pytest
 import yaml
-from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_json
 from tools import train_net
 from tools._cli import merge_config
-from transfer.annotations import (Annotations, check_annotations, check_datasets, dataset_name, locate_dataset,
-                                  read_categories)
 from transfer.config import RGB_IMAGENET, InputError, check_weights, protocol_of, scale_schedule, torchvision_defaults
 
 CONFIGS = ROOT / "configs" / "transfer"
@@ -193,9 +188,9 @@ def test_schedule_follows_the_size_of_the_data_set(images, max_iter, steps, warm
     assert f"{solver.MAX_ITER * 16 / images:.1f} epochs of {images} images" in line
 
 
-def test_schedule_of_a_smaller_batch_has_as_many_epochs(coco, tmp_path, capsys):
+def test_schedule_of_a_smaller_batch_has_as_many_epochs(tiny_coco, tmp_path, capsys):
     """IMS_PER_BATCH given as KEY VALUE counts."""
-    path = str(write(coco, tmp_path))
+    path = str(write_json(tiny_coco, tmp_path))
     args = argparse.Namespace(config_file="transfer/mask_rcnn_R50_FPN_1x.yaml", protocol="infomin", eval_only=False,
                               resume=False, scale_schedule=False, train=(path, str(tmp_path)), val=None,
                               overrides=["SOLVER.IMS_PER_BATCH", "2"])
@@ -206,291 +201,27 @@ def test_schedule_of_a_smaller_batch_has_as_many_epochs(coco, tmp_path, capsys):
     with pytest.raises(InputError, match="SOLVER.IMS_PER_BATCH is 0"):
         train_net.configure(torchvision_defaults(), args)
     said = capsys.readouterr().out
-    assert "48000.0 epochs of 1 images" in said and "SOLVER.BASE_LR is 0.02, that of the recipes is for 16" in said
+    assert "48000.0 epochs of 1 images" in said
+    assert "SOLVER.BASE_LR 0.02 is for 16 images an iteration; for 2 give SOLVER.BASE_LR 0.0025\n" in said
 
 
-@pytest.fixture
-def coco(tmp_path):
-    """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""
-    square = [1, 1, 5, 1, 5, 5, 1, 5]
-    annotations = [
-        {"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0,
-         "segmentation": [square]},
-        {"id": 2, "image_id": 4, "category_id": 90, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 0,
-         "segmentation": {"size": [6, 8], "counts": [0, 48]}},
-        {"id": 3, "image_id": 9, "category_id": 3, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 1,
-         "segmentation": {"size": [6, 8], "counts": [0, 48]}}]
-    images = [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (4, 9, 11)]
-    for image in images:
-        Image.new("RGB", (8, 6)).save(tmp_path / image["file_name"])
-    return {"images": images, "annotations": annotations,
-            "categories": [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}]}
+def test_a_smaller_batch_on_coco_is_told_what_fits(capsys):
+    """And what is told makes it silent, by options that can be copied."""
+    def said(*overrides, **options):
+        solver = configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x", overrides=overrides, **options).SOLVER
+        return capsys.readouterr().out, solver
+
+    line, _ = said("SOLVER.IMS_PER_BATCH", "4")
+    assert line == ("SOLVER.BASE_LR 0.02 is for 16 images an iteration; for 4 give SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 360000 "
+                    'SOLVER.STEPS "(240000, 320000)"\n')
+    line, solver = said("SOLVER.IMS_PER_BATCH", "4", *shlex.split(line.split(" give ")[1]))
+    assert line == "" and (solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (0.005, 360000, (240000, 320000))
+    assert said("SOLVER.IMS_PER_BATCH", "8", "SOLVER.MAX_ITER", "9")[0].endswith("for 8 give SOLVER.BASE_LR 0.01\n")
+    assert said()[0] == said("SOLVER.IMS_PER_BATCH", "16")[0] == ""
 
 
-def write(coco, folder, name="a.json"):
-    (folder / name).write_text(json.dumps(coco))
-    return folder / name
-
-
-def test_a_sound_data_set(coco, tmp_path):
-    path = write(coco, tmp_path)
-    assert check_annotations(path, tmp_path, evaluated=True) == Annotations(images=3, annotated=1, rle=True)
-    coco["annotations"] = coco["annotations"][:1] + coco["annotations"][2:]
-    # a crowd's RLE is no matter: it is no training target
-    assert check_annotations(write(coco, tmp_path)) == Annotations(images=3, annotated=1, rle=False)
-
-
-BAD = {  # what is wrong: (where, key, value or None to take it away, words of the message)
-    "missing box": (1, "bbox", None, "annotation 2 lacks bbox"),
-    "missing mask": (1, "segmentation", None, "annotation 2 lacks segmentation"),
-    "missing id": (0, "id", None, "annotation without an id lacks id"),
-    "missing area": (1, "area", None, "annotation 2 lacks area"),
-    "negative box": (1, "bbox", [3, 3, -1, 2], "annotation 2 has the bbox"),
-    "short box": (1, "bbox", [3, 3, 1], "annotation 2 has the bbox"),
-    "NaN box": (1, "bbox", [3, 3, 1, float("nan")], "annotation 2 has the bbox"),
-    "words for a box": (1, "bbox", "3 3 1 1", "annotation 2 has the bbox"),
-    "unknown image": (1, "image_id", 77, "annotation 2 has the unknown image_id 77"),
-    "unknown category": (1, "category_id", 1, "annotation 2 has the unknown category_id 1"),
-    "list for an id": (1, "image_id", [4], "annotation 2 has image_id"),
-    "same id": (1, "id", 1, "annotation 1 has the id of another"),
-    "two points": (0, "segmentation", [[1, 1, 5, 5]], "annotation 1 has a polygon"),
-    "odd polygon": (0, "segmentation", [[1, 1, 5, 5, 3, 3, 2]], "annotation 1 has a polygon"),
-    "flat polygon": (0, "segmentation", [1, 1, 5, 5, 3, 3], "annotation 1 has a polygon"),
-    "no polygon": (0, "segmentation", [], "annotation 1 has an empty segmentation"),
-    "null mask": (0, "segmentation", None.__class__, "annotation 1 has a segmentation that is neither"),
-    "RLE of another size": (1, "segmentation", {"size": [8, 6], "counts": [48]},
-                            r"annotation 2 has an RLE of size \[8, 6\]"),
-    "RLE of another sum": (1, "segmentation", {"size": [6, 8], "counts": [40]},
-                           "annotation 2 has RLE counts that do not"),
-    "RLE of size in floats": (1, "segmentation", {"size": [6.0, 8.0], "counts": [48]},
-                              r"annotation 2 has an RLE of size \[6.0, 8.0\]"),
-    "RLE of floats": (1, "segmentation", {"size": [6, 8], "counts": [10.5, 37.5]},
-                      "annotation 2 has RLE counts that are not integers"),
-    "RLE of negative counts": (1, "segmentation", {"size": [6, 8], "counts": [-10, 58]},
-                               "annotation 2 has RLE counts that are not integers of at least 0"),
-    "RLE of null": (1, "segmentation", {"size": [6, 8], "counts": None},
-                    "annotation 2 has RLE counts that are neither"),
-    "RLE string": (1, "segmentation", {"size": [6, 8], "counts": "!!!"},
-                   "annotation 2 has an RLE string that has the character '!'"),
-    "RLE string, non-ASCII": (1, "segmentation", {"size": [6, 8], "counts": "0\u00e9"},
-                              "annotation 2 has an RLE string that has the character"),
-    "RLE string, short": (1, "segmentation", {"size": [6, 8], "counts": "Sh1"},
-                          "annotation 2 has RLE counts that"),
-    "RLE string, empty": (1, "segmentation", {"size": [6, 8], "counts": ""},
-                          "annotation 2 has RLE counts that do not add up to its image's 6 x 8 pixels"),
-    "RLE string, cut": (1, "segmentation", {"size": [6, 8], "counts": "0`"},
-                        "annotation 2 has an RLE string that ends amid a number"),
-    "RLE string, negative": (1, "segmentation", {"size": [6, 8], "counts": "N`12"},
-                             "annotation 2 has RLE counts that are not integers of at least 0"),
-    "id 0": (1, "id", 0, "annotation 0 has an id below 1, .* number the annotations from 1"),
-    "id -1": (1, "id", -1, "annotation -1 has an id below 1"),
-    "true for an id": (1, "id", True, "annotation True has id True, which is no integer"),
-    "area of null": (1, "area", type(None), "annotation 2 has the area None: it must be a number"),
-    "area in words": (1, "area", "12", "annotation 2 has the area '12'"),
-    "negative area": (1, "area", -1, "annotation 2 has the area -1"),
-    "endless area": (1, "area", float("inf"), "annotation 2 has the area inf"),
-    "iscrowd of null": (1, "iscrowd", type(None), "annotation 2 has iscrowd None: it must be 0 or 1"),
-    "iscrowd in words": (1, "iscrowd", "0", "annotation 2 has iscrowd '0': it must be 0 or 1"),
-    "RLE without counts": (1, "segmentation", {"size": [6, 8]}, "annotation 2 has a segmentation that is neither"),
-}
-
-
-@pytest.mark.parametrize("where, key, value, message", BAD.values(), ids=BAD)
-def test_a_bad_annotation_is_one_line_with_file_and_id(coco, tmp_path, where, key, value, message):
-    annotation = coco["annotations"][where]
-    if value is None:
-        del annotation[key]
-    else:
-        annotation[key] = None if value is type(None) else value
-    path = write(coco, tmp_path)
-    with pytest.raises(InputError, match=message) as error:
-        check_annotations(path, tmp_path, evaluated=True)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda c: c["images"].append(dict(c["images"][0])), 
-     "image id 4 occurs twice, for 4.png and 4.png: give every image an id of its own"),
-    (lambda c: c["images"][0].pop("height"), "image 4 lacks height"),
-    (lambda c: c["images"][1].update(file_name="gone.png"), "image 9: no file .*gone.png"),
-    (lambda c: c["images"][1].update(file_name=None), "image 9 has a file_name that is no string"),
-    (lambda c: c["images"][1].update(width="8"), "image 9 has .* a size that is no integer"),
-    (lambda c: c["images"][1].update(width=0), "image 9 is 0 x 6 pixels .*: give the size of 9.png"),
-    (lambda c: c["images"][1].update(height=-6), "image 9 is 8 x -6 pixels"),
-    (lambda c: c["images"][1].update(id=True), "image id True is no integer"),
-    (lambda c: c["annotations"][0].update(iscrowd=None), "annotation 1 has iscrowd None"),
-    (lambda c: c["annotations"][0].update(iscrowd="0"), "annotation 1 has iscrowd '0'"),
-    (lambda c: c["annotations"][0].update(segmentation={"size": 4, "counts": "a"}),
-     "annotation 1 has an RLE of size 4"),
-    (lambda c: c.pop("annotations"), "is not a COCO annotation file.*annotations"),
-    (lambda c: c.update(images={}), "is not a COCO annotation file"),
-    (lambda c: c["annotations"].append(7), "annotation 7 lacks"),
-])
-def test_bad_images_and_files(coco, tmp_path, change, message):
-    change(coco)
-    with pytest.raises(InputError, match=message):
-        check_annotations(write(coco, tmp_path), tmp_path)
-
-
-@pytest.mark.parametrize("content", ["[" * 200000, '{"categories": 7}', "{}", "[]", "", b"\xff\xfe{}"],
-                         ids=["nested without end", "number", "no key", "list", "empty", "no UTF-8"])
-def test_a_file_that_is_no_coco_json_is_one_line(tmp_path, content):
-    path = tmp_path / "a.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for read in (read_categories, check_annotations):
-        with pytest.raises(InputError, match="a.json is not a COCO annotation file") as error:
-            read(path)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("categories, message", [
-    ([{"id": 3, "name": "a"}, {"id": 90, "name": "b"}, {"id": 3, "name": "c"}],
-     "category id 3 occurs twice, for 'a' and 'c': give every category an id of its own"),
-    ([{"id": 3}], "category {'id': 3} needs an id that is an integer and a name"),
-    ([{"id": "3", "name": "a"}], "category {'id': '3', 'name': 'a'} needs an id"),
-    ([{"id": True, "name": "a"}], "category {'id': True, 'name': 'a'} needs an id"),
-    ([{"id": 3, "name": None}], "category .* needs an id that is an integer and a name"),
-    (["a"], "category 'a' needs an id"),
-    ([], "a.json has no categories"),
-])
-def test_bad_categories_are_one_line(coco, tmp_path, categories, message):
-    path = write({**coco, "categories": categories}, tmp_path)
-    for read in (read_categories, check_annotations):
-        with pytest.raises(InputError, match=message) as error:
-            read(path)
-        assert str(error.value).startswith(str(path))
-
-
-def test_a_path_that_a_data_set_name_cannot_hold_is_refused(coco, tmp_path):
-    path = write(coco, tmp_path)
-    assert locate_dataset(dataset_name(path, tmp_path)) == (str(path), str(tmp_path))
-    for annotations, images in (("a::b.json", "images"), ("a.json", "b::c"), ("a:", "images")):
-        with pytest.raises(InputError, match="neither path may contain '::'"):
-            dataset_name(annotations, images)
-
-
-def test_what_training_does_not_read_may_be_missing_or_of_another_kind(coco, tmp_path):
-    for number, annotation in enumerate(coco["annotations"]):
-        annotation.update(id=number, area=None, iscrowd=[0, False, True][number])
-    coco["annotations"][0].pop("iscrowd")
-    assert check_annotations(write(coco, tmp_path), tmp_path) == Annotations(images=3, annotated=1, rle=True)
-
-
-def test_an_evaluated_set_needs_an_image(coco, tmp_path):
-    path = write({**coco, "images": [], "annotations": []}, tmp_path)
-    assert check_annotations(path, tmp_path).images == 0
-    with pytest.raises(InputError, match="a.json: has no image to evaluate"):
-        check_annotations(path, tmp_path, evaluated=True)
-
-
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_a_file_of_another_size_is_refused_before_training(coco, tmp_path, evaluated):
-    def check():
-        return check_annotations(write(coco, tmp_path), tmp_path, evaluated)
-
-    Image.new("RGB", (6, 8)).save(tmp_path / "9.png")
-    with pytest.raises(InputError, match="a.json: image 9: .*9.png is 6 x 8 .* and height say 8 x 6: give") as error:
-        check()
-    assert "more such" not in str(error.value)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a right angle: upright it is 8 x 6
-    for suffix in ("png", "jpg", "webp"):
-        coco["images"][1]["file_name"] = f"turned.{suffix}"
-        Image.new("RGB", (6, 8)).save(tmp_path / f"turned.{suffix}", exif=exif)
-        assert check().images == 3
-    Image.new("RGB", (8, 6)).save(tmp_path / "turned.webp", exif=exif)
-    with pytest.raises(InputError, match="image 9: .*turned.webp is 6 x 8"):
-        check()
-    (tmp_path / "turned.webp").write_text("no image")
-    with pytest.raises(InputError, match=r"image 9: .*turned.webp cannot be read as an image \(of no known format\)"):
-        check()
-
-
-def test_sizes_are_read_without_decoding_and_shown_for_many(coco, tmp_path, monkeypatch):
-    def shown(iterable, disable, **options):
-        bars.append((options["total"], disable))
-        return iterable
-
-    bars = []
-    monkeypatch.setattr("transfer.annotations.tqdm", shown)
-    coco["images"] = [{**coco["images"][0], "id": number} for number in range(4, 5005)]
-    coco["annotations"] = coco["annotations"][:2]
-    path = write(coco, tmp_path)
-    monkeypatch.setattr(PngImageFile, "load", None)
-    assert check_annotations(path, tmp_path).images == 5001
-    coco["images"].pop()
-    check_annotations(write(coco, tmp_path), tmp_path)
-    assert bars == [(5001, None), (5000, True)]  # None: where stderr is a terminal
-
-
-def test_errors_are_counted(coco, tmp_path):
-    for annotation in coco["annotations"]:
-        del annotation["bbox"]
-    with pytest.raises(InputError, match=r"annotation 1 lacks bbox \(and 2 more such errors\)"):
-        check_annotations(write(coco, tmp_path))
-
-
-def test_data_sets_must_fit_the_model_and_each_other(coco, tmp_path):
-    def cfg(train, val, classes):
-        cfg = torchvision_defaults()
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (dataset_name(train, tmp_path),), (dataset_name(val, tmp_path),)
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
-        return cfg
-
-    good, (other, swapped, crowds) = write(coco, tmp_path), (deepcopy(coco) for _ in range(3))
-    same = write(coco, tmp_path, "same.json")
-    assert [found.annotated for found in check_datasets(cfg(same, good, 2))] == [1]
-    with pytest.raises(InputError, match="2 categories, but MODEL.ROI_HEADS.NUM_CLASSES is 80"):
-        check_datasets(cfg(good, good, 80))
-    other["categories"][0]["id"] = other["annotations"][1]["category_id"] = 91
-    with pytest.raises(InputError, match="same.json has category 90 'b' where .*b.json has 91 'b': give both the same"):
-        check_datasets(cfg(same, write(other, tmp_path, "b.json"), 2))
-    swapped["categories"] = [{"id": 90, "name": "a"}, {"id": 3, "name": "b"}]
-    with pytest.raises(InputError, match="same.json has category 3 'a' where .*swapped.json has 3 'b'"):
-        check_datasets(cfg(same, write(swapped, tmp_path, "swapped.json"), 2))
-    crowds["annotations"] = crowds["annotations"][2:]
-    with pytest.raises(InputError, match="c.json has no image with a usable annotation"):
-        check_datasets(cfg(write(crowds, tmp_path, "c.json"), good, 2))
-    assert check_datasets(cfg("absent.json", good, 2), eval_only=True) == []
-    empty = cfg(good, good, 2)
-    empty.DATASETS.TRAIN = ()
-    with pytest.raises(InputError, match="DATASETS.TRAIN is empty"):
-        check_datasets(empty)
-    empty.DATASETS.TEST = ()
-    with pytest.raises(InputError, match="results are of one data set"):
-        check_datasets(empty)
-
-
-@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
-def test_another_set_beside_coco_must_have_its_categories(coco, tmp_path, monkeypatch, key):
-    """Those of COCO are read from its val file, whichever of its sets it is, and never from the large train file."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    for folder in ("annotations", "train2017", "val2017"):
-        (tmp_path / "coco" / folder).mkdir(parents=True)
-    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text("not to be read")
-    coco["categories"] = [{"id": number, "name": f"c{number}"} for number in range(1, 91) if number % 9]
-    good = write(coco, tmp_path / "coco" / "annotations", "instances_val2017.json")
-    for annotation in coco["annotations"]:
-        annotation["category_id"] = 3
-    coco["annotations"][0]["category_id"] = coco["categories"][-1]["id"]
-
-    def check():
-        cfg = torchvision_defaults()
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
-        cfg.DATASETS[key] = (dataset_name(write(coco, tmp_path), tmp_path),)
-        return check_datasets(cfg)
-
-    assert [found.annotated for found in check()] == [1] * (key == "TRAIN")
-    coco["categories"][-1]["name"] = "other"
-    with pytest.raises(InputError, match=f"a.json has category 89 'other' where {good} has 89 'c89': give both"):
-        check()
-    good.write_text("damaged")
-    with pytest.raises(InputError, match="instances_val2017.json is not a COCO annotation file"):
-        check()
-
-
-def test_train_option_takes_classes_and_schedule_from_the_data_set(coco, tmp_path, capsys):
-    path = write(coco, tmp_path)
+def test_train_option_takes_classes_and_schedule_from_the_data_set(tiny_coco, tmp_path, capsys):
+    path = write_json(tiny_coco, tmp_path)
 
     def made(*overrides, eval_only=False, config_file="transfer/mask_rcnn_R50_FPN_1x.yaml"):
         cfg = torchvision_defaults()

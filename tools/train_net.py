@@ -20,8 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.files import locked  # noqa: E402
 from tools._cli import find_config, merge_config, run  # noqa: E402
-from transfer.annotations import check_annotations, dataset_name, read_categories  # noqa: E402
-from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, scale_schedule,  # noqa: E402
+from transfer.annotations import dataset_name, load_dataset  # noqa: E402
+from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, fitting_rate, scale_schedule,  # noqa: E402
                              torchvision_defaults)
 from transfer.report import SCHEDULES  # noqa: E402
 
@@ -73,16 +73,22 @@ def configure(cfg, args):
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
             given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
+    recipe_images = cfg.SOLVER.IMS_PER_BATCH
     merge_config(cfg, None, [*given, *args.overrides], InputError)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     if args.train and classes_key(cfg) not in args.overrides[::2]:
-        merge_config(cfg, None, [classes_key(cfg), len(read_categories(args.train[0]))], InputError)
+        merge_config(cfg, None, [classes_key(cfg), len(load_dataset(dataset_name(*args.train)).categories)], InputError)
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
-    told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & set(args.overrides[::2])
-    if args.train and not told and not args.eval_only and cfg.SOLVER.MAX_ITER in SCHEDULES:  # not a config file's own
-        print(scale_schedule(cfg.SOLVER, max(1, check_annotations(args.train[0]).annotated)), flush=True)
+    keys, trains = set(args.overrides[::2]), not args.eval_only
+    told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & keys
+    scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in SCHEDULES  # not a config file's own
+    if scaled:
+        images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
+        print(scale_schedule(cfg.SOLVER, max(1, images)), flush=True)
+    if trains and cfg.SOLVER.IMS_PER_BATCH != recipe_images and "SOLVER.BASE_LR" not in keys:
+        print(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)), flush=True)
 
 
 def processes(args):

@@ -1,4 +1,4 @@
-"""COCO-format annotations as training targets, and COCO's metric, with pycocotools alone."""
+"""COCO-format data sets as training targets, and COCO's metric, with pycocotools alone."""
 
 import contextlib
 import io
@@ -7,80 +7,80 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from transfer.annotations import locate_dataset, read_categories
 from transfer.config import InputError
+from transfer.dataset import Dataset
+from transfer.masks import to_rle
 from transfer.results import AP_KEYS
 
 
 class CocoInstances:
-    """A COCO-format data set; ``self[index, flip]`` is (image uint8 [3, H, W], target), mirrored if ``flip``.
+    """A data set to train on; ``self[index, flip]`` is (image uint8 [3, H, W], target), mirrored if ``flip``.
 
-    target: boxes float32 [N, 4] (x0, y0, x1, y1 in pixels), labels int64 [N] from 1 in the order of the category ids,
-    and with ``masks`` uint8 [N, H, W]. N may be 0. ``training`` leaves out images without objects where ``filter_empty``.
+    target: boxes float32 [N, 4] (x0, y0, x1, y1 in pixels), labels int64 [N] from 1 in the order of the categories and,
+    with ``masks``, masks uint8 [N, H, W]; N may be 0. training: leave out images without objects, if ``filter_empty``.
     Raises InputError.
     """
 
-    def __init__(self, name, training, masks=True, filter_empty=True):
-        self.masks = masks
-        self.annotations, self.folder = locate_dataset(name)
-        self.categories = [category["id"] for category in read_categories(self.annotations)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(self.annotations)
-        self.ids = [i for i in sorted(self.coco.imgs) if not (training and filter_empty) or self.objects(i)]
+    def __init__(self, dataset: Dataset, training: bool, masks: bool = True, filter_empty: bool = True):
+        self.dataset, self.masks = dataset, masks
+        self.categories = [category["id"] for category in dataset.categories]
+        self.images = {image["id"]: image for image in dataset.images}
+        kept = [image for image in dataset.images if not (training and filter_empty) or dataset.objects(image, masks)]
+        self.ids = [image["id"] for image in kept]
         if not self.ids:
-            raise InputError(f"{self.annotations} has no image" + training * " with a usable annotation")
-
-    def objects(self, image_id):
-        """Image id -> [(box, annotation)] of what Detectron2 would train on: no crowds, no broken polygons."""
-        info, found = self.coco.imgs[image_id], []
-        for annotation in self.coco.imgToAnns[image_id]:
-            if isinstance(annotation.get("segmentation"), list):
-                annotation["segmentation"] = [p for p in annotation["segmentation"] if len(p) >= 6 and len(p) % 2 == 0]
-            x, y, w, h = annotation["bbox"]
-            x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, info["width"]), min(y + h, info["height"])
-            usable = annotation.get("segmentation") or not self.masks
-            if usable and not annotation.get("iscrowd") and min(x1 - x0, y1 - y0) > 0.01:
-                found.append(([x0, y0, x1, y1], annotation))
-        return found
+            raise InputError(f"{dataset.path} has no image" + training * " with a usable annotation")
 
     def image(self, image_id):
         """Image id -> uint8 [3, H, W], RGB, upright."""
-        info = self.coco.imgs[image_id]
-        path = Path(self.folder, info["file_name"])
+        info = self.images[image_id]
+        path = Path(self.dataset.folder, info["file_name"])
         try:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises errors of almost any type for a damaged file
+            raise InputError(f"{path} cannot be used ({type(error).__name__}: {error}): restore the image, or take it out "
+                             "of the annotation file") from None
         if image.size != (info["width"], info["height"]):
-            raise InputError(f"{path} is {image.size}, but {self.annotations} says {info['width'], info['height']}")
+            raise InputError(f"{path} is {image.size}, but {self.dataset.path} says {info['width'], info['height']}")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def __getitem__(self, key):
         index, flip = key
-        image, objects = self.image(self.ids[index]), self.objects(self.ids[index])
-        boxes = torch.tensor([box for box, _ in objects], dtype=torch.float32).reshape(-1, 4)
-        labels = [self.categories.index(annotation["category_id"]) + 1 for _, annotation in objects]
-        target = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64)}
+        image, objects = self.image(self.ids[index]), self.dataset.objects(self.images[self.ids[index]], self.masks)
+        target = {"boxes": torch.tensor([box for box, _ in objects], dtype=torch.float32).reshape(-1, 4),
+                  "labels": torch.tensor([self.categories.index(annotation["category_id"]) + 1
+                                          for _, annotation in objects], dtype=torch.int64)}
         if self.masks:
             target["masks"] = torch.zeros(len(objects), *image.shape[1:], dtype=torch.uint8)
             for mask, (_, annotation) in zip(target["masks"], objects):
-                mask.copy_(torch.from_numpy(self.coco.annToMask(annotation)))
+                mask.copy_(torch.from_numpy(rle.decode(to_rle(annotation["segmentation"], *mask.shape))))
         if flip:
             image = image.flip(-1)
-            boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-            target |= {"masks": target["masks"].flip(-1)} if self.masks else {}
+            target["boxes"][:, [0, 2]] = image.shape[-1] - target["boxes"][:, [2, 0]]
+            if self.masks:
+                target["masks"] = target["masks"].flip(-1)
         return image, target
 
 
-def coco_ap(annotations_json, detections, tasks=("bbox", "segm")):
-    """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}."""
+def coco_ap(dataset: Dataset, detections: list[dict], tasks=("bbox", "segm")) -> dict:
+    """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}.
+
+    {} where the data set has nothing to measure.
+    """
+    if not dataset.annotations:
+        return {}
     ap = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations_json)
         for task in tasks:
+            truth = COCO()
+            # pycocotools writes into the entries that it is given.
+            truth.dataset = {**dataset.coco(), "annotations": [dict(entry) for entry in dataset.annotations]}
+            truth.createIndex()
             # Where there is a box, pycocotools would call a mask small, medium or large by the area of its box.
             found = [{key: d[key] for key in d if key != "bbox" or task == "bbox"} for d in detections]
             evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), task)

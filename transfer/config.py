@@ -120,9 +120,19 @@ def scale_schedule(solver, images):
     solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.MAX_ITER // 10)
     return (f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
             f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
-            "SOLVER.MAX_ITER and SOLVER.STEPS override it"
-            + f"; SOLVER.BASE_LR is {solver.BASE_LR}, that of the recipes is for {RECIPE_BATCH} images an iteration"
-            * (solver.IMS_PER_BATCH != RECIPE_BATCH))
+            "SOLVER.MAX_ITER and SOLVER.STEPS override it")
+
+
+def fitting_rate(solver, images, schedule=True):
+    """A line on the learning rate and, with ``schedule``, the iterations that fit ``solver.IMS_PER_BATCH``, where those of
+    ``solver`` are for another number of ``images`` an iteration: the linear scaling rule (Goyal et al. 2017)."""
+    factor = solver.IMS_PER_BATCH / images
+    keys = {"SOLVER.BASE_LR": f"{solver.BASE_LR * factor:g}"}
+    if schedule:
+        keys["SOLVER.MAX_ITER"] = round(solver.MAX_ITER / factor)
+        keys["SOLVER.STEPS"] = f'"{tuple(round(step / factor) for step in solver.STEPS)}"'
+    return (f"SOLVER.BASE_LR {solver.BASE_LR:g} is for {images} images an iteration; for {solver.IMS_PER_BATCH} give "
+            + " ".join(f"{key} {value}" for key, value in keys.items()))
 
 
 def torchvision_defaults():

@@ -7,6 +7,7 @@ named, and the final AP is that of the saved file, read back.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -21,14 +22,14 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import (DatasetCatalog, DatasetFromList, DatasetMapper, build_detection_test_loader,
+from detectron2.data import (DatasetCatalog, DatasetFromList, DatasetMapper, MetadataCatalog, build_detection_test_loader,
                              build_detection_train_loader, get_detection_dataset_dicts)
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
@@ -36,11 +37,13 @@ from tqdm import tqdm
 
 from common import workers
 from common.errors import one_line
-from transfer.annotations import COCO_2017, check_datasets, locate_dataset
+from transfer.annotations import COCO_2017, load_dataset, load_datasets
+from transfer.checks import check_datasets
 from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
 from transfer.convert import load_model
 from transfer.d2_weights import (ZOO, Checkpointer, assert_backbone_arrived, load_backbone, read_provenance, unwrap)
 from transfer.keypoints import check_keypoints, keypoint_metadata
+from transfer.masks import to_rle
 from transfer.precise_bn import norm_layers, update_statistics
 from transfer.results import (begin_training, check_network, check_unchanged, load_results, own_training, read_training,
                               settings, write_results)
@@ -302,7 +305,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         cfg.TEST.PRECISE_BN.NUM_ITER = cfg.TEST.PRECISE_BN.NUM_ITER * reference // trained_on
     if not eval_only:
         accumulate = plan_passes(cfg, processes, accumulate)
-        if cfg.INPUT.MASK_FORMAT == "polygon" and any(annotations.rle for annotations in found):
+        if cfg.INPUT.MASK_FORMAT == "polygon" and any(dataset.has_rle() for dataset in found):
             cfg.INPUT.MASK_FORMAT = "bitmask"
             print("the training set has run-length encoded masks: INPUT.MASK_FORMAT is bitmask", flush=True)
         if cfg.MODEL.WEIGHTS and not start:
@@ -320,6 +323,12 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         check_unchanged(cfg, processes, accumulate)
     resume = resume if eval_only else bool(start)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not which processes it terminates
+    datasets = load_datasets(cfg, eval_only, own_only=True)
+    if cfg.DATASETS.TEST[0] in datasets:
+        datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
+    del datasets, found  # or clearing the cache below would free nothing
+    if processes > 1:
+        load_dataset.cache_clear()  # they load their own
     try:
         launch(train_process, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
@@ -389,6 +398,7 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     default_setup(cfg, None)
     if not eval_only:
         trainer = Trainer(cfg, accumulate)
+        load_dataset.cache_clear()  # the trainer has its own, serialized
         trainer.resume_or_load(resume)
         if comm.is_main_process() and trainer.start_iter == 0:
             begin_training(cfg, provenance, comm.get_world_size(), accumulate)
@@ -412,9 +422,51 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
 
 
 def register_datasets(cfg, eval_only=False):
-    """Make the data sets of ``cfg`` known to Detectron2."""
-    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-        annotations, images = locate_dataset(name)
-        if name not in (*DatasetCatalog.list(), *COCO_2017):
-            metadata = keypoint_metadata(annotations) if cfg.MODEL.KEYPOINT_ON else {}
-            register_coco_instances(name, metadata, annotations, images)
+    """Make the data sets of ``cfg`` known to Detectron2, which has COCO's own already.
+
+    Training takes them from memory; COCO's metric reads :func:`sound_annotations`.
+    """
+    for name, dataset in load_datasets(cfg, eval_only, own_only=True).items():
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        if name in cfg.DATASETS.TRAIN and not eval_only:
+            dicts = functools.partial(training_dicts, name, cfg)
+        else:
+            dicts = functools.partial(image_dicts, dataset.images, dataset.folder)
+        DatasetCatalog.register(name, dicts)
+        MetadataCatalog.get(name).set(
+            json_file=str(sound_annotations(cfg)), image_root=dataset.folder, evaluator_type="coco",
+            thing_classes=[category["name"] for category in dataset.categories],
+            thing_dataset_id_to_contiguous_id={c["id"]: n for n, c in enumerate(dataset.categories)},
+            **(keypoint_metadata(dataset) if cfg.MODEL.KEYPOINT_ON else {}))
+
+
+def sound_annotations(cfg):
+    """The file that a run's detections belong to: the evaluated set with its ids, made sound."""
+    return Path(cfg.OUTPUT_DIR, "inference", "annotations.json")
+
+
+def image_dicts(images, folder):
+    """Detectron2's dicts of images, in new lists, without annotations."""
+    return [{"file_name": os.path.join(folder, image["file_name"]), "height": image["height"], "width": image["width"],
+             "image_id": image["id"]} for image in images]
+
+
+def training_dicts(name, cfg):
+    """Detectron2's dicts of a training set, with the objects that are trained on; none keeps the data set in memory."""
+    dataset = load_datasets(cfg, own_only=True)[name]
+    classes = {category["id"]: n for n, category in enumerate(dataset.categories)}
+    found = image_dicts(dataset.images, dataset.folder)
+    for image, entry in zip(dataset.images, found):
+        entry["annotations"] = []
+        for _, annotation in dataset.objects(image, cfg.MODEL.MASK_ON):
+            target = {"iscrowd": 0, "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
+                      "category_id": classes[annotation["category_id"]]}
+            mask = annotation["segmentation"]
+            if cfg.MODEL.MASK_ON:
+                target["segmentation"] = to_rle(mask, image["height"], image["width"]) if isinstance(mask, dict) else mask
+            if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):  # of pixels' centers, as Detectron2 loads them
+                target["keypoints"] = [v + 0.5 * (n % 3 < 2) for n, v in enumerate(annotation["keypoints"])]
+            entry["annotations"].append(target)
+    return found

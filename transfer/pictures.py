@@ -1,20 +1,28 @@
 """Pictures of runs: curves, APs, and detections drawn on images."""
 
+import contextlib
+import functools
 import json
 import math
+import sys
 import textwrap
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
-from transfer.annotations import read_categories
+from transfer.coco_json import read_coco
 from transfer.config import InputError
+from transfer.masks import to_rle
 from transfer.report import PAPER_COLUMNS, table_cells
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
@@ -36,6 +44,48 @@ FINE_TUNING = {  # key of metrics.json: title and label of its panel, which has 
     "loss_mask": ("Mask", "loss"), "loss_rpn_cls": ("RPN objectness", "loss"), "loss_rpn_loc": ("RPN box", "loss"),
     "bbox/AP": ("Box AP", "AP (%)"), "segm/AP": ("Mask AP", "AP (%)"),
 }
+
+
+DEJAVU = "DejaVu Sans"  # matplotlib's own font
+
+
+@contextlib.contextmanager
+def literal_text(*texts):
+    """Let matplotlib draw texts of users as they are: "$" begins no formula, and other writing systems than Latin, Greek
+    and Cyrillic come from the fonts that are installed. What no font has is told once, on stderr."""
+    families, missing = fonts_for(frozenset("".join(texts)))
+    if missing:
+        tell_once(f"no installed font has {missing[:20]}: pictures show boxes instead (for Chinese, Japanese and Korean, "
+                  "install fonts-noto-cjk)")
+    with matplotlib.rc_context({"text.parse_math": False, "font.family": [DEJAVU, *families]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # once for every label
+        yield
+
+
+@functools.cache
+def fonts_for(characters):
+    """Characters -> (names of installed fonts that have what matplotlib's own lacks, those that none has)."""
+    def lacking(path, wanted):
+        return {c for c in wanted if ord(c) not in FT2Font(path).get_charmap()}
+
+    missing = lacking(font_manager.findfont(DEJAVU), {c for c in characters if c.isprintable()})
+    families = []
+    for path in sorted(font_manager.findSystemFonts()) if missing else ():
+        try:
+            font = FT2Font(path)
+            rest = lacking(path, missing) if font.scalable else missing
+        except Exception:  # fonts of kinds that matplotlib cannot draw
+            continue
+        if rest < missing:
+            font_manager.fontManager.addfont(path)  # its list is of the fonts at matplotlib's first start
+            families.append(font_manager.FontProperties(fname=path).get_name())
+            missing = rest
+    return families, "".join(sorted(missing))
+
+
+@functools.cache
+def tell_once(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_series(path, x, keys):
@@ -77,18 +127,26 @@ def plot_curves(pretrain_folder, runs, path):
             panels.append((title, "iteration", (ylabel, ""), [curves, []]))
     if not panels:
         return None
+    with literal_text(*runs):
+        draw_panels(panels, len(runs), path)
+    return path
+
+
+def draw_panels(panels, num_runs, path):
+    """Panels (title, label of x, labels of both y axes, their curves) -> PNG."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3 * rows), dpi=150, layout="constrained")
     for i, (title, xlabel, ylabels, sides) in enumerate(panels):
         left = figure.add_subplot(rows, columns, i + 1, xlabel=xlabel)
         both = all(sides)
-        colors = iter(PALETTE * (1 + len(runs)))
+        colors = iter(PALETTE * (1 + num_runs))
         for ax, ylabel, curves in zip((left, left.twinx() if both else left), ylabels, sides):
             for (label, (x, y)), color in zip(curves, colors):
                 # a few evaluations are points; a line alone would hide how many there were
                 marker = "o" if len(x) < 30 else None
-                ax.plot(x, y, color=color, linewidth=1.4, label=label, marker=marker, markersize=3)
+                ax.plot(x, y, color=color, linewidth=1.4, marker=marker, markersize=3,
+                        label=" " + label if label.startswith("_") else label)  # legends leave out "_..."
             if curves:
                 # an axis of its own for one curve is told apart by that curve's colour
                 ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
@@ -100,12 +158,17 @@ def plot_curves(pretrain_folder, runs, path):
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
         left.grid(alpha=0.25)
     figure.savefig(path)
-    return path
 
 
 def plot_ap(rows, path):
     """Rows of ``report.ap_table`` -> PNG: the six APs of each run, ± std over seeds, beside what is published, with the
     difference as ``report.table_cells`` writes it."""
+    with literal_text(*(row["run"] for row in rows)):
+        draw_ap(rows, path)
+    return path
+
+
+def draw_ap(rows, path):
     own = [row for row in rows if row.get("kind") is None]
     beside = {(row["of"], row["kind"]): (row, cells) for row, cells in zip(rows, table_cells(rows)[1:]) if "of" in row}
     figure = Figure(figsize=(11, 2 * (0.4 * len(own) + 1.1)), dpi=150, layout="constrained")
@@ -128,16 +191,6 @@ def plot_ap(rows, path):
         figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
                         "* where it exceeds what another seed may change", fontsize=9)
     figure.savefig(path)
-    return path
-
-
-def decode_mask(segmentation, height, width):
-    """COCO polygons or RLE, counts packed or not -> bool [height, width]."""
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    return rle.decode(segmentation).astype(bool)
 
 
 def draw_instances(ax, image, instances, names, colors):
@@ -146,7 +199,7 @@ def draw_instances(ax, image, instances, names, colors):
     blended = image.astype(np.float32)
     for instance in instances:
         if instance.get("segmentation"):
-            inside = decode_mask(instance["segmentation"], height, width)
+            inside = rle.decode(to_rle(instance["segmentation"], height, width)).astype(bool)
             color = 255 * np.array(to_rgb(colors[instance["category_id"]]))
             blended[inside] = 0.5 * blended[inside] + 0.5 * color
             p = np.pad(inside, 1)
@@ -171,26 +224,46 @@ def draw_instances(ax, image, instances, names, colors):
 
 
 def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
-    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, then each run's detections.
+    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, if any, then each run's detections.
 
-    The first ``num_images`` images, by id, that have annotations. Detections scoring at least ``threshold``; where
-    a run has none of those on an image, its three best. Raises InputError when a file is missing or useless.
+    The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections scoring at
+    least ``threshold``; where a run has none of those on an image, its three best. Raises InputError when a file is
+    missing or useless.
     """
-    names = {c["id"]: c["name"] for c in read_categories(annotations)}
-    colors = {i: PALETTE[n % len(PALETTE)] for n, i in enumerate(names)}
-    coco = json.loads(Path(annotations).read_text())
-    truth = [a for a in coco["annotations"] if not a.get("iscrowd")]
-    annotated = {a["image_id"] for a in truth}
-    images = sorted((i for i in coco["images"] if i["id"] in annotated), key=lambda i: i["id"])[:num_images]
+    sets = {name: evaluated_set(folder, annotations, image_folder) for name, folder in runs.items()}
+    dataset = next(iter(sets.values()), None) or read_coco(str(annotations), str(image_folder))
+    truth = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    columns = {"ground truth": (truth, dataset.categories)} if truth else {}
+    columns |= {name: (read_detections(folder), sets[name].categories) for name, folder in runs.items()}
+    marked = {a["image_id"] for instances, _ in list(columns.values())[:1 if truth else None] for a in instances}
+    images = [image for image in dataset.images if image["id"] in marked][:num_images]
     if not images:
         raise InputError(f"no annotations to draw in {annotations}")
-    columns = {"ground truth": truth}
-    for name, folder in runs.items():
-        file = Path(folder, "inference", "coco_instances_results.json")
-        if not file.is_file():
-            raise InputError(f"no detections in {file}: the evaluation at the end of tools/train_net.py writes them")
-        columns[name] = json.loads(file.read_text())
+    with literal_text(*runs, *(c["name"] for _, categories in columns.values() for c in categories)):
+        draw_grid(dataset, images, columns, path, threshold)
+    return path
 
+
+def evaluated_set(folder, annotations, image_folder):
+    """The data set that a run's detections belong to: the run's own copy, if it has one, knows their ids."""
+    own = Path(folder, "inference", "annotations.json")
+    return read_coco(str(own if own.is_file() else annotations), str(image_folder))
+
+
+def read_detections(folder):
+    """Run folder -> COCO detections. Raises InputError."""
+    file = Path(folder, "inference", "coco_instances_results.json")
+    if not file.is_file():
+        raise InputError(f"no detections in {file}: the evaluation at the end of tools/train_net.py writes them")
+    return json.loads(file.read_text())
+
+
+def draw_grid(dataset, images, columns, path, threshold):
+    """Entries ``images`` of a data set and {title: (instances, categories)} -> PNG with a row for each image."""
+    palette = {}
+    for _, categories in columns.values():
+        for category in categories:
+            palette.setdefault(category["name"], PALETTE[len(palette) % len(PALETTE)])
     heights = [max(0.4, i["height"] / i["width"]) for i in images]
     figure = Figure(figsize=(3 * len(columns), 3 * sum(heights) + 0.25 * len(images) + 0.5), dpi=150,
                     layout="constrained")
@@ -198,21 +271,21 @@ def draw_detections(annotations, image_folder, runs, path, num_images=4, thresho
     grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
     for row, info in zip(grid, images):
         try:
-            image = Image.open(Path(image_folder, info["file_name"]))
+            image = Image.open(Path(dataset.folder, info["file_name"]))
             image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # as both engines read it
         except OSError as error:
-            raise InputError(f"cannot read an image of {annotations}: {error}") from None
-        for ax, (name, instances) in zip(row, columns.items()):
+            raise InputError(f"cannot read an image of {dataset.path}: {error}") from None
+        for ax, (title, (instances, categories)) in zip(row, columns.items()):
             shown = [a for a in instances if a["image_id"] == info["id"]]
-            if name != "ground truth":
+            if title != "ground truth":
                 ranked = sorted(shown, key=lambda a: -a["score"])
                 shown = [a for a in ranked if a["score"] >= threshold] or ranked[:3]
                 if not shown or shown[0]["score"] < threshold:
                     ax.set_xlabel(f"none ≥ {threshold:g}; best {len(shown)} shown", fontsize=8)
-            draw_instances(ax, image, shown, names, colors)
+            names = {category["id"]: category["name"] for category in categories}
+            draw_instances(ax, image, shown, names, {number: palette[name] for number, name in names.items()})
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     for ax, name in zip(grid[0], columns):
         ax.set_title(textwrap.fill(name, 36), fontsize=10)
     figure.savefig(path)
-    return path

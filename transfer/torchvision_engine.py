@@ -26,7 +26,8 @@ from torchvision.models.detection import roi_heads, transform
 from tqdm import tqdm
 
 from common import workers
-from transfer.annotations import check_datasets
+from transfer.annotations import load_datasets
+from transfer.checks import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, check_weights
 from transfer.convert import load_model, load_weights
@@ -194,10 +195,10 @@ def train(cfg, resume=False, eval_only=False):
         check_unchanged(cfg)
     if eval_only:
         check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
-    masks = cfg.MODEL.MASK_ON
-    val_set = CocoInstances(cfg.DATASETS.TEST[0], training=False, masks=masks)
+    masks, datasets = cfg.MODEL.MASK_ON, load_datasets(cfg, eval_only)
+    val_set = CocoInstances(datasets[cfg.DATASETS.TEST[0]], training=False, masks=masks)
     if not eval_only:
-        train_set = CocoInstances(cfg.DATASETS.TRAIN[0], training=True, masks=masks,
+        train_set = CocoInstances(datasets[cfg.DATASETS.TRAIN[0]], training=True, masks=masks,
                                   filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     torch.manual_seed(max(cfg.SEED, 0))
     device = torch.device("cuda" if cfg.MODEL.DEVICE == "cuda" and torch.cuda.is_available() else "cpu")
@@ -221,6 +222,8 @@ def train(cfg, resume=False, eval_only=False):
     model.load_state_dict(state)
     detections = detect(cfg, model, val_set)
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
-    return write_results(cfg, engine="torchvision", ap=coco_ap(val_set.annotations, detections, ("bbox", "segm") if masks else ("bbox",)),
+    val_set.dataset.save(folder / "inference" / "annotations.json")  # of the detections' ids
+    ap = coco_ap(val_set.dataset, detections, ("bbox", "segm") if masks else ("bbox",))
+    return write_results(cfg, engine="torchvision", ap=ap,
                          weights=weights, iterations=iterations, seconds=time.time() - began,
                          eval_only=eval_only and not (resume and own_training(cfg)))
