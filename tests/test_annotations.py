@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from tests.conftest import write_json
-from transfer.annotations import dataset_name, load_dataset, load_datasets, locate_dataset
+from transfer.annotations import dataset_name, forget_datasets, load_datasets, locate_dataset
 from transfer.checks import check_datasets
 from transfer.coco import CocoInstances, coco_ap
 from transfer.coco_json import read_coco
@@ -22,7 +22,7 @@ from transfer.dataset import usable_objects
 
 def config(train, val, classes=2, masks=True):
     """Of annotation files that lie beside their images."""
-    load_dataset.cache_clear()  # tests write one file twice
+    forget_datasets()  # tests write one file twice
     cfg = torchvision_defaults()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ((dataset_name(path, path.parent),) for path in (train, val))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON = classes, masks
@@ -472,7 +472,7 @@ def test_val_may_lack_a_category(tiny_coco, tmp_path, capsys):
     # Evaluated alone, the training set still tells the classes; without it, one line says what to give.
     check_datasets(cfg, eval_only=True)
     (tmp_path / "train.json").unlink()
-    load_dataset.cache_clear()
+    forget_datasets()
     with pytest.raises(InputError, match="val.json has 1 categories, but MODEL.ROI_HEADS.NUM_CLASSES is 2: .*--train JSON"):
         check_datasets(cfg, eval_only=True)
 

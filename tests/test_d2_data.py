@@ -18,13 +18,13 @@ from detectron2.data.datasets import load_coco_json  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from transfer import d2_trainer  # noqa: E402
-from transfer.annotations import dataset_name, load_dataset, load_datasets  # noqa: E402
+from transfer.annotations import dataset_name, forget_datasets, load_datasets  # noqa: E402
 from transfer.checks import check_datasets  # noqa: E402
 from transfer.coco import CocoInstances, coco_ap  # noqa: E402
 
 
 def config(folder, train="a.json", val="a.json", masks=True):
-    load_dataset.cache_clear()  # tests write one file twice
+    forget_datasets()  # tests write one file twice
     cfg = get_cfg()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ((dataset_name(folder / name, folder),) for name in (train, val))
     cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.INPUT.MASK_FORMAT = masks, 2, "bitmask"
@@ -149,7 +149,7 @@ def test_each_file_is_parsed_once(tiny_coco, tmp_path):
     check_datasets(cfg)
     assert len(training_dicts(cfg)) == 1
     write_sound(cfg)
-    load_dataset.cache_clear()
+    forget_datasets()
     for _ in range(2):
         assert len(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])) == 3
         d2_trainer.Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])

@@ -48,13 +48,24 @@ def locate_dataset(name: str) -> tuple[str, str]:
     return str(annotations), str(images)
 
 
-@functools.lru_cache(4)
 def load_dataset(name: str) -> Dataset:
-    """Data set name -> what :func:`read_coco` makes of its file, which is parsed at the first call only.
+    """Data set name -> what :func:`read_coco` makes of its file, which is parsed again only after it has changed.
 
-    ``load_dataset.cache_clear()`` frees the memory: gigabytes for COCO's own training set. Raises InputError.
+    :func:`forget_datasets` frees the memory: gigabytes for COCO's own training set. Raises InputError.
     """
-    return read_coco(*locate_dataset(name))
+    path, folder = locate_dataset(name)
+    status = os.stat(path)
+    return _read_once(path, folder, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(4)
+def _read_once(path, folder, changed, size):
+    return read_coco(path, folder)
+
+
+def forget_datasets() -> None:
+    """Free what :func:`load_dataset` keeps."""
+    _read_once.cache_clear()
 
 
 def load_datasets(cfg, eval_only=False, own_only=False) -> dict[str, Dataset]:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import workers
 from common.errors import one_line
-from transfer.annotations import COCO_2017, load_dataset, load_datasets
+from transfer.annotations import forget_datasets, load_datasets
 from transfer.checks import check_datasets
 from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
 from transfer.convert import load_model
@@ -328,7 +328,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
         datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
     del datasets, found  # or clearing the cache below would free nothing
     if processes > 1:
-        load_dataset.cache_clear()  # they load their own
+        forget_datasets()  # they load their own
     try:
         launch(train_process, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
     except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
@@ -398,7 +398,7 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
     default_setup(cfg, None)
     if not eval_only:
         trainer = Trainer(cfg, accumulate)
-        load_dataset.cache_clear()  # the trainer has its own, serialized
+        forget_datasets()  # the trainer has its own, serialized
         trainer.resume_or_load(resume)
         if comm.is_main_process() and trainer.start_iter == 0:
             begin_training(cfg, provenance, comm.get_world_size(), accumulate)
