@@ -8,6 +8,7 @@ The ResNet-50 is an eighth as wide inside its blocks, for speed: 265 tensors of 
 import argparse
 import copy
 import json
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from pretrain import networks as own
 from pretrain.config import get_cfg
 from transfer import architectures
 from transfer.config import InputError
+from transfer.convert import detectron2_name
 from transfer.readers import OURS, read_checkpoint
 
 def resnet50():
@@ -219,7 +221,7 @@ def layouts(pair):
             prediction_head=net(layers=mlp()), projection_head_momentum=net(layers=mlp())), trunks),
         # vturrisi/solo-learn solo/methods/base.py, mocov2plus.py
         "solo-learn": lambda: (lightning(
-            backbone=both["online"], momentum_backbone=both["target"], classifier=neck, momentum_classifier=neck,
+            backbone=both["online"], momentum_backbone=both["target"], classifier=neck[0], momentum_classifier=neck[0],
             projector=mlp(), momentum_projector=mlp(), queue=queue, queue_ptr=step), both),
         # facebookresearch/vissl models/base_ssl_model.py, losses/moco_loss.py
         "VISSL": lambda: ({"phase_idx": 1, "iteration": 5, "type": "consolidated", "classy_state_dict": {
@@ -312,6 +314,37 @@ def heads(*names):
     return {name + "0.weight": torch.zeros(4) for name in names}
 
 
+def linear(*names):
+    return {name + end: torch.zeros(4) for name in names for end in ("weight", "bias")}
+
+
+def hugging_face(name):
+    """torchvision's name -> that of transformers' ResNetModel."""
+    name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", re.sub(r"^bn1\.", "embedder.embedder.normalization.", name))
+    name = re.sub(r"^layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.", name)
+    name = re.sub(r"\.(conv|bn)(\d)\.", lambda m: f".layer.{int(m[2]) - 1}.{PARTS[m[1]]}.", name)
+    return re.sub(r"\.downsample\.(\d)\.", lambda m: f".shortcut.{list(PARTS.values())[int(m[1])]}.", name)
+
+
+PARTS = {"conv": "convolution", "bn": "normalization"}
+
+
+def counters(state):
+    """As every real file has them beside the statistics."""
+    return state | {name.replace("running_mean", "num_batches_tracked"): torch.tensor(7) for name in state
+                    if name.endswith("running_mean")}
+
+
+def ema(state):
+    return {name: tensor + 1000 for name, tensor in state.items()}
+
+
+def train_lightly(inner, online, target="", **more):
+    return {"state_dict": counters(small(*(f"{model}.wrapped_model.{inner}." for model in filter(None, (online, target))))),
+            "lightly_train": {"version": "0.6", "models": {"model": foreign("lightly_train.models", "ModelWrapper")},
+                              "normalize_args": {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.1)}}, **more}
+
+
 # Other layouts: the content of the file, the format that must be found, and whether it has a target.
 VARIANTS = {
     "ours, without target": ({"format": "rsa-pretraining", "model": small("online.backbone.") | heads("predictor.")}, OURS, 0),
@@ -357,12 +390,109 @@ VARIANTS = {
     "lightly benchmark VICRegL": ({"state_dict": small("backbone.") | heads(
         "projection_head.", "local_projection_head.", "online_classifier.")}, "lightly", 0),
     "solo-learn DINO": ({"state_dict": small("backbone.", "momentum_backbone.") | heads(
-        "head.mlp.", "momentum_head.mlp.", "dino_loss_func.center", "classifier.")}, "solo-learn", 1),
+        "head.mlp.", "momentum_head.mlp.", "dino_loss_func.center") | linear("classifier."), }, "solo-learn", 1),
     "VISSL, trunk only": ({"model_state_dict": small("_feature_blocks.")}, "VISSL", 0),
     "VISSL, feature extractor": ({"classy_state_dict": {"base_model": {"model": {
         "trunk": small("base_model._feature_blocks."), "heads": {}}}, "loss": {}}}, "VISSL", 0),
     "timm training": ({"state_dict": small("") | heads("fc."), "args": argparse.Namespace(model="resnet50"),
                        "state_dict_ema": {n: t + 1000 for n, t in small("").items()} | heads("fc.")}, "torchvision, timm", 1),
+    # containers and wrappers
+    "under network": ({"network": small("module."), "epoch": 9}, "torchvision, timm", 0),
+    "OBoW's student": ({"network": small("") | linear("fc.")}, "torchvision, timm", 0),
+    "under module": ({"module": small("model.")}, "torchvision, timm", 0),
+    "FSDP": ({"model": small("_fsdp_wrapped_module.")}, "torchvision, timm", 0),
+    "FSDP of parts": ({"model": small("", rename=lambda n: n.replace("layer1.", "layer1._fsdp_wrapped_module."))},
+                      "torchvision, timm", 0),
+    "Fabric": (small("_forward_module.module."), "torchvision, timm", 0),
+    "timm in transformers": (small("timm_model."), "torchvision, timm", 0),
+    "timm backbone in transformers": (small("_backbone."), "torchvision, timm", 0),
+    "a compiled part": (small("", rename=lambda n: n.replace("layer1.", "layer1._orig_mod.")), "torchvision, timm", 0),
+    "an average beside it": ({"model": small(""), "model_ema": ema(small("module.")) | {"n_averaged": torch.tensor(5)}},
+                             "torchvision, timm", 1),
+    "SimSiam with an average": ({"state_dict": small("module.encoder.") | heads("module.predictor."),
+                                 "state_dict_ema": ema(small("encoder.")) | heads("predictor.")}, "SimSiam", 1),
+    "AveragedModel": ({"n_averaged": torch.tensor(5)} | small("module."), "torchvision, timm", 0),
+    "nn.Sequential": (small("", rename=by_number) | linear("9."), "nn.Sequential of a ResNet's children", 0),
+    # lightly-train: https://github.com/lightly-ai/lightly-train, src/lightly_train/_methods
+    "lightly-train SimCLR": (train_lightly("_features", "embedding_model"), "lightly-train", 0),
+    "lightly-train DenseCL": (train_lightly("_model", "query_encoder.embedding_model", "key_encoder.embedding_model"),
+                              "lightly-train", 1),
+    "lightly-train DetConB": (train_lightly("_features", "embedding_model", "embedding_model_momentum"), "lightly-train", 1),
+    # made for detection
+    "PixPro": ({"opt": argparse.Namespace(arch="resnet50", model="PixPro"), "model": counters(small(
+        "module.encoder.", "module.encoder_k.")) | heads("module.projector.", "module.projector_k.",
+        "module.projector_instance.", "module.predictor.", "module.value_transform.")}, "PixPro, SoCo", 1),
+    "SoCo": ({"model": counters(small("module.encoder.", "module.encoder_k.")) | heads(
+        "module.neck.lateral_convs.", "module.neck_k.fpn_convs.", "module.head.", "module.head_k.", "module.projector.",
+        "module.queue", "module.queue_ptr"), "model_ema": small("encoder.")}, "PixPro, SoCo", 1),
+    "SlotCon": ({"args": argparse.Namespace(arch="resnet50"), "model": counters(small("module.encoder_q.", "module.encoder_k."))
+                 | heads("module.projector_q.", "module.projector_k.", "module.grouping_q.slot_embed.",
+                         "module.grouping_k.slot_embed.", "module.predictor_slot.", "module.center")}, "SlotCon", 1),
+    "ReSim": ({"arch": "resnet50", "state_dict": counters(small("module.encoder_q.", "module.encoder_k.")) | heads(
+        "module.encoder_q.fc.", "module.encoder_k.fc.", "module.encoder_q.fpn_lateral2.", "module.encoder_k.fpn_output2.",
+        "module.queue")}, "ReSim", 1),
+    "SetSim": ({"state_dict": small("encoder_q.0.", "encoder_k.0.", "backbone.") | heads(
+        "encoder_q.0.fc.", "encoder_k.0.fc.", "encoder_q.1.mlp.", "encoder_k.1.mlp.", "queue", "queue2")}, "SetSim", 1),
+    "InstanceLoc": ({"meta": {}, "state_dict": small("backbone.", "backbone_k.") | heads(
+        "neck.lateral_convs.", "neck_k.", "roi_head.bbox_head.", "roi_head_k.bbox_head.", "queue", "queues", "queue_ptr")},
+        "InstanceLoc", 1),
+    # two views of networks
+    "DINO, full": ({"student": counters(small("module.backbone.")) | heads("module.head.mlp."),
+                    "teacher": ema(small("backbone.")) | heads("head.mlp."), "dino_loss": {"center": torch.zeros(1, 4)},
+                    "args": argparse.Namespace(arch="resnet50"), "epoch": 3}, "DINO", 1),
+    "VICReg": ({"epoch": 3, "model": small("module.backbone.") | heads("module.projector.")}, "VICReg", 0),
+    "VICRegL": ({"model": small("module.backbone.") | heads("module.maps_projector.", "module.projector.") | linear(
+        "module.classifier.")}, "VICRegL", 0),
+    "PAWS": ({"encoder": small("module.") | heads("module.fc.fc1.", "module.fc.bn1.", "module.pred.fc1."), "opt": {}},
+             "PAWS, SuNCEt", 0),
+    "EMAN's BYOL": ({"arch": "resnet50", "state_dict": small("module.online_net.backbone.", "module.target_net.backbone.")
+                     | heads("module.online_net.neck.", "module.target_net.neck.", "module.predictor.")}, "BYOL (EMAN)", 1),
+    "MSF": ({"opt": argparse.Namespace(arch="resnet50"), "state_dict": small("encoder_q.module.", "encoder_t.module.") | heads(
+        "encoder_q.module.fc.", "encoder_t.module.fc.", "predict_q.module.", "queue", "labels", "queue_ptr")}, "MSF, ISD", 1),
+    "ISD": ({"state_dict": small("encoder_q.module.", "encoder_k.module.") | heads(
+        "encoder_q.module.fc.", "encoder_k.module.fc.", "predict_q.module.", "queue", "queue_ptr")}, "MSF, ISD", 1),
+    "lightly example DINO": ({"state_dict": small("student_backbone.", "teacher_backbone.", rename=by_number) | heads(
+        "student_head.", "teacher_head.", "criterion.center")}, "lightly's DINO", 1),
+    "stable-pretraining BYOL": ({"state_dict": small("backbone.student.", "backbone.teacher.") | heads(
+        "backbone.base_ema_coefficient", "backbone.final_ema_coefficient", "backbone.ema_coefficient", "projector.student.",
+        "projector.teacher.", "predictor.", "callbacks_modules.probe.", "callbacks_metrics.probe.")}, "stable-pretraining", 1),
+    "stable-pretraining SimCLR": ({"state_dict": small("backbone.") | heads("projector.", "callbacks_modules.probe.")},
+                                  "stable-pretraining", 0),
+    "bolts SimCLR": ({"state_dict": small("encoder.") | heads("projection.model.") | linear("encoder.fc.")},
+                     "SimCLR of lightning-bolts", 0),
+    "bolts BYOL": ({"state_dict": small("online_network.encoder.", "target_network.encoder.") | heads(
+        "online_network.projector.model.", "target_network.projector.model.", "predictor.model.")},
+        "BYOL, SimSiam of lightning-bolts", 1),
+    "bolts MoCo": ({"state_dict": small("encoder_q.", "encoder_k.") | heads("queue.", "val_queue.") | linear(
+        "encoder_q.fc.", "encoder_k.fc.")}, "MoCo of lightning-bolts", 1),
+    "bolts SwAV": ({"state_dict": small("model.") | heads("model.projection_head.", "model.prototypes.")},
+                   "SwAV, DeepCluster v2", 0),
+    "SimCLR sthalles": ({"arch": "resnet50", "state_dict": small("backbone.") | linear("backbone.fc.0.", "backbone.fc.2.")},
+                        "SimCLR (sthalles/SimCLR)", 0),
+    "SimCLR Spijkervet": (small("encoder.") | {f"projector.{i}.weight": torch.zeros(4) for i in (0, 2)},
+                          "SimCLR (Spijkervet/SimCLR)", 0),
+    "SimSiam PatrickHua": ({"state_dict": small("backbone.", "encoder.0.") | heads(
+        "projector.layer1.", "encoder.1.layer1.", "predictor.layer1.")}, "SimSiam, BYOL, SimCLR (PatrickHua/SimSiam)", 0),
+    "BYOL PatrickHua": ({"state_dict": small("backbone.", "target_encoder.0.", "online_encoder.0.") | heads(
+        "projector.layer1.", "online_encoder.1.layer1.", "target_encoder.1.layer1.", "online_predictor.layer1.")},
+        "SimSiam, BYOL, SimCLR (PatrickHua/SimSiam)", 1),
+    "self_supervised": ({"model": small("encoder.", rename=by_number) | linear("projector.0.", "projector.2."), "opt": {}},
+                        "self_supervised (KeremTurgutlu)", 0),
+    "older solo-learn": ({"state_dict": small("encoder.", "momentum_encoder.") | heads(
+        "projector.", "momentum_projector.", "predictor.") | linear("classifier.")}, "solo-learn before 1.0.3", 1),
+    "solo-learn, linear": ({"state_dict": small("backbone.") | linear("classifier.")}, "solo-learn", 0),
+    "VISSL DINO": ({"classy_state_dict": {"base_model": {"model": {"trunk": small("_feature_blocks."), "heads": {}}},
+                    "loss": {n: t + 1000 for n, t in small("momentum_teacher.module.trunk._feature_blocks.").items()}
+                    | heads("momentum_teacher.module.heads.")}}, "VISSL", 1),
+    # files of other libraries
+    "Hugging Face, classifier": (counters(small("resnet.", rename=hugging_face)) | linear("classifier.1."), "Hugging Face", 0),
+    "Hugging Face": (counters(small("", rename=hugging_face)), "Hugging Face", 0),
+    "Detectron2, torchvision's R-50": ({"__author__": "torchvision", "matching_heuristics": True, "model": counters(
+        small("", rename=detectron2_name)) | linear("stem.fc.")}, "Detectron2", 0),
+    "Detectron2, ReSim's": ({"__author__": "MOCO", "matching_heuristics": True, "model": small("", rename=detectron2_name)
+                             | heads("backbone.fpn_lateral2.", "stem.fc.")}, "Detectron2", 0),
+    "a backbone alone": (small("backbone."), "a backbone alone", 0),
+    "an encoder alone": (small("encoder."), "an encoder alone", 0),
     "torch.compile around DataParallel": ({"model": small("_orig_mod.module.encoder.") | heads(
         "_orig_mod.module.encoder.fc.", "_orig_mod.module.predictor.")}, "SimSiam", 0),
 }
@@ -436,7 +566,7 @@ KEY = "layer3.2.conv2.weight"
     ({"epoch": 3, "weights": small("encoder_q.")}, r"begin with epoch, weights: ResNets lie under weights/encoder_q."),
     ({"student": small("net."), "teacher": {"net": small("")}}, r"ResNets lie under student/net., teacher/net"),
     ({"state_dict": {"visual.conv1.weight": torch.zeros(3)}}, r"begin with visual: no ResNet was found"),
-    (small("student_backbone.", "teacher_backbone."), r"not accounted for: teacher_backbone. \(265\)"),
+    (small("student_backbone.", "momentum_backbone."), r"not accounted for: momentum_backbone. \(265\)"),
     # A second copy of the backbone that no row expects
     ({"state_dict": small("encoder_q.", "encoder_k.", "encoder_ema.") | heads("queue")},
      r"the online branch is whole, a ResNet-50 under state_dict/encoder_q.; not accounted for: encoder_ema. \(265\)"),

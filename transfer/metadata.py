@@ -1,13 +1,18 @@
 """What a checkpoint says of itself beside its tensors: network, method, step and pixel statistics."""
 
+import json
+import math
 import re
+from pathlib import Path
 
 import yaml
 
 from transfer.architectures import ARCHITECTURES, supported
 from transfer.config import InputError
-from transfer.formats import IMAGENET, SAID
+from transfer.formats import IMAGENET, SAID, UNSCALED
 from transfer.safe_load import Call, printable
+
+NAMED_PIXELS = {"imagenet": IMAGENET, "unscaled": UNSCALED}
 
 
 def said(contents, what, kind=str):
@@ -26,6 +31,48 @@ def peek(contents, keys):
     return contents
 
 
+def beside(path, most=1 << 20):
+    """What Hugging Face's config.json beside a file says, as {"config.json": dict}; {} where there is none."""
+    config = Path(path).with_name("config.json")
+    if Path(path).name not in ("model.safetensors", "pytorch_model.bin") or not config.is_file() or (
+            config.stat().st_size > most):
+        return {}
+    try:
+        return {"config.json": json.loads(config.read_bytes())}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{config} cannot be read ({type(error).__name__}), and says which network {path} is: restore "
+                         "it, or move it away") from None
+
+
+def stated_pixels(contents):
+    """Mean and std in [0, 1] that a file of another project says it was trained on, or None."""
+    found = [next((list(value) for value in (peek(contents, key) for key in SAID[what]) if is_rgb(value)), None)
+             for what in ("mean", "std")]
+    return found if all(found) else None
+
+
+def is_rgb(values):
+    """Whether it is three finite numbers."""
+    return type(values) in (list, tuple) and len(values) == 3 and all(
+        type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def parse_pixels(text):
+    """"imagenet", "unscaled" or "R,G,B/R,G,B" -> (mean, std) in [0, 1]; values above 1 are taken as 0-255. Raises
+    InputError."""
+    if text in NAMED_PIXELS:
+        return NAMED_PIXELS[text]
+    try:
+        pixels = [[float(value) for value in part.split(",")] for part in text.split("/")]
+        scale = 255 if max(max(part) for part in pixels) > 1 else 1
+        mean, std = ([value / scale for value in part] for part in pixels)
+    except ValueError:
+        mean, std = (), ()
+    if not is_rgb(mean) or not is_rgb(std) or min(std) <= 0:
+        raise InputError(f"--pixels {text}: give imagenet, unscaled, or mean and std of R,G,B as 0.5,0.5,0.5/0.25,0.25,0.25")
+    return mean, std
+
+
 def own_config(contents):
     """The configuration in a checkpoint of this project, {} where it has none."""
     config = yaml.safe_load(contents.get("config") or "{}")
@@ -38,9 +85,9 @@ def own_pixels(contents):
     """Mean and std in [0, 1] from the configuration in a checkpoint of this project."""
     data = own_config(contents).get("DATA", {})
     mean, std = (data.get(key, values) for key, values in zip(("MEAN", "STD"), IMAGENET))
-    if len(mean) != 3 or len(std) != 3:
+    if not is_rgb(mean) or not is_rgb(std):
         raise ValueError("DATA.MEAN and DATA.STD of its configuration are not those of three channels")
-    return [float(value) for value in mean], [float(value) for value in std]
+    return mean, std
 
 
 def check_own_network(contents, path):
@@ -58,6 +105,9 @@ def check_network(contents, architecture, path):
     """Raises InputError where the file names another network than ``architecture``: names and shapes of some networks are
     a ResNet's, but their strides or their pooling are not."""
     name = said(contents, "network")
+    if peek(contents, "config.json.downsample_in_bottleneck") is True:
+        raise InputError(f"{path} strides in the 1x1 convolution (downsample_in_bottleneck in its config.json), which "
+                         "torchvision's and timm's ResNets do not")
     if name and is_other_network(name, architecture):
         raise InputError(f"{path} says that its network is {printable(name)!r}: its names and shapes are those of a "
                          f"{ARCHITECTURES[architecture].label}, but not its strides or its pooling, so that it would "

@@ -17,11 +17,11 @@ import torch
 from transfer import architectures
 from transfer.architectures import ARCHITECTURES, supported
 from transfer.config import RGB_IMAGENET, InputError
-from transfer.formats import (AVERAGES, CONTAINERS, DETECTRON2, FORMATS, IGNORED, IMAGENET, INNER_WRAPPERS, OURS,
-                              OWN_FILE, WRAPPERS, Format, rename)
-from transfer.metadata import check_network, check_own_network, own_pixels, said
+from transfer.formats import (ASK, ASSUMED, AVERAGES, CONTAINERS, DETECTRON2, FORMATS, IGNORED, IMAGENET,
+                              INNER_WRAPPERS, OURS, OWN_FILE, WRAPPERS, Format, rename)
+from transfer.metadata import beside, check_network, check_own_network, is_rgb, own_pixels, said, stated_pixels
 from transfer.safe_load import Call, as_tensor, local_file, open_checkpoint, printable
-from transfer.survey import describe, grouped, networks_in, other_network, some
+from transfer.survey import describe, grouped, networks, networks_in, other_network, some
 
 BRANCHES = ("online", "target")
 
@@ -71,25 +71,67 @@ def read_checkpoint(path, branch=None, pixels=None):
             raise InputError(f"{path} {describe(contents)}")
         if "provenance" in contents:
             state, provenance = read_converted(contents, path)
-            return state, complete(provenance, path, branch)
+            return state, complete(provenance, path, branch, pixels)
         if contents.get("format") == OWN_FILE:
             check_own_network(contents, path)
         match = find_branch(contents, branch or "online", path)
-        check_network(contents, match.architecture, path)
+        statements = contents | beside(path)
+        check_network(statements, match.architecture, path)
         state = read_tensors(match.found, path, match.architecture, match.prefix)
-        return state, _provenance(contents, match, path, pixels)
+        provenance = _provenance(statements, match, path, pixels)
+    if is_untrained(state):
+        provenance["untrained"] = True
+    return state, provenance
 
 
 def _provenance(contents, match, path, pixels):
-    layout, own = match.layout, match.layout.name == OURS
-    mean, std = own_pixels(contents) if own else pixels or layout.pixels or IMAGENET
+    (mean, std), source = find_pixels(contents, match.layout, path, pixels)
     method, step = said(contents, "method"), said(contents, "step", int)
     return {
-        "source": Path(path).name, "sha256": sha256(path), "format": layout.name, "branch": match.branch,
+        "source": Path(path).name, "sha256": sha256(path), "format": match.layout.name, "branch": match.branch,
         "method": "unknown" if method is None else printable(method), "step": -1 if step is None else step,
         "pixel_mean": [round(255 * value, 3) for value in mean], "pixel_std": [round(255 * value, 3) for value in std],
-        "input_format": "RGB", "stride_in_1x1": False, "architecture": match.architecture,
+        "pixel_source": source, "input_format": "RGB", "stride_in_1x1": False, "architecture": match.architecture,
     }
+
+
+def find_pixels(contents, layout, path, given=None):
+    """((mean, std) in [0, 1] of a file's pre-training, where that is known from: "file", "given", "format" or
+    "assumed"). Raises InputError."""
+    stated = own_pixels(contents) if layout.name == OURS else stated_pixels(contents)
+    if stated and given and not all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(sum(map(list, stated), []),
+                                                                                    sum(map(list, given), []))):
+        raise InputError(f"{path} says that it was trained on mean and std {stated}: leave --pixels out")
+    if stated:
+        return stated, "file"
+    if given:
+        return given, "given"
+    if layout.pixels == ASK:
+        raise InputError(f"{path} holds {layout.name}, which does not say how it sees pixels: where that was RGB and "
+                         "STRIDE_IN_1X1 False, give --pixels imagenet or its mean and std; else it cannot be converted")
+    return (IMAGENET, ASSUMED) if layout.pixels == ASSUMED else (layout.pixels, "format")
+
+
+def is_untrained(state):
+    """Whether every BatchNorm has the statistics that it began with."""
+    return all(torch.all(tensor == name.endswith("var")) for name, tensor in state.items() if "running_" in name)
+
+
+def method_of(provenance):
+    """The method of converted weights in words: "rsa", or "unknown method (layout of SimSiam)"."""
+    method, layout = provenance.get("method", "unknown"), provenance.get("format")
+    return f"unknown method (layout of {layout})" if method == "unknown" and layout else method
+
+
+def remarks(provenance):
+    """What the user should know of a file that was read, as lines."""
+    note = next((layout.note for layout in FORMATS if layout.name == provenance["format"]), "")
+    assumed = provenance.get("pixel_source") == ASSUMED
+    return [*["pixels: the file does not say how it was trained to see them; RGB with ImageNet's mean and std is assumed "
+              "(--pixels states another)"] * assumed,
+            *[f"note: {note}"] * (note != "" and provenance["branch"] == "online"),
+            *["warning: every BatchNorm has its initial statistics: these weights look untrained"]
+            * ("untrained" in provenance)]
 
 
 def find_branch(contents, branch, path):
@@ -98,7 +140,9 @@ def find_branch(contents, branch, path):
     for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
         for layout, matches in rows:
             if any(match.whole() for match in matches if match.branch == sought):
-                return _only_one([match for match in matches if match.branch == branch], layout, branch, path)
+                match = _only_one([match for match in matches if match.branch == branch], layout, branch, path)
+                _check_no_other(contents, match, {other.container for other in matches if other.whole()}, path)
+                return match
     if other := other_network(contents):
         raise InputError(f"{path} holds {other}; what is converted: {supported()}")
     nearest = min((match for _, matches in rows for match in matches if match.branch == branch and match.partial()),
@@ -116,8 +160,20 @@ def _only_one(matches, layout, branch, path):
         return whole[0]
     if matches:
         raise InputError(f"{path}: {_what_is_wrong(matches[0])}")
-    averages = f": no average under {', '.join(AVERAGES)}" if branch == "target" and "target" not in layout.branches else ""
-    raise InputError(f"{path}: a checkpoint of {layout.name} without the {branch} branch{averages}")
+    sought = dict.fromkeys("/".join(filter(None, place)) for kind, *place in layout.places() if kind == branch)
+    raise InputError(f"{path}: a checkpoint of {layout.name} without the {branch} branch: nothing lies under "
+                     f"{' or '.join(sought)}")
+
+
+def _check_no_other(contents, match, known, path):
+    """Raises InputError where the file has a ResNet in a dict that the row does not know (``known``: those where it found
+    one), and that is no average."""
+    known = known | {container for _, container, _ in match.layout.places() if container}
+    for container, prefix in networks(contents):
+        if container not in known and container.rpartition("/")[2] not in AVERAGES:
+            raise InputError(f"{path} holds a network under {match.place or match.container or 'its own names'} and another "
+                             f"under {container}/{prefix}, and does not say which is meant: save one of their state dicts "
+                             "alone")
 
 
 def _what_is_wrong(match):
@@ -203,9 +259,8 @@ PROVENANCE = {
     "branch": BRANCHES.__contains__, "architecture": ARCHITECTURES.__contains__,
     "input_format": ("RGB", "BGR").__contains__, "stride_in_1x1": lambda value: type(value) is bool,
     "step": lambda value: type(value) is int,
-    **{key: lambda value: type(value) is str for key in ("source", "sha256", "format", "method")},
-    **{key: lambda value: type(value) is list and len(value) == 3 and all(
-        type(part) in (int, float) and math.isfinite(part) for part in value) for key in ("pixel_mean", "pixel_std")},
+    **{key: lambda value: type(value) is str for key in ("source", "sha256", "format", "method", "pixel_source")},
+    **{key: is_rgb for key in ("pixel_mean", "pixel_std")},
 }
 
 
@@ -231,12 +286,19 @@ def read_converted(contents, path):
     return state, provenance
 
 
-def complete(provenance, path, branch=None):
-    """A converted file's provenance, with what older files lack. Raises InputError if it is of another branch."""
+def complete(provenance, path, branch=None, pixels=None):
+    """A converted file's provenance, with what older files lack; ``pixels`` replace those that were assumed. Raises
+    InputError if it is of another branch, or knows its pixels."""
     held = provenance.get("branch", "online")
     if branch not in (None, held):
         raise InputError(f"{path} was converted from the {held} branch and holds no other: convert the checkpoint "
                          f"({provenance.get('source', 'its source')}) again with --branch {branch}")
+    if pixels and provenance.get("pixel_source") not in (ASSUMED, "given"):
+        raise InputError(f"{path} says that it was trained on mean {provenance.get('pixel_mean')} and std "
+                         f"{provenance.get('pixel_std')}: leave --pixels out")
+    if pixels:
+        mean, std = ([round(255 * value, 3) for value in values] for values in pixels)
+        provenance = provenance | {"pixel_mean": mean, "pixel_std": std, "pixel_source": "given"}
     return {"source": Path(path).name, "format": "unknown", "branch": held, "method": "unknown", "step": -1,
             **RGB_IMAGENET, **provenance, "sha256": provenance.get("sha256") or sha256(path)}
 
