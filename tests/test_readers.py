@@ -26,7 +26,10 @@ from pretrain.config import get_cfg
 from transfer import architectures
 from transfer.config import InputError
 from transfer.convert import detectron2_name
-from transfer.readers import OURS, read_checkpoint
+from transfer.formats import OURS
+from transfer.inspect import inspect
+from transfer.metadata import parse_pixels
+from transfer.readers import read_checkpoint, remarks
 
 def resnet50():
     return ResNet(Bottleneck, [3, 4, 6, 3], width_per_group=8)
@@ -339,9 +342,12 @@ def ema(state):
     return {name: tensor + 1000 for name, tensor in state.items()}
 
 
+LIGHTLY_MODEL = foreign("lightly_train.models", "ModelWrapper")
+
+
 def train_lightly(inner, online, target="", **more):
     return {"state_dict": counters(small(*(f"{model}.wrapped_model.{inner}." for model in filter(None, (online, target))))),
-            "lightly_train": {"version": "0.6", "models": {"model": foreign("lightly_train.models", "ModelWrapper")},
+            "lightly_train": {"version": "0.6", "models": {"model": LIGHTLY_MODEL},
                               "normalize_args": {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.1)}}, **more}
 
 
@@ -605,3 +611,166 @@ def test_other_depths_and_widths_fail_on_their_own_list(tmp_path):
     network = ResNet(Bottleneck, [2, 2, 2, 2], width_per_group=8)
     with pytest.raises(InputError, match="not one that is converted; it is most like a ResNet-18, .*not accounted for: layer1"):
         read_checkpoint(save(network.state_dict(), tmp_path / "other.pth"))
+
+
+def provenance_of(contents, path, **options):
+    return read_checkpoint(save(contents, path), **options)[1]
+
+
+def test_a_layout_is_no_method(tmp_path):
+    """The names of a file do not say with which method it was trained; what it says itself counts."""
+    moco = {"state_dict": small("module.encoder_q.", "module.encoder_k.") | heads("module.queue")}
+    path = tmp_path / "pcl.pth"
+    for contents, method in ((moco, "unknown"), (moco | {"args": argparse.Namespace(method="PCL")}, "PCL"),
+                             ({"model": small("encoder.") | heads("head."), "opt": argparse.Namespace(method="InfoMin")},
+                              "InfoMin"),
+                             (moco | {"hyper_parameters": {"method": "byol"}}, "byol"),
+                             (moco | {"hyper_parameters": foreign("omegaconf.dictconfig", "DictConfig", _content={
+                                 "method": foreign("omegaconf.nodes", "AnyNode", _val="nnclr")})}, "nnclr")):
+        assert provenance_of(contents, path)["method"] == method
+    with pytest.raises(InputError, match="holds a segmentation network, whose backbone is dilated"):
+        provenance_of(small("backbone.") | heads("classifier.0.convs.0.", "aux_classifier."), path)
+
+
+@pytest.mark.parametrize("key, value, refused", [
+    ("arch", "resnetblur50", True), ("args", argparse.Namespace(model="resnetaa50"), True),
+    ("args", argparse.Namespace(arch="resnet101"), True), ("args", {"arch": "resnet50d"}, True),
+    ("arch", "seresnet50", True), ("arch", "wide_resnet50_2", True), ("arch", "deeplabv3_resnet50", True),
+    ("arch", "resnet50", False), ("arch", "ResNet-50", False), ("arch", "resnet50.a1_in1k", False),
+    ("arch", "tv_resnet50", False), ("arch", "gluon_resnet50_v1b", False), ("args", argparse.Namespace(model="torchvision/resnet50"), False),
+    ("args", argparse.Namespace(model="PixPro"), False), ("arch", 50, False)])
+def test_a_file_that_names_another_network_is_refused(tmp_path, key, value, refused):
+    """timm's resnetblur50 and resnetaa50 have the names and shapes of a ResNet-50, and other pooling."""
+    contents = {"state_dict": small(""), key: value}
+    if not refused:
+        assert provenance_of(contents, tmp_path / "c.pth")["architecture"] == "resnet50"
+        return
+    with pytest.raises(InputError, match=r"says that its network is '\w+': its names and shapes are those of a ResNet-50"):
+        provenance_of(contents, tmp_path / "c.pth")
+
+
+def test_hugging_faces_config_beside_a_file_counts(tmp_path):
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    safetensors.torch.save_file({name: t.contiguous() for name, t in small("").items()}, path)
+    config.write_text(json.dumps({"architecture": "resnet50", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}))
+    provenance = read_checkpoint(path)[1]
+    assert provenance["pixel_mean"] == [127.5] * 3 and provenance["pixel_source"] == "file"
+    for text, message in ((json.dumps({"architecture": "resnetaa50"}), "says that its network is 'resnetaa50'"),
+                          (json.dumps({"downsample_in_bottleneck": True}), "strides in the 1x1 convolution"),
+                          ("{", "config.json cannot be read")):
+        config.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_checkpoint(path)
+
+
+def test_pixels_of_names_that_say_nothing_are_assumed_or_given(tmp_path):
+    path = tmp_path / "c.pth"
+    bare = provenance_of(small(""), path)
+    assert bare["pixel_source"] == "assumed" and "is assumed (--pixels states another)" in remarks(bare)[0]
+    for text, mean, std in (("unscaled", 0, 255), ("0.5,0.5,0.5/0.25,0.25,0.25", 127.5, 63.75),
+                            ("127.5,127.5,127.5/255,255,255", 127.5, 255)):
+        given = read_checkpoint(path, pixels=parse_pixels(text))[1]
+        assert (given["pixel_mean"], given["pixel_std"], given["pixel_source"]) == ([mean] * 3, [std] * 3, "given")
+        assert not remarks(given)
+    for text in ("caffe", "1,2,3", "1,2/1,2", "1,2,3/0,1,1", "a,b,c/1,1,1", "nan,0,0/1,1,1", "1,2,3/1,2,3/1,2,3"):
+        with pytest.raises(InputError, match="--pixels .*: give imagenet, unscaled, or mean and std"):
+            parse_pixels(text)
+    lightly = provenance_of(train_lightly("_features", "embedding_model"), path)
+    assert lightly["pixel_mean"] == [127.5, 102.0, 76.5] and lightly["pixel_source"] == "file"
+    with pytest.raises(InputError, match="says that it was trained on mean and std .*: leave --pixels out"):
+        read_checkpoint(path, pixels=parse_pixels("unscaled"))
+    for family in ("SimCLR sthalles", "SimCLR Spijkervet"):
+        assert provenance_of(VARIANTS[family][0], path)["pixel_std"] == [255] * 3
+    for family in ("a backbone alone", "self_supervised", "SimSiam PatrickHua", "older solo-learn"):
+        assert provenance_of(VARIANTS[family][0], path)["pixel_std"] == [58.395, 57.12, 57.375]
+
+
+def test_a_fine_tuned_detector_must_state_its_pixels(tmp_path):
+    for prefix, rename in (("backbone.bottom_up.", detectron2_name), ("backbone.body.", str)):
+        contents = {"model": counters(small(prefix, rename=rename)) | heads("roi_heads.box_head.fc1.") | (
+            heads("backbone.fpn_lateral2.", "proposal_generator.rpn_head.") if rename != str else heads("backbone.fpn.", "rpn.")),
+            "iteration": 89, "optimizer": {}}
+        path = save(contents, tmp_path / "model_final.pth")
+        with pytest.raises(InputError, match="does not say how it sees pixels: .*give --pixels imagenet"):
+            read_checkpoint(path)
+        state, provenance = read_checkpoint(path, pixels=parse_pixels("imagenet"))
+        assert provenance["pixel_source"] == "given"
+        assert [tensor.unique().tolist() for tensor in state.values()] == [[i] for i in range(265)]
+
+
+def test_untrained_weights_are_named(tmp_path):
+    torch.manual_seed(0)
+    fresh = provenance_of(resnet50().state_dict(), tmp_path / "c.pth")
+    assert fresh["untrained"] and "look untrained" in remarks(fresh)[-1]
+    assert "untrained" not in provenance_of(small(""), tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("contents, places", [
+    ({"state_dict": small(""), "model": small("")}, "state_dict and model"),
+    ({"state_dict": small("module.encoder_q.") | heads("module.queue"), "network": small("")}, "network.*state_dict/module.encoder_q."),
+    ({"state_dict": small(""), "best": {"net": small("backbone.")}}, "state_dict and another under best/net/backbone."),
+    ({"model": small("encoder."), "teacher": small("encoder.")}, "model/encoder. and another under teacher/encoder.")])
+def test_two_networks_of_one_file_are_named(tmp_path, contents, places):
+    with pytest.raises(InputError, match=places):
+        read_checkpoint(save(contents, tmp_path / "c.pth"))
+
+
+def test_the_average_is_where_a_missing_target_was_looked_for(tmp_path):
+    path = save({"model": small("")}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match="without the target branch: nothing lies under state_dict_ema or model_ema or "):
+        read_checkpoint(path, "target")
+    path = save(VARIANTS["lightly-train SimCLR"][0], tmp_path / "c.pth")
+    with pytest.raises(InputError, match="without the target branch: nothing lies under embedding_model_momentum.wrapped"):
+        read_checkpoint(path, "target")
+
+
+def test_notes(tmp_path):
+    for family, note in (("SlotCon", "takes its target network: --branch target"), ("PixPro", None)):
+        path = save(VARIANTS[family][0], tmp_path / "c.pth")
+        found = remarks(read_checkpoint(path)[1])
+        assert any(note in line for line in found) if note else not found
+        assert not remarks(read_checkpoint(path, "target")[1])
+    dino = train_lightly("_model", "student_embedding_model", "teacher_embedding_model")
+    dino["state_dict"] |= heads("student_projection_head.", "teacher_projection_head.", "criterion.center")
+    assert "exports of DINO are its target network" in remarks(provenance_of(dino, tmp_path / "c.pth"))[0]
+    distilled = train_lightly("_features", "student_embedding_model")
+    distilled["state_dict"] |= heads("student_projection_head.", "teacher_embedding_model.wrapped_model._model.blocks.", "teacher_queue")
+    assert provenance_of(distilled, tmp_path / "c.pth")["format"] == "lightly-train, distillation"
+
+
+@pytest.mark.parametrize("contents, message", [
+    ({"model": torch.nn.Linear(2, 2)}, "model holds a whole pickled module, whose code is never run: save its state_dict"),
+    (torch.nn.Linear(2, 2), "holds a whole pickled module"),
+    ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, r"holds a vision transformer \(cls_token\); what is"),
+    ({"state_dict": {"model.encoder.layers.encoder_layer_0.ln_1.weight": torch.zeros(1)}}, "holds a vision transformer"),
+    ({"model": {"stages.0.blocks.0.conv_dw.weight": torch.zeros(1)}}, "holds a ConvNeXt"),
+    ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a ConvNeXt"),
+    ({"blobs": {"res2_0_branch2a_w": torch.zeros(1), "conv1_w": torch.zeros(1)}},
+     "MSRA's ResNet with Caffe's names: it takes BGR pixels and strides in the 1x1"),
+    ({name: t for name, t in small("").items() if "running" not in name}, "its norm layers are no BatchNorm")])
+def test_other_networks_are_named(tmp_path, contents, message):
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(save(contents, tmp_path / "c.pth"))
+
+
+def test_a_deep_stem_is_named(tmp_path):
+    with pytest.raises(InputError, match="a ResNet with a deep stem"):
+        read_checkpoint(save(timm.create_model("resnet26d").state_dict(), tmp_path / "c.pth"))
+
+
+def test_two_names_that_become_one_are_refused(tmp_path):
+    contents = small("") | {"layer1._orig_mod.0.conv1.weight": torch.zeros(SHAPES["layer1.0.conv1.weight"])}
+    with pytest.raises(InputError, match="two of its names are the same without their wrappers"):
+        read_checkpoint(save(contents, tmp_path / "c.pth"))
+
+
+def test_inspect_says_what_lies_where(tmp_path):
+    path = save(VARIANTS["DINO, full"][0], tmp_path / "dino.pth")
+    lines = "\n".join(inspect(path))
+    assert re.search(r"under student: \d+ tensors, module. \(\d+\)", lines)
+    assert "ResNets: student/module.backbone., teacher/backbone." in lines
+    assert "online: a whole ResNet-50, 265 tensors, of unknown method (layout of DINO)" in lines and "target: a whole" in lines
+    path = save({"student": small("net.")}, tmp_path / "other.pth")
+    lines = "\n".join(inspect(path))
+    assert "ResNets: student/net." in lines and "online: unknown checkpoint, its keys begin with student" in lines
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dino.pth", "other.pth"]

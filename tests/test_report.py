@@ -64,6 +64,7 @@ def test_weights_label():
     assert report.weights_label({"weights": {"method": "rsa", "step": 500}}) == "rsa, step 500"
     assert report.weights_label({"weights": None}) == "random"
     assert report.weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
+    assert report.weights_label({"weights": {"method": "unknown", "format": "SimSiam", "step": -1}}) == "SimSiam"
 
 
 def test_table_mean_std_and_missing_cells(tmp_path):
@@ -230,6 +231,7 @@ RSA = {"method": "rsa", "step": 125_000}  # 200 epochs of 625 steps
     ({"method": "supervised", "stride_in_1x1": True}, "x", "1x", ("1x", "msra")),
     ({"method": "supervised", "stride_in_1x1": False}, "x", "1x", None),  # nobody published that row
     ({"method": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")), ({"method": "MoCo v1, v2"}, "moco_v2", "1x", None),
+    ({"method": "unknown", "format": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")),
     ({"method": "MoCo v1, v2"}, "rsa", "1x", None), ({"method": "byol"}, "x", "1x", None)])
 def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
     run = full_run(tmp_path / name, 40.0, 36.0, weights, schedule)

@@ -203,6 +203,7 @@ def check_weights(row, path):
 
     provenance = load_weights(path)[1]
     method, step = provenance["method"], provenance["step"]
+    method = provenance.get("format", method) if method == "unknown" else method
     if row == "rsa" and method != AUTHORS and (method, step) != ("rsa", RSA_STEPS):
         print(f"warning: {path} holds {method}, step {step}, not RSA's {RSA_STEPS} steps on ImageNet-1K: the report will "
               "not set its row beside the paper's")

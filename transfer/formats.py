@@ -22,13 +22,13 @@ INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_mo
 IGNORED = ("n_averaged",)  # torch.optim.swa_utils.AveragedModel's counter
 
 # Where a file says what it holds: keys of dicts, and attributes of pickled objects such as argparse's Namespace.
-SAID = {  # "config.json": Hugging Face's, beside the file
+SAID = {  # "hub": the config.json of Hugging Face beside the file
     "network": ("arch", "args.arch", "args.model", "opt.arch", "opt.model", "config.arch", "hyper_parameters.arch",
-                "hyper_parameters.backbone", "hyper_parameters.backbone.name", "config.json.architecture"),
+                "hyper_parameters.backbone", "hyper_parameters.backbone.name", "hub.architecture"),
     "method": ("method", "args.method", "opt.method", "hyper_parameters.method"),
     "step": ("step", "global_step"),
-    "mean": ("lightly_train.normalize_args.mean", "config.json.pretrained_cfg.mean"),
-    "std": ("lightly_train.normalize_args.std", "config.json.pretrained_cfg.std"),
+    "mean": ("lightly_train.normalize_args.mean", "hub.pretrained_cfg.mean"),
+    "std": ("lightly_train.normalize_args.std", "hub.pretrained_cfg.std"),
 }
 
 # (pattern, replacement), each applied once: other names of a ResNet's tensors -> torchvision's.

@@ -32,13 +32,13 @@ def peek(contents, keys):
 
 
 def beside(path, most=1 << 20):
-    """What Hugging Face's config.json beside a file says, as {"config.json": dict}; {} where there is none."""
+    """What Hugging Face's config.json beside a file says, as {"hub": dict}; {} where there is none."""
     config = Path(path).with_name("config.json")
     if Path(path).name not in ("model.safetensors", "pytorch_model.bin") or not config.is_file() or (
             config.stat().st_size > most):
         return {}
     try:
-        return {"config.json": json.loads(config.read_bytes())}
+        return {"hub": json.loads(config.read_bytes())}
     except (ValueError, RecursionError) as error:
         raise InputError(f"{config} cannot be read ({type(error).__name__}), and says which network {path} is: restore "
                          "it, or move it away") from None
@@ -105,7 +105,7 @@ def check_network(contents, architecture, path):
     """Raises InputError where the file names another network than ``architecture``: names and shapes of some networks are
     a ResNet's, but their strides or their pooling are not."""
     name = said(contents, "network")
-    if peek(contents, "config.json.downsample_in_bottleneck") is True:
+    if peek(contents, "hub.downsample_in_bottleneck") is True:
         raise InputError(f"{path} strides in the 1x1 convolution (downsample_in_bottleneck in its config.json), which "
                          "torchvision's and timm's ResNets do not")
     if name and is_other_network(name, architecture):

@@ -85,6 +85,7 @@ def weights_label(results):
     if weights is None:
         return "random"
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
+    method = weights.get("format", method) if method == "unknown" else method  # then its layout is all that is known
     return f"{method}, step {step}" if step >= 0 else method  # the converter writes -1 where a file names no step
 
 
@@ -111,7 +112,7 @@ def table_row(results):
         row = "rsa" if weights.get("step") == RSA_STEPS else None
     else:
         row = row_of_folder(Path(config["OUTPUT_DIR"]).name)
-        row = row if weights.get("method") in ROW_FORMATS.get(row, ()) else None
+        row = row if {weights.get("method"), weights.get("format")} & set(ROW_FORMATS.get(row, ())) else None
     if row not in PUBLISHED[schedule] or (weights or {}).get("branch", "online") != "online":
         return None
     suffix = {"rsa": "", "random": "_random", "msra": "_msra"}.get(row, "_ssl")
