@@ -279,3 +279,56 @@ def test_weights_that_are_not_converted(resnet50_checkpoint, tmp_path, monkeypat
                 read(url)
     with pytest.raises(InputError, match="is a folder: give a checkpoint file in it"):
         read_checkpoint(tmp_path)
+
+
+def test_every_length_of_a_safetensors_header_is_read(checkpoint, tmp_path):
+    """Lengths are multiples of 8: the low byte of 1 in 32 is 0x80, with which a pickle begins, too."""
+    state = {name: torch.zeros(shape) for name, shape in tensor_shapes("resnet18").items()}
+    lengths = set()
+    for fill in range(0, 2048, 8):
+        content = safetensors.torch.save(dict(list(state.items())[:1]), {"fill": "x" * fill})
+        path = tmp_path / "w.safetensors"
+        path.write_bytes(content)
+        with open_checkpoint(path) as contents:
+            assert list(contents) == ["conv1.weight"]
+        lengths.add(content[0])
+    assert lengths == set(range(0, 256, 8))
+
+
+def test_default_outputs_of_files_without_a_method_have_their_names(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bare = {name.removeprefix("online.backbone."): t for name, t in checkpoint["model"].items() if "online.backbone" in name}
+    for name in ("swav_800ep", "Barlow-Twins.v2"):
+        torch.save({"state_dict": bare, "step": len(name)}, f"{name}.pth")
+    assert convert("swav_800ep.pth")[0].as_posix() == "output/weights/swav_800ep_r50.pkl"
+    assert convert("Barlow-Twins.v2.pth")[0].as_posix() == "output/weights/barlow_twins_v2_r50.pkl"
+    assert convert("swav_800ep.pth", to="timm")[0].name == "swav_800ep_r50.safetensors"
+    torch.save(checkpoint, "model_final.pth")
+    assert convert("model_final.pth", branch="target")[0].name == "rsa_r50_target.pkl"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_detectron2_files_of_others_are_read(checkpoint, tmp_path, protocol):
+    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc under another name."""
+    arrays = {detectron2_name(name.removeprefix("online.backbone.")): tensor.numpy()
+              for name, tensor in checkpoint["model"].items() if name.startswith("online.backbone.")}
+    arrays |= {"stem.fc.0.weight": np.zeros((2, 2), np.float32), "stem.fc.0.bias": np.zeros(2, np.float32)}
+    path = tmp_path / "moco.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MOCO", "matching_heuristics": True}, protocol))
+    state, provenance = read_checkpoint(path)
+    assert all(torch.equal(state[name], checkpoint["model"][f"online.backbone.{name}"]) for name in tensor_shapes())
+    assert provenance["format"] == "Detectron2" and provenance["pixel_source"] == "assumed"
+    with pytest.raises(InputError, match="convert it first: tools/convert_to_d2.py"):
+        load_weights(path)
+
+
+def test_the_tool_says_what_was_assumed_and_inspects(tool, tmp_path):
+    """One call of each: with bare names of an untrained network, and with --inspect."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "bare.pth")
+    done = tool("convert_to_d2", tmp_path / "bare.pth", tmp_path / "w.pkl")
+    assert done.returncode == 0, done.stderr
+    assert "100 tensors of a ResNet-18 for detectron2, online branch of unknown method (layout of torchvision, timm)" in done.stdout
+    assert "is assumed (--pixels states another)" in done.stdout and "these weights look untrained" in done.stdout
+    done = tool("convert_to_d2", "--inspect", tmp_path / "bare.pth", "--pixels", "unscaled")
+    assert done.returncode == 0 and "online: a whole ResNet-18, 100 tensors" in done.stdout
+    assert "std [255.0, 255.0, 255.0] (given)" in done.stdout and "target: a checkpoint of torchvision" in done.stdout

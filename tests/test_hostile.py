@@ -26,6 +26,7 @@ import torch
 
 from transfer import architectures, convert, readers
 from transfer.config import InputError
+from transfer.inspect import inspect
 
 SHAPES = {name: torch.Size([2] * len(shape)) for name, shape in list(architectures.tensor_shapes().items())[:12]}
 STATE = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, (name, shape) in enumerate(SHAPES.items())}
@@ -304,6 +305,12 @@ BAD_TENSORS = {
     "a tensor with state": tensor() + b"(" + tensor() + b"K\x00)}tb" + b"0N",
     "a parameter of rubbish": b"ctorch._utils\n_rebuild_parameter\n)R",
     "an array that is not one": b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01NNNNtb",
+    "an array of a giant shape, protocol 5": (b"cnumpy._core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n" + text("f4") + b"\x85R"
+        b"(K\x03" + text("<") + b"tb(" + HUGE * 4 + b"t" + text("C") + b"tR"),
+    "an array in Fortran's order": (b"cnumpy._core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n" + text("f4") + b"\x85R"
+        b"(K\x03" + text("<") + b"tb(K\x02K\x02K\x02K\x02t" + text("X") + b"tR"),
+    "an array of another codec": (b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01(K\x02K\x02K\x02K\x02tcnumpy\ndtype\n" + text("f4")
+        + b"\x85R(K\x03" + text("<") + b"tb\x89c_codecs\nencode\n(" + text("a" * 64) + text("zip") + b"tRtb"),
     "an array of a giant shape": (b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + b"(" + HUGE * 4 + b"t"
                                   b"cnumpy\ndtype\n" + text("f4") + b"\x85R(K\x03" + text("<") + b"tb\x89C\x00tb"),
 }
@@ -373,6 +380,59 @@ def test_bombs_where_values_are_shown(tmp_path, kind):
     for value in (bomb, b"}" + text("a") + bomb + b"s"):
         path = written(tmp_path / "bomb.pkl", good + text("provenance") + value + b"s.")
         assert cheap(outcome, path, convert.load_weights) == "refused"
+
+
+NESTED = "[" * 50_000 + "]" * 50_000
+BAD_PROVENANCES = ["[]", "7", "{", NESTED, '{"a": ' + NESTED + "}", '{"method": 7}', '{"pixel_mean": [1, 2]}', "{}" + "x",
+                   '{"pixel_mean": [1, 2, NaN]}', '{"branch": "both"}', '{"architecture": "vgg16"}', '{"step": true}',
+                   '{"stride_in_1x1": "no"}', '{"input_format": "HSV"}', '{"sha256": null}', '{"a": {"b": 1}}']
+
+
+@pytest.mark.parametrize("place", range(len(BAD_PROVENANCES)))
+def test_bad_provenances(tmp_path, place):
+    """In each of the formats that convert.py writes; what json cannot make stands in safetensors alone."""
+    text = BAD_PROVENANCES[place]
+    path = written(tmp_path / "w.safetensors", safetensors.torch.save(STATE, {"provenance": text}))
+    assert cheap(outcome, path) == "refused"
+    try:
+        provenance = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    for content in (saved({"state_dict": STATE, "provenance": provenance}),
+                    converter_file({"provenance": provenance})):
+        assert cheap(outcome, written(tmp_path / "w.pth", content)) == "refused"
+
+
+def converter_file(more):
+    return pickle.dumps(pickle.loads(convert.encode_detectron2(STATE, {"method": "rsa"})) | more, protocol=4)
+
+
+def test_dicts_that_hold_one_another(tmp_path):
+    """Each is looked into once, however many ways lead to it."""
+    for body in (b"}q\x00" + b"".join(text(f"a{i}") + b"h\x00s" for i in range(200)),
+                 b"}q\x00(" + b"".join(text(f"a{i}") + b"}q" + bytes([i + 1]) + b"(" + b"".join(
+                     text(f"b{j}") + b"h\x00" for j in range(50)) + b"u" for i in range(50)) + b"u"):
+        path = written(tmp_path / "web.pth", in_zip(pickled(body)))
+        assert cheap(outcome, path) == "refused"
+        assert cheap(inspect, path)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_nothing_runs_when_inspected(tmp_path, canary, kind):
+    for place, _ in PLACES.values():
+        try:
+            content = saved(place(OBJECTS[kind](canary)))
+        except TypeError:
+            continue
+        assert all(line.isprintable() for line in inspect(written(tmp_path / "hostile.pth", content)))
+
+
+def test_a_config_beside_a_file_is_data(tmp_path):
+    path = written(tmp_path / "model.safetensors", safetensors.torch.save(STATE))
+    for content in (NESTED.encode(), b"{" * 10, b"\xff\xfe", b"7" * 5000, b'{"architecture": {"a": 1}, "pretrained_cfg": 7}',
+                    b'{"pretrained_cfg": {"mean": "abc", "std": [1, 2]}}', b"[]", b"x" * (2 << 20)):
+        (tmp_path / "config.json").write_bytes(content)
+        assert cheap(outcome, path) in ("refused", "right")
 
 
 def safetensors_file(header, data=b"", length=None):

@@ -40,8 +40,8 @@ def beside(path, most=1 << 20):
     try:
         return {"hub": json.loads(config.read_bytes())}
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{config} cannot be read ({type(error).__name__}), and says which network {path} is: restore "
-                         "it, or move it away") from None
+        raise InputError(f"{path}: the config.json beside it, which says what network it is, cannot be read "
+                         f"({type(error).__name__}): restore it, or move it away") from None
 
 
 def stated_pixels(contents):
