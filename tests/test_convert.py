@@ -332,3 +332,19 @@ def test_the_tool_says_what_was_assumed_and_inspects(tool, tmp_path):
     done = tool("convert_to_d2", "--inspect", tmp_path / "bare.pth", "--pixels", "unscaled")
     assert done.returncode == 0 and "online: a whole ResNet-18, 100 tensors" in done.stdout
     assert "std [255.0, 255.0, 255.0] (given)" in done.stdout and "target: a checkpoint of torchvision" in done.stdout
+
+
+def test_features_of_other_networks_for_the_tools(tmp_path):
+    """tools/evaluate.py and the like, of a bare ResNet-18 and of what was converted from it."""
+    from tools._weights import load_features
+
+    torch.manual_seed(0)
+    network = randomised(torchvision.models.resnet18()).eval()
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    network.fc = torch.nn.Identity()
+    converted = convert(tmp_path / "bare.pth", tmp_path / "w.pkl")[0]
+    for path in (tmp_path / "bare.pth", converted):
+        features, cfg, provenance = load_features(path)
+        assert cfg.MODEL.BACKBONE == provenance["architecture"] == "resnet18"
+        with torch.no_grad():
+            torch.testing.assert_close(features.backbone(IMAGES), network(IMAGES), rtol=1e-5, atol=1e-5)

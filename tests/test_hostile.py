@@ -512,6 +512,15 @@ def test_wrong_files(tmp_path, kind):
     assert cheap(outcome, path) == "refused" and cheap(outcome, path, convert.load_weights) == "refused"
 
 
+@pytest.mark.parametrize("kind, message", [
+    ("TorchScript", "a TorchScript module, .*save its state_dict"), ("text", "a pointer of Git LFS.*git lfs pull"),
+    ("HTML", "a web page"), ("gzip", "compressed: unpack it with gunzip"), ("a header of 2**63", "neither of torch.save"),
+    ("zeros", "neither of torch.save nor safetensors nor a pickle")])
+def test_what_a_wrong_file_is(tmp_path, kind, message):
+    with pytest.raises(InputError, match=message):
+        readers.read_checkpoint(written(tmp_path / "wrong.pth", WRONG_FILES[kind]))
+
+
 def test_a_sparse_file_of_10_gb(tmp_path):
     """Its header is as long as the file: a length that fits the file is no reason to allocate it."""
     path = written(tmp_path / "sparse.safetensors", safetensors_file(b"{\"a\": 1", length=10 * 2**30 - 8))

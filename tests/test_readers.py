@@ -637,6 +637,7 @@ def test_a_layout_is_no_method(tmp_path):
     ("args", argparse.Namespace(arch="resnet101"), True), ("args", {"arch": "resnet50d"}, True),
     ("arch", "seresnet50", True), ("arch", "wide_resnet50_2", True), ("arch", "deeplabv3_resnet50", True),
     ("arch", "resnet50", False), ("arch", "ResNet-50", False), ("arch", "resnet50.a1_in1k", False),
+    ("arch", "resnet50_dilated8", True), ("arch", "fcn_resnet50", True), ("arch", "simclr_resnet50", False),
     ("arch", "tv_resnet50", False), ("arch", "gluon_resnet50_v1b", False), ("args", argparse.Namespace(model="torchvision/resnet50"), False),
     ("args", argparse.Namespace(model="PixPro"), False), ("arch", 50, False)])
 def test_a_file_that_names_another_network_is_refused(tmp_path, key, value, refused):

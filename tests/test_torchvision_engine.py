@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.models import resnet50
 from pycocotools import mask as rle
@@ -18,7 +19,8 @@ from transfer import torchvision_engine as engine
 from transfer.annotations import dataset_name, load_dataset
 from transfer.coco import CocoInstances, coco_ap
 from transfer.config import InputError, torchvision_defaults
-from transfer.convert import detectron2_name
+from transfer.architectures import ARCHITECTURES, tensor_shapes
+from transfer.convert import convert, detectron2_name
 
 BASE = os.path.join(os.path.dirname(__file__), "..", "configs", "transfer", "base_mask_rcnn_R50_FPN.yaml")
 CATEGORIES = [3, 7, 90]  # with gaps, as COCO's
@@ -422,3 +424,32 @@ def test_a_key_of_another_architecture_names_the_other_engine(tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["train_net", "--engine", "torchvision", "--config-file", str(tmp_path / "c.yaml")])
     with pytest.raises(InputError, match="key: MODEL.RETINANET, which the torchvision engine does not have.*--engine detec"):
         train_net.main()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet101"])
+def test_other_depths_train_from_converted_weights(coco, tmp_path, name):
+    """One iteration at learning rate 0: the backbone of the result is the file's, and so is its depth."""
+    torch.manual_seed(0)
+    state = {n: torch.rand_like(t) if "running_var" in n else 0.1 * torch.randn_like(t)
+             for n, t in getattr(torchvision.models, name)().state_dict().items() if t.is_floating_point()}
+    torch.save(state, tmp_path / "bare.pth")
+    path, provenance = convert(tmp_path / "bare.pth", tmp_path / "w.pkl")
+    keys = [item for key, value in ARCHITECTURES[name].resnets().items() for item in (f"MODEL.RESNETS.{key}", value)]
+    more = ["SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", 1, "MODEL.WEIGHTS", str(path)]
+    with pytest.raises(InputError, match=f"was trained with MODEL.RESNETS.DEPTH {ARCHITECTURES[name].depth} .it is 50"):
+        engine.train(config(coco, tmp_path / "wrong", *more))
+    results = engine.train(config(coco, tmp_path / "run", *more, *keys))
+    assert results["iterations"] == 1 and results["weights"] == provenance
+    found = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["model"]
+    assert len(tensor_shapes(name)) == {"resnet18": 100, "resnet101": 520}[name]
+    for tensor in tensor_shapes(name):
+        if "running" not in tensor:
+            assert torch.equal(found[f"backbone.body.{tensor}"], state[tensor])
+
+
+@pytest.mark.parametrize("keys, message", [
+    (["MODEL.RESNETS.DEPTH", 18], "DEPTH 18 with NUM_GROUPS 1, WIDTH_PER_GROUP 64, RES2_OUT_CHANNELS 256 .*RES2_OUT_CHANNELS 64$"),
+    (["MODEL.RESNETS.NUM_GROUPS", 3], "NUM_GROUPS 3.*: give NUM_GROUPS 1, WIDTH_PER_GROUP 64.* or NUM_GROUPS 32, WIDTH_PER_GROUP 4")])
+def test_a_resnet_that_torchvision_has_not_is_refused(coco, tmp_path, keys, message):
+    with pytest.raises(InputError, match=message):
+        engine.build_model(config(coco, tmp_path, *keys))

@@ -23,8 +23,9 @@ IGNORED = ("n_averaged",)  # torch.optim.swa_utils.AveragedModel's counter
 
 # Where a file says what it holds: keys of dicts, and attributes of pickled objects such as argparse's Namespace.
 SAID = {  # "hub": the config.json of Hugging Face beside the file
-    "network": ("arch", "args.arch", "args.model", "opt.arch", "opt.model", "config.arch", "hyper_parameters.arch",
-                "hyper_parameters.backbone", "hyper_parameters.backbone.name", "hub.architecture"),
+    "network": ("arch", "args.arch", "args.model", "args.backbone", "opt.arch", "opt.model", "opt.backbone", "config.arch",
+                "hyper_parameters.arch", "hyper_parameters.backbone", "hyper_parameters.backbone.name",
+                "hyper_parameters.base_encoder", "hub.architecture"),
     "method": ("method", "args.method", "opt.method", "hyper_parameters.method"),
     "step": ("step", "global_step"),
     "mean": ("lightly_train.normalize_args.mean", "hub.pretrained_cfg.mean"),
@@ -129,7 +130,7 @@ FORMATS = (
     Format("Detectron2", {"online": "model/"}, drops=("stem.fc.", "fpn_", "backbone.fpn_", "box_head."),
            must=("stem.conv1.norm.",), rename=DETECTRON2, pixels=ASSUMED),
     Format("a detector fine-tuned with Detectron2", {"online": "model/backbone.bottom_up."},
-           drops=("backbone.fpn_", "proposal_generator.", "roi_heads.", "head.", "anchor_generator.", "sem_seg_head.",
+           drops=("backbone.fpn_", "backbone.top_block.", "proposal_generator.", "roi_heads.", "head.", "anchor_generator.", "sem_seg_head.",
                   "pixel_mean", "pixel_std"), must=("backbone.bottom_up.stem.",), rename=DETECTRON2, pixels=ASK),
     Format("a detector of torchvision's", {"online": "backbone.body."},
            drops=("backbone.fpn.", "rpn.", "roi_heads.", "head."), pixels=ASK),

@@ -12,6 +12,7 @@ from transfer.config import InputError
 from transfer.formats import IMAGENET, SAID, UNSCALED
 from transfer.safe_load import Call, printable
 
+DILATED = ("deeplab", "fcn", "pspnet", "lraspp")
 NAMED_PIXELS = {"imagenet": IMAGENET, "unscaled": UNSCALED}
 
 
@@ -115,8 +116,11 @@ def check_network(contents, architecture, path):
 
 
 def is_other_network(name, architecture):
-    """Whether a name such as "resnetblur50" means a ResNet other than ``architecture``. Names that are none of a ResNet
-    are taken for something else, such as a method's."""
-    plain = name.rpartition("/")[2].partition(".")[0].lower().replace("-", "_")
-    plain = re.sub(r"^(tv|ssl|swsl|gluon)_|_v1b$", "", plain)
-    return "resne" in plain and re.sub("[^a-z0-9]", "", plain) != re.sub("[^a-z0-9]", "", architecture)
+    """Whether a name such as "resnetblur50" means a network other than ``architecture``. Words before it, such as
+    "tv_resnet50", do not count, but for those that dilate it; a name without a ResNet in it is a method's, say."""
+    plain = name.rpartition("/")[2].partition(".")[0].lower().replace("-", "").removesuffix("_v1b")
+    network = re.search(r"(?:^|_)((?:wide_)?resne.*)", plain)
+    if "resne" not in plain:
+        return False
+    return not network or plain.startswith(DILATED) or re.sub("[^a-z0-9]", "", network[1]) != re.sub(
+        "[^a-z0-9]", "", architecture)

@@ -35,6 +35,11 @@ STORAGE_DTYPES = {
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
 }
 
+OTHER_FILES = {  # first bytes: what is often downloaded in place of a checkpoint
+    b"version h": "a pointer of Git LFS: fetch the file itself with git lfs pull", b"<": "a web page, not a file of weights",
+    b"\x1f\x8b": "compressed: unpack it with gunzip first",
+}
+
 
 class Name(str):
     """``"module name"`` of a class or function: only its name."""
@@ -90,7 +95,8 @@ def open_checkpoint(path):
                 mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 contents = _read_file(mapped)
             else:
-                raise ValueError("it is neither of torch.save nor safetensors nor a pickle")
+                raise ValueError(next((what for start_of, what in OTHER_FILES.items() if start.startswith(start_of)),
+                                      "it is neither of torch.save nor safetensors nor a pickle"))
             yield contents
     except InputError:
         raise
@@ -109,6 +115,8 @@ def _read_zip(archive):
     if len(roots) != 1:
         raise ValueError("a zip archive, but not one of torch.save")
     root = roots[0]
+    if root + "constants.pkl" in archive.namelist():
+        raise ValueError("a TorchScript module, whose code is never run: save its state_dict() instead")
     if root + "byteorder" in archive.namelist() and _member(archive, root + "byteorder") != b"little":
         raise ValueError("written on a big-endian machine")
 
