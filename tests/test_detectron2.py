@@ -726,12 +726,13 @@ def test_keypoints_that_do_not_fit_are_refused_before_training(weights, shapes, 
     two = ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
     assert "TEST.KEYPOINT_OKS_SIGMAS has 0 numbers: COCO's metric needs one for each of the 2" in message(data, *two)
     two += ["TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.1]]
-    path = Path(data.split("::")[0])
-    coco = json.loads(path.read_text())
-    for key, words in (("num_keypoints", "annotation 3 lacks num_keypoints"), ("keypoints", "annotation 3 has 0 numbers of keypoints: 2")):
+    path, images = data.split("::")
+    coco = json.loads(Path(path).read_text())
+    for key, words in (("num_keypoints", "annotation 3 lacks num_keypoints"),
+                       ("keypoints", "annotation 3 has 0 numbers of keypoints: 2 keypoints are 6 numbers")):
         del coco["annotations"][2][key]
-        path.write_text(json.dumps(coco))
-        assert words in message(data, *two)
+        (tmp_path / f"no_{key}.json").write_text(json.dumps(coco))
+        assert words in message(dataset_name(tmp_path / f"no_{key}.json", images), *two)
 
 
 @pytest.mark.parametrize("name, overrides, message", [
