@@ -18,7 +18,8 @@ from transfer.architectures import tensor_shapes
 from transfer.config import InputError
 from transfer import convert as converter
 from transfer.convert import SUFFIXES, convert, detectron2_name, load_weights
-from transfer.readers import checksum, read_checkpoint
+from transfer.provenance import checksum
+from transfer.readers import read_checkpoint
 from transfer.safe_load import open_checkpoint
 
 

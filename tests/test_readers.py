@@ -29,7 +29,8 @@ from transfer.convert import detectron2_name
 from transfer.formats import OURS
 from transfer.inspect import inspect
 from transfer.metadata import parse_pixels
-from transfer.readers import read_checkpoint, remarks
+from transfer.provenance import remarks
+from transfer.readers import read_checkpoint
 
 def resnet50():
     return ResNet(Bottleneck, [3, 4, 6, 3], width_per_group=8)

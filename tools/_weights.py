@@ -12,6 +12,7 @@ from pretrain.distributed import amp_dtype, device
 from pretrain.evaluate import Features
 from pretrain.feature_cache import FeatureCache
 from transfer import readers
+from transfer.provenance import sha256
 from transfer.safe_load import local_file, open_checkpoint
 
 
@@ -40,7 +41,7 @@ def load_features(path, branch=None):
                  if name.startswith(prefix)}
         if not state:
             raise InputError(f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out")
-        provenance = {"source": Path(path).name, "sha256": readers.sha256(path), "branch": branch,
+        provenance = {"source": Path(path).name, "sha256": sha256(path), "branch": branch,
                       "method": saved["method"], "step": saved["step"]}
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     missing, unexpected = backbone.load_state_dict(state, strict=False)

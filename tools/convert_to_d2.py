@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Pre-training checkpoint -> ResNet weights for Detectron2, torchvision or timm.
 
-    tools/convert_to_d2.py                                  # output/pretrain/model_final.pth -> output/weights/
-    tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
-    tools/convert_to_d2.py --inspect checkpoint.pth         # what is in it; writes nothing
+tools/convert_to_d2.py                                  # output/pretrain/model_final.pth -> output/weights/
+tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
+tools/convert_to_d2.py --inspect checkpoint.pth         # what is in it; writes nothing
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transfer.config import InputError  # noqa: E402
 from transfer.convert import DEFAULT_INPUT, SUFFIXES, convert  # noqa: E402
 from transfer.inspect import inspect  # noqa: E402
 from transfer.metadata import parse_pixels  # noqa: E402
-from transfer.readers import BRANCHES, method_of, remarks  # noqa: E402
+from transfer.provenance import BRANCHES, method_of, remarks  # noqa: E402
 
 
 def main():
@@ -30,24 +30,40 @@ def main():
     output, provenance = convert(args.input, args.output, args.to, args.branch, pixels, args.overwrite)
     network = provenance["architecture"]
     step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
-    print(f"{output}: {len(tensor_shapes(network))} tensors of a {ARCHITECTURES[network].label} for {args.to}, "
-          f"{provenance['branch']} branch of {method_of(provenance)}{step}, from {args.input} "
-          f"(sha256 {provenance['sha256'][:12]})")
+    print(
+        f"{output}: {len(tensor_shapes(network))} tensors of a {ARCHITECTURES[network].label} for {args.to}, "
+        f"{provenance['branch']} branch of {method_of(provenance)}{step}, from {args.input} "
+        f"(sha256 {provenance['sha256'][:12]})"
+    )
     for remark in remarks(provenance):
         print(remark)
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="?", default=DEFAULT_INPUT, help=f"checkpoint (default {DEFAULT_INPUT})")
-    parser.add_argument("output", nargs="?", help="file to write (default output/weights/METHOD_r50.pkl, of RSA where "
-                        "the transfer configs look; named by INPUT where it names no method; r18, r101, … for other "
-                        "networks)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "input", nargs="?", default=DEFAULT_INPUT, help=f"checkpoint (default {DEFAULT_INPUT})"
+    )
+    parser.add_argument(
+        "output",
+        nargs="?",
+        help="file to write (default output/weights/METHOD_r50.pkl, of RSA where "
+        "the transfer configs look; named by INPUT where it names no method; r18, r101, … for other "
+        "networks)",
+    )
     parser.add_argument("--to", choices=SUFFIXES, default="detectron2", help="library to write for")
-    parser.add_argument("--branch", choices=BRANCHES, help="which network's backbone (default: online, or the one that "
-                        "a converted file holds)")
-    parser.add_argument("--pixels", metavar="imagenet|unscaled|R,G,B/R,G,B", help="mean and std that the network was "
-                        "trained on, in [0, 1] or 0-255, for a file that does not say")
+    parser.add_argument(
+        "--branch",
+        choices=BRANCHES,
+        help="which network's backbone (default: online, or the one that a converted file holds)",
+    )
+    parser.add_argument(
+        "--pixels",
+        metavar="imagenet|unscaled|R,G,B/R,G,B",
+        help="mean and std that the network was trained on, in [0, 1] or 0-255, for a file that does not say",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over a file of another source")
     parser.add_argument("--inspect", action="store_true", help="say what INPUT holds, and write nothing")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""The ResNets that are converted: their tensors under torchvision's names, and the Detectron2 keys that build them."""
+"""The ResNets that are converted: torchvision's names of their tensors, and the Detectron2 keys that build them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +23,12 @@ class Architecture:
 
     def resnets(self):
         """{key of Detectron2's MODEL.RESNETS: value} that build this network."""
-        return {"DEPTH": self.depth, "NUM_GROUPS": self.groups, "WIDTH_PER_GROUP": self.width,
-                "RES2_OUT_CHANNELS": self.res2}
+        return {
+            "DEPTH": self.depth,
+            "NUM_GROUPS": self.groups,
+            "WIDTH_PER_GROUP": self.width,
+            "RES2_OUT_CHANNELS": self.res2,
+        }
 
 
 # torchvision and timm call each by the same name.
@@ -48,37 +52,50 @@ def supported():
 
 
 def of_config(resnets):
-    """The name of the network that Detectron2's MODEL.RESNETS (a dict) build. Raises InputError where it has none."""
+    """The name of the network that Detectron2's MODEL.RESNETS (a dict) build. Raises InputError."""
     deep = [name for name, architecture in ARCHITECTURES.items() if architecture.depth == resnets["DEPTH"]]
     for name in deep:
         if all(resnets[key] == value for key, value in ARCHITECTURES[name].resnets().items()):
             return name
-    choices = " or ".join(", ".join(f"{key} {value}" for key, value in ARCHITECTURES[name].resnets().items() if key != "DEPTH")
-                          for name in deep)
-    given = ", ".join(f"{key} {resnets[key]}" for key in ("NUM_GROUPS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS"))
-    raise InputError(f"MODEL.RESNETS.DEPTH {resnets['DEPTH']} with {given} is no network that this engine knows"
-                     + f": give {choices}" * bool(deep))
+    choices = " or ".join(
+        ", ".join(f"{key} {value}" for key, value in ARCHITECTURES[name].resnets().items() if key != "DEPTH")
+        for name in deep
+    )
+    given = ", ".join(
+        f"{key} {resnets[key]}" for key in ("NUM_GROUPS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS")
+    )
+    raise InputError(
+        f"MODEL.RESNETS.DEPTH {resnets['DEPTH']} with {given} is no network that this engine knows"
+        + f": give {choices}" * bool(deep)
+    )
 
 
 @lru_cache
 def tensor_shapes(name="resnet50"):
-    """{torchvision name: shape} of a network's convolutions and of the four tensors of each BatchNorm, without fc: 265
-    for a ResNet-50."""
+    """{torchvision name: shape} of a network's convolutions and of the four tensors of each BatchNorm,
+    without fc: 265 for a ResNet-50."""
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
-    return {tensor: value.shape for tensor, value in state.items()
-            if not tensor.startswith("fc.") and not tensor.endswith("num_batches_tracked")}
+    return {
+        tensor: value.shape
+        for tensor, value in state.items()
+        if not tensor.startswith("fc.") and not tensor.endswith("num_batches_tracked")
+    }
 
 
 def nearest(found):
-    """The architecture whose tensors ``found`` {torchvision name: stored value} is most like: first by names, then, of
-    those with the same names, by shapes."""
+    """The architecture whose tensors ``found`` {torchvision name: stored value} is most like: first by names,
+    then, of those with the same names, by shapes."""
 
     apart = {name: len(tensor_shapes(name).keys() ^ found.keys()) for name in ARCHITECTURES}
     alike = [name for name in apart if apart[name] == min(apart.values())]
 
     def misshapen(name):
-        return sum(not _has_shape(found[tensor], shape) for tensor, shape in tensor_shapes(name).items() if tensor in found)
+        return sum(
+            not _has_shape(found[tensor], shape)
+            for tensor, shape in tensor_shapes(name).items()
+            if tensor in found
+        )
 
     return min(alike, key=misshapen) if len(alike) > 1 else alike[0]
 

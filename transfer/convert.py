@@ -1,7 +1,7 @@
 """The tensors of a pre-trained ResNet -> Detectron2, torchvision and timm files, and back.
 
-Every file carries its provenance (source, sha256, format, branch, method, step), so that a table of results can say
-which weights it measured.
+Every file carries its provenance (source, sha256, format, branch, method, step), so that a table of results
+can say which weights it measured.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from transfer.config import DEFAULT_WEIGHTS, InputError
 from transfer.architectures import ARCHITECTURES
-from transfer.readers import checksum, is_plain, read_checkpoint, read_converted
+from transfer.config import DEFAULT_WEIGHTS, InputError
+from transfer.provenance import checksum, is_plain
+from transfer.readers import read_checkpoint, read_converted
 from transfer.safe_load import as_tensor, local_file, open_checkpoint
 
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
@@ -26,8 +27,9 @@ SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
 def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False):
-    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its method's name,
-    or the source's where the method is unknown; returns (path written, provenance). Raises InputError."""
+    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its
+    method's name, or the source's where the method is unknown; returns (path written, provenance). Raises
+    InputError."""
     state, provenance = read_checkpoint(source, branch, pixels)
     if output is None:
         name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
@@ -54,12 +56,16 @@ def _refuse_other_weights(output, provenance):
         if type(contents) is dict and "provenance" in contents:
             held = read_converted(contents, output)[1]
     if any(held.get(key) != provenance[key] for key in ("sha256", "branch")):
-        what = f"weights of another source ({held.get('source')}, {held.get('branch')} branch)" if held else "something else"
+        what = (
+            f"weights of another source ({held.get('source')}, {held.get('branch')} branch)"
+            if held
+            else "something else"
+        )
         raise InputError(f"{output} is there already, and holds {what}: give another OUTPUT, or --overwrite")
 
 
 def detectron2_name(name):
-    """torchvision's name of a ResNet tensor -> Detectron2's, e.g. layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
+    """torchvision's name -> Detectron2's, e.g. layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
     name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
     name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
     name = re.sub(r"bn(\d)", r"conv\1.norm", name)
@@ -70,8 +76,16 @@ def encode_detectron2(state, provenance):
     # With "__author__" the checkpointer takes the file as one of its own zoo; the heuristics then match these
     # names, which lack the prefix "backbone.bottom_up.", by suffix.
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
-    return pickle.dumps({"model": arrays, "__author__": "RSA", "matching_heuristics": True,
-                         "provenance": provenance, "crc32": checksum(state, provenance)}, protocol=4)
+    return pickle.dumps(
+        {
+            "model": arrays,
+            "__author__": "RSA",
+            "matching_heuristics": True,
+            "provenance": provenance,
+            "crc32": checksum(state, provenance),
+        },
+        protocol=4,
+    )
 
 
 def encode_torchvision(state, provenance):
@@ -82,8 +96,10 @@ def encode_torchvision(state, provenance):
 
 def encode_timm(state, provenance):
     # timm's ResNets have torchvision's names; load with num_classes=0.
-    return safetensors.torch.save(state, metadata={"provenance": json.dumps(provenance),
-                                                   "crc32": json.dumps(checksum(state, provenance))})
+    return safetensors.torch.save(
+        state,
+        metadata={"provenance": json.dumps(provenance), "crc32": json.dumps(checksum(state, provenance))},
+    )
 
 
 ENCODERS = {"detectron2": encode_detectron2, "torchvision": encode_torchvision, "timm": encode_timm}
@@ -94,18 +110,24 @@ def load_weights(path):
 
     Raises InputError when the file is absent, unreadable, damaged or not whole. Never runs code of the file.
     """
-    path = local_file(path, f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
-                      'initialisation with MODEL.WEIGHTS ""')
+    path = local_file(
+        path,
+        f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
+        'initialisation with MODEL.WEIGHTS ""',
+    )
     with open_checkpoint(path) as contents:
         if type(contents) is not dict or "provenance" not in contents or "__author__" not in contents:
-            raise InputError(f"{path} is not a Detectron2 file of tools/convert_to_d2.py; convert it first: "
-                             f"tools/convert_to_d2.py {shlex.quote(path)}")
+            raise InputError(
+                f"{path} is not a Detectron2 file of tools/convert_to_d2.py; convert it first: "
+                f"tools/convert_to_d2.py {shlex.quote(path)}"
+            )
         return read_converted(contents, path)
 
 
 def load_model(path, needed):
-    """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them; the
-    iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps there, or None).
+    """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them;
+    the iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps
+    there, or None).
 
     Raises InputError when the file is absent, unreadable, or lacks a tensor. Never runs code of the file.
     """
@@ -116,10 +138,14 @@ def load_model(path, needed):
         if type(stored) is not dict:
             raise InputError(foreign + "it has no model")
         found = {name: as_tensor(stored.get(name)) for name in needed}
-        wrong = [name for name, tensor in found.items() if tensor is None or tensor.shape != needed[name].shape]
+        wrong = [
+            name for name, tensor in found.items() if tensor is None or tensor.shape != needed[name].shape
+        ]
         if wrong:
-            raise InputError(f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
-                             f"{', '.join(wrong[:3])}")
+            raise InputError(
+                f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
+                f"{', '.join(wrong[:3])}"
+            )
         state = {name: tensor.read().to(needed[name].dtype, copy=True) for name, tensor in found.items()}
         iteration, weights = contents.get("iteration", -2), contents.get("weights")
         if type(iteration) is not int or weights is not None and not is_plain(weights):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transfer.architectures import tensor_shapes
 from transfer.config import RGB_IMAGENET, InputError
 from transfer.convert import detectron2_name, load_weights
-from transfer.readers import sha256
+from transfer.provenance import sha256
 from transfer.run_folder import save_checkpoint
 
 # Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did:

@@ -1,8 +1,9 @@
-"""What a checkpoint holds, in lines for a terminal, without converting it (tools/convert_to_d2.py --inspect)."""
+"""What a checkpoint holds, in lines for a terminal: tools/convert_to_d2.py --inspect."""
 
 from transfer.architectures import ARCHITECTURES, tensor_shapes
 from transfer.config import InputError
-from transfer.readers import BRANCHES, method_of, read_checkpoint, remarks
+from transfer.provenance import BRANCHES, method_of, remarks
+from transfer.readers import read_checkpoint
 from transfer.safe_load import Tensor, local_file, open_checkpoint, printable
 from transfer.survey import grouped, networks, some, state_dicts
 
@@ -16,9 +17,13 @@ def inspect(path, branch=None, pixels=None):
     lines = [f"{path}: opened without running any of its code"]
     with open_checkpoint(path) as contents:
         for key, held in state_dicts(contents):
-            names = [name for name, value in held.items() if isinstance(name, str) and isinstance(value, Tensor)]
+            names = [
+                name for name, value in held.items() if isinstance(name, str) and isinstance(value, Tensor)
+            ]
             if names:
-                lines.append(f"  under {printable(key) or 'its own names'}: {len(names)} tensors, {grouped(names)}")
+                lines.append(
+                    f"  under {printable(key) or 'its own names'}: {len(names)} tensors, {grouped(names)}"
+                )
         places = ["/".join(filter(None, place)) or "its own names" for place in networks(contents)]
         lines.append(f"  ResNets: {some(places, 8).strip(' ()') or 'none'}")
     for wanted in BRANCHES if branch is None else [branch]:
@@ -29,8 +34,10 @@ def inspect(path, branch=None, pixels=None):
             continue
         network = provenance["architecture"]
         step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
-        lines.append(f"{wanted}: a whole {ARCHITECTURES[network].label}, {len(tensor_shapes(network))} tensors, of "
-                     f"{method_of(provenance)}{step}; pixels: mean {provenance['pixel_mean']}, std "
-                     f"{provenance['pixel_std']} ({provenance.get('pixel_source', 'file')})")
+        lines.append(
+            f"{wanted}: a whole {ARCHITECTURES[network].label}, {len(tensor_shapes(network))} tensors, of "
+            f"{method_of(provenance)}{step}; pixels: mean {provenance['pixel_mean']}, std "
+            f"{provenance['pixel_std']} ({provenance.get('pixel_source', 'file')})"
+        )
         lines += [f"  {remark}" for remark in remarks(provenance)]
     return lines

@@ -17,7 +17,7 @@ import yaml
 from common.files import write_atomically
 from transfer.annotations import locate_dataset
 from transfer.config import InputError, protocol_of
-from transfer.readers import sha256
+from transfer.provenance import sha256
 from transfer.run_folder import RESULTS, TRAINING
 
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

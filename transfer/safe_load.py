@@ -1,13 +1,14 @@
 """Checkpoint files as inert data: dicts, lists, strings, numbers, and tensors that are read when asked for.
 
-A pickle is a program for a small stack machine. This module steps through it with the standard library's disassembler
-and only builds containers: a class or function that the file names stays a :class:`Name`, and what the file wants done
-with it becomes a :class:`Call`, a record. Nothing that a file names is imported, called or given state, so opening a
-file never runs its code, and neither sizes that it claims nor its nesting cost memory beyond a multiple of its length.
+A pickle is a program for a small stack machine. This module steps through it with the standard library's
+disassembler and only builds containers: a class or function that the file names stays a :class:`Name`, and
+what the file wants done with it becomes a :class:`Call`, a record. Nothing that a file names is imported,
+called or given state, so opening a file never runs its code, and neither sizes that it claims nor its nesting
+cost memory beyond a multiple of its length.
 
-torch.load(weights_only=True) is not enough for files of strangers: it calls ``bytearray(n)`` for a file of 355 bytes
-(n bytes of memory), overflows the C stack on a nested tuple as a key, does not compare the archive's checksums, and
-refuses old files that hold foreign objects beside their tensors.
+torch.load(weights_only=True) is not enough for files of strangers: it calls ``bytearray(n)`` for a file of
+355 bytes (n bytes of memory), overflows the C stack on a nested tuple as a key, does not compare the
+archive's checksums, and refuses old files that hold foreign objects beside their tensors.
 """
 
 import io
@@ -29,14 +30,23 @@ from transfer.config import InputError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file of torch.save before version 1.6
 STORAGE_DTYPES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 
 OTHER_FILES = {  # first bytes: what is often downloaded in place of a checkpoint
-    b"version h": "a pointer of Git LFS: fetch the file itself with git lfs pull", b"<": "a web page, not a file of weights",
+    b"version h": "a pointer of Git LFS: fetch the file itself with git lfs pull",
+    b"<": "a web page, not a file of weights",
     b"\x1f\x8b": "compressed: unpack it with gunzip first",
 }
 
@@ -56,7 +66,7 @@ class Call:
 
 @dataclass(eq=False)
 class Tensor:
-    """``shape`` of a stored tensor; ``read()`` -> torch.Tensor of that shape on the CPU, which may share memory."""
+    """``shape`` of a stored tensor; ``read()`` -> torch.Tensor on the CPU, which may share memory."""
 
     shape: tuple
     read: Callable
@@ -65,8 +75,10 @@ class Tensor:
 def local_file(path, absent):
     """``path`` with ~ expanded, of a file that is there. Raises InputError: ``absent`` where it is not."""
     if "://" in str(path):
-        raise InputError(f"no weights {path}: URLs are not fetched; download the file, and convert it with "
-                         "tools/convert_to_d2.py")
+        raise InputError(
+            f"no weights {path}: URLs are not fetched; download the file, and convert it with "
+            "tools/convert_to_d2.py"
+        )
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder: give a checkpoint file in it")
@@ -77,10 +89,11 @@ def local_file(path, absent):
 
 @contextmanager
 def open_checkpoint(path):
-    """Context manager: a file of torch.save (zip archive or legacy), pickle or safetensors -> its content as inert data.
+    """Context manager: a file of torch.save (zip archive or legacy), pickle or safetensors -> its content as
+    inert data.
 
-    Tensors are :class:`Tensor`, to be read inside the context. Raises InputError, one line that names the file,
-    whatever is wrong with it.
+    Tensors are :class:`Tensor`, to be read inside the context. Raises InputError, one line that names the
+    file, whatever is wrong with it.
     """
     try:
         with ExitStack() as stack:
@@ -95,18 +108,24 @@ def open_checkpoint(path):
                 mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 contents = _read_file(mapped)
             else:
-                raise ValueError(next((what for start_of, what in OTHER_FILES.items() if start.startswith(start_of)),
-                                      "it is neither of torch.save nor safetensors nor a pickle"))
+                raise ValueError(
+                    next(
+                        (what for start_of, what in OTHER_FILES.items() if start.startswith(start_of)),
+                        "it is neither of torch.save nor safetensors nor a pickle",
+                    )
+                )
             yield contents
     except InputError:
         raise
     except Exception as error:  # a broken file can fail in any way, in any of the libraries
-        raise InputError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {printable(error)}") from None
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {printable(error)}"
+        ) from None
 
 
 def printable(text, most=150):
     """The start of what may come from a file, fit for one line of a terminal."""
-    line = " ".join(str(text)[:10 * most].split())
+    line = " ".join(str(text)[: 10 * most].split())
     return "".join(c if c.isprintable() else "?" for c in line)[:most]
 
 
@@ -135,12 +154,12 @@ def _member(archive, name):
 
 
 def _read_file(file):
-    """A file that is one pickle, or one of torch.save before 1.6: five pickles, then each storage's length and bytes."""
+    """One pickle, or a file of torch.save before 1.6: five pickles, then each storage's length and bytes."""
     offsets, dtypes = {}, {}
 
     def storage(key, dtype):
         start, count = offsets[key]
-        return file[start:start + count * dtype.itemsize]
+        return file[start : start + count * dtype.itemsize]
 
     first = read_pickle(file)
     if first != LEGACY_MAGIC:
@@ -158,18 +177,24 @@ def _read_file(file):
 
 
 def _read_safetensors(file):
-    """{name: Tensor}; of a file of tools/convert_to_d2.py, what it wrote into the header stands beside the tensors."""
-    tensors = {name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
-               for name in file.keys()}
-    said = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in ("provenance", "crc32")}
+    """{name: Tensor}, beside which stands what tools/convert_to_d2.py wrote into the header."""
+    tensors = {
+        name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
+        for name in file.keys()
+    }
+    said = {
+        name: json.loads(text)
+        for name, text in (file.metadata() or {}).items()
+        if name in ("provenance", "crc32")
+    }
     return {"state_dict": tensors, **said} if "provenance" in said else tensors
 
 
 def read_pickle(file, storage=None, dtypes=None):
     """One pickle from a file object -> inert data; the file is left behind it.
 
-    ``storage(key, dtype)`` -> bytes of a stored array; ``dtypes`` (dict) receives the dtype of each key. Only strings
-    and whole numbers are kept as keys of dicts: to hash anything else may recurse without bound.
+    ``storage(key, dtype)`` -> bytes of a stored array; ``dtypes`` (dict) receives the dtype of each key. Only
+    strings and whole numbers are kept as keys of dicts: to hash anything else may recurse without bound.
     """
     stack, marks, memo = [], [], {}
 
@@ -270,7 +295,7 @@ def read_pickle(file, storage=None, dtypes=None):
 
 
 def _storage(args, storage, dtypes):
-    """torch.save's persistent id ("storage", type, key, location, length[, view]) -> (key, dtype, storage), or a Call."""
+    """torch.save's id ("storage", type, key, location, length[, view]) -> a Call that names a storage."""
     match args:
         case ("storage", Name() as kind, str(key), _, int(), *views) if not any(views):
             dtype = STORAGE_DTYPES.get(kind.split()[-1])
@@ -287,8 +312,10 @@ def _build(function, args):
             return {pair[0]: pair[1] for pair in pairs if type(pair[0]) in (str, int)}
         case "torch._utils _rebuild_parameter", (Tensor() as tensor, *_):
             return tensor
-        case (("torch._utils _rebuild_tensor_v2" | "torch._utils _rebuild_tensor"),
-              (Call("storage", (key, dtype, storage)), int(offset), tuple(shape), tuple(stride), *_)):
+        case (
+            ("torch._utils _rebuild_tensor_v2" | "torch._utils _rebuild_tensor"),
+            (Call("storage", (key, dtype, storage)), int(offset), tuple(shape), tuple(stride), *_),
+        ):
             numbers = (offset, *shape, *stride)
             if len(shape) == len(stride) and all(type(n) is int and n >= 0 for n in numbers):
                 return Tensor(shape, lambda: _strided(storage(key, dtype), dtype, offset, shape, stride))
@@ -307,11 +334,16 @@ def as_tensor(value):
     match value:
         case Tensor():
             return value
-        case Call(("numpy.core.multiarray _reconstruct" | "numpy._core.multiarray _reconstruct"), _,
-                  (1, tuple(shape), dtype, bool(fortran), data)):
+        case Call(
+            ("numpy.core.multiarray _reconstruct" | "numpy._core.multiarray _reconstruct"),
+            _,
+            (1, tuple(shape), dtype, bool(fortran), data),
+        ):
             return _array(data, dtype, shape, "F" if fortran else "C")
-        case Call(("numpy.core.numeric _frombuffer" | "numpy._core.numeric _frombuffer"),
-                  (data, dtype, tuple(shape), ("C" | "F") as order)):  # from protocol 5 on
+        case Call(
+            ("numpy.core.numeric _frombuffer" | "numpy._core.numeric _frombuffer"),
+            (data, dtype, tuple(shape), ("C" | "F") as order),
+        ):  # from protocol 5 on
             return _array(data, dtype, shape, order)
 
 
@@ -320,6 +352,11 @@ def _array(data, dtype, shape, order):
         case Call("_codecs encode", (str(text), "latin1")):  # before protocol 3
             data = text.encode("latin1")
     match dtype:
-        case Call("numpy dtype", (("f2" | "f4" | "f8") as kind, *_), (3, "<", *_)) if (
-                type(data) in (bytes, bytearray) and all(type(n) is int and n >= 0 for n in shape)):
-            return Tensor(shape, lambda: torch.from_numpy(np.frombuffer(bytearray(data), kind).reshape(shape, order=order)))
+        case Call("numpy dtype", (("f2" | "f4" | "f8") as kind, *_), (3, "<", *_)) if type(data) in (
+            bytes,
+            bytearray,
+        ) and all(type(n) is int and n >= 0 for n in shape):
+            return Tensor(
+                shape,
+                lambda: torch.from_numpy(np.frombuffer(bytearray(data), kind).reshape(shape, order=order)),
+            )
