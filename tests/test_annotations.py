@@ -296,6 +296,14 @@ def test_file_names_of_another_place(tiny_coco, tmp_path, capsys, written):
     assert (said in capsys.readouterr().out) == (written != "./{}")
 
 
+def test_a_backslash_in_some_file_names(tiny_coco, tmp_path):
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path / "b" / "9.png")
+    tiny_coco["images"][1]["file_name"] = "b\\9.png"
+    (trained,), _ = check(tiny_coco, tmp_path)
+    assert CocoInstances(trained, training=False).image(9).max() == 9
+
+
 def test_the_longest_end_of_a_file_name_counts_and_two_images_are_never_one(tiny_coco, tmp_path):
     (tmp_path / "b").mkdir()
     Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path / "b" / "4.png")

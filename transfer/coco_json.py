@@ -191,13 +191,14 @@ def find_files(notes, images, folder):
     """Make every file_name a path under ``folder``, in place, where the tool wrote one of another folder or system.
 
     Of images/1.jpg or C:\\data\\images\\1.jpg the longest end that is a file there is taken. Where the first image is
-    found as it is written, all are left so: to look for every image takes long on network storage.
+    found as it is written, only names with backslashes are looked up: of every image, it takes long on network storage.
     """
-    if not images or os.path.isfile(os.path.join(folder, images[0]["file_name"])):
-        return
+    first_found = bool(images) and os.path.isfile(os.path.join(folder, images[0]["file_name"]))
     taken = {}
     for image in images:
         written = image["file_name"]
+        if first_found and "\\" not in written:
+            continue
         parts = [part for part in written.replace("\\", "/").split("/") if part]
         ends = (written, *("/".join(parts[start:]) for start in range(len(parts))))
         name = next((end for end in ends if os.path.isfile(os.path.join(folder, end))), written)
