@@ -1,4 +1,4 @@
-"""Own data sets in Detectron2: what it trains on is what the embedded engine trains on, and its metric reads sound files."""
+"""Own data sets in Detectron2: it trains on what the embedded engine trains on, and measures the same."""
 
 import json
 import sys
@@ -12,8 +12,12 @@ from tests.conftest import write_json
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import (DatasetMapper, MetadataCatalog, build_detection_test_loader,  # noqa: E402
-                             get_detection_dataset_dicts)
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,  # noqa: E402
+    get_detection_dataset_dicts,
+)
 from detectron2.data.datasets import load_coco_json  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
@@ -51,9 +55,14 @@ def test_a_sound_file_gives_what_detectron2_loads_itself(tiny_coco, tmp_path):
 
 
 ODD = {  # of the first of two objects: (change, objects that are left)
-    "as it was": ({}, 2), "outside": ({"bbox": [90, 0, 5, 5]}, 1), "no size": ({"bbox": [3, 3, 0, 0]}, 1),
-    "sliver": ({"bbox": [3, 3, 0.005, 3]}, 1), "in part": ({"bbox": [-3, 2, 20, 20]}, 2), "crowd": ({"iscrowd": 1}, 1),
-    "one point": ({"segmentation": [[1, 1]]}, 1), "beside one": ({"segmentation": [[1, 1, 5, 1, 5, 5], [1, 1]]}, 2),
+    "as it was": ({}, 2),
+    "outside": ({"bbox": [90, 0, 5, 5]}, 1),
+    "no size": ({"bbox": [3, 3, 0, 0]}, 1),
+    "sliver": ({"bbox": [3, 3, 0.005, 3]}, 1),
+    "in part": ({"bbox": [-3, 2, 20, 20]}, 2),
+    "crowd": ({"iscrowd": 1}, 1),
+    "one point": ({"segmentation": [[1, 1]]}, 1),
+    "beside one": ({"segmentation": [[1, 1, 5, 1, 5, 5], [1, 1]]}, 2),
     "empty RLE": ({"segmentation": {"size": [6, 8], "counts": [48]}}, 1),
 }
 
@@ -75,7 +84,9 @@ def test_both_engines_train_on_the_same_objects(tiny_coco, tmp_path, change, lef
 def test_an_image_without_a_usable_object_is_left_out_or_trained_without(tiny_coco, tmp_path):
     for annotation in tiny_coco["annotations"][:2]:
         annotation["bbox"] = [90, 0, 5, 5]
-    tiny_coco["annotations"].append({**tiny_coco["annotations"][0], "id": 9, "image_id": 11, "bbox": [1, 1, 4, 4]})
+    tiny_coco["annotations"].append(
+        {**tiny_coco["annotations"][0], "id": 9, "image_id": 11, "bbox": [1, 1, 4, 4]}
+    )
     write_json(tiny_coco, tmp_path)
     cfg = config(tmp_path)
     dataset = load_datasets(cfg)[cfg.DATASETS.TRAIN[0]]
@@ -84,8 +95,10 @@ def test_an_image_without_a_usable_object_is_left_out_or_trained_without(tiny_co
         ours = CocoInstances(dataset, training=True, filter_empty=filter_empty)
         assert ours.ids == left
         empty = [len(ours[n, True][1]["boxes"]) == 0 for n in range(len(left))]
-        assert empty == [len(DatasetMapper(cfg, True)(record)["instances"]) == 0
-                         for record in training_dicts(cfg, filter_empty)]
+        assert empty == [
+            len(DatasetMapper(cfg, True)(record)["instances"]) == 0
+            for record in training_dicts(cfg, filter_empty)
+        ]
 
 
 def test_boxes_alone(tiny_coco, tmp_path):
@@ -95,7 +108,9 @@ def test_boxes_alone(tiny_coco, tmp_path):
     cfg = config(tmp_path, masks=False)
     (record,) = training_dicts(cfg)
     instances = DatasetMapper(cfg, True)(record)["instances"]
-    assert instances.gt_boxes.tensor.tolist() == [[1, 1, 5, 5], [0, 0, 8, 6]] and not instances.has("gt_masks")
+    assert instances.gt_boxes.tensor.tolist() == [[1, 1, 5, 5], [0, 0, 8, 6]] and not instances.has(
+        "gt_masks"
+    )
 
 
 def write_sound(cfg):
@@ -104,15 +119,19 @@ def write_sound(cfg):
 
 
 def evaluate(cfg, detections):
-    """Detections [(image id, class of the model, box x0 y0 x1 y1)] -> box AP by Detectron2's evaluator, and its file."""
+    """Detections [(image id, class, box x0 y0 x1 y1)] -> box AP by Detectron2's evaluator, and its file."""
     d2_trainer.register_datasets(cfg)
     write_sound(cfg)
     evaluator = d2_trainer.Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
     evaluator._distributed = False
     evaluator.reset()
     for image_id, label, box in detections:
-        instances = Instances((6, 8), pred_boxes=Boxes(torch.tensor([box])), scores=torch.tensor([0.9]),
-                              pred_classes=torch.tensor([label]))
+        instances = Instances(
+            (6, 8),
+            pred_boxes=Boxes(torch.tensor([box])),
+            scores=torch.tensor([0.9]),
+            pred_classes=torch.tensor([label]),
+        )
         evaluator.process([{"image_id": image_id}], [{"instances": instances}])
     results = evaluator.evaluate()
     path = d2_trainer.sound_annotations(cfg).with_name("coco_instances_results.json")
@@ -120,8 +139,8 @@ def evaluate(cfg, detections):
 
 
 def test_the_metric_takes_what_tools_write(tiny_coco, tmp_path):
-    """Ids from 0, no area, no iscrowd, no info, and classes in another order than in training: AP is the embedded
-    engine's, 100 for the truth."""
+    """Ids from 0, no area, no iscrowd, no info, and classes in another order than in training: AP is the
+    embedded engine's, 100 for the truth."""
     write_json(deepcopy(tiny_coco), tmp_path, "train.json")
     del tiny_coco["annotations"][2]
     for number, annotation in enumerate(tiny_coco["annotations"]):
@@ -133,11 +152,13 @@ def test_the_metric_takes_what_tools_write(tiny_coco, tmp_path):
     ap, found = evaluate(cfg, [(4, 0, [1.0, 1, 5, 5]), (4, 1, [0.0, 0, 8, 6])])
     assert ap == pytest.approx(100)
     assert [d["category_id"] for d in found] == [3, 90]  # the training set's, as the file beside it has them
-    assert coco_ap(load_datasets(cfg)[cfg.DATASETS.TEST[0]], found, ("bbox",))["bbox"]["AP"] == pytest.approx(100)
+    assert coco_ap(load_datasets(cfg)[cfg.DATASETS.TEST[0]], found, ("bbox",))["bbox"]["AP"] == pytest.approx(
+        100
+    )
 
 
 def test_each_file_is_parsed_once(tiny_coco, tmp_path):
-    """By the checks, the training set, and as many evaluations as there are, though the memory is freed on the way."""
+    """By the checks, the training set and any number of evaluations, though memory is freed on the way."""
     files = {str(write_json(tiny_coco, tmp_path, name)): 0 for name in ("train.json", "val.json")}
     cfg = config(tmp_path, "train.json", "val.json")
 
@@ -160,7 +181,9 @@ def test_a_class_that_val_lacks_has_no_part_in_ap(tiny_coco, tmp_path):
     write_json(deepcopy(tiny_coco), tmp_path, "train.json")
     del tiny_coco["categories"][0], tiny_coco["annotations"][1]
     write_json(tiny_coco, tmp_path, "val.json")
-    ap, found = evaluate(config(tmp_path, "train.json", "val.json"), [(4, 0, [1.0, 1, 5, 5]), (4, 1, [0.0, 0, 8, 6])])
+    ap, found = evaluate(
+        config(tmp_path, "train.json", "val.json"), [(4, 0, [1.0, 1, 5, 5]), (4, 1, [0.0, 0, 8, 6])]
+    )
     assert ap == pytest.approx(100) and [d["category_id"] for d in found] == [3, 90]
 
 

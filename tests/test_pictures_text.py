@@ -50,17 +50,22 @@ def make_font(path, name, characters):
 
 
 def make_run(folder, names):
-    """A run with one object and one detection in one image, beside its annotation file; -> (its folder, that file)."""
+    """A run with one object and one detection in one image -> (its folder, the annotation file in it)."""
     Image.new("RGB", (40, 30), (90, 90, 90)).save(folder / "1.png")
     box = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 15]}
-    coco = {"images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
-            "annotations": [{**box, "id": 1, "area": 300, "iscrowd": 0, "segmentation": [[5, 5, 25, 5, 25, 20]]}],
-            "categories": [{"id": n, "name": name} for n, name in enumerate(names, start=1)]}
+    coco = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "annotations": [{**box, "id": 1, "area": 300, "iscrowd": 0, "segmentation": [[5, 5, 25, 5, 25, 20]]}],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(names, start=1)],
+    }
     path = write_json(coco, folder)
     (folder / "inference").mkdir()
     write_json([{**box, "score": 0.9}], folder / "inference", "coco_instances_results.json")
-    (folder / "metrics.json").write_text("".join(
-        json.dumps({"iteration": i, "total_loss": 2.0 - i, "bbox/AP": 10.0 * i}) + "\n" for i in range(2)))
+    (folder / "metrics.json").write_text(
+        "".join(
+            json.dumps({"iteration": i, "total_loss": 2.0 - i, "bbox/AP": 10.0 * i}) + "\n" for i in range(2)
+        )
+    )
     return folder, path
 
 
@@ -68,8 +73,11 @@ def draw_all(folder, path, name):
     """Curves, APs and detections of runs with this name, into ``folder``."""
     rows = [{"run": name, "seeds": 1, **dict.fromkeys(pictures.PAPER_COLUMNS, (30.0, None))}]
     runs = {name: folder, f"other {name}": folder}
-    return [pictures.plot_curves(None, runs, folder / "c.png"), pictures.plot_ap(rows, folder / "a.png"),
-            pictures.draw_detections(path, folder, runs, folder / "d.png")]
+    return [
+        pictures.plot_curves(None, runs, folder / "c.png"),
+        pictures.plot_ap(rows, folder / "a.png"),
+        pictures.draw_detections(path, folder, runs, folder / "d.png"),
+    ]
 
 
 def test_dollars_begin_no_formula(tmp_path, fonts):
@@ -97,8 +105,12 @@ def test_an_installed_font_is_taken(tmp_path, fonts, capsys):
     for cached in (pictures.fonts_for, pictures.tell_once):
         cached.cache_clear()
     (tmp_path / "broken.ttf").write_text("no font")
-    fonts += [str(tmp_path / "broken.ttf"), make_font(tmp_path / "a.ttf", "Square A", CAR[0]),
-              make_font(tmp_path / "b.ttf", "Square B", CAR[1]), make_font(tmp_path / "c.ttf", "Square C", "字")]
+    fonts += [
+        str(tmp_path / "broken.ttf"),
+        make_font(tmp_path / "a.ttf", "Square A", CAR[0]),
+        make_font(tmp_path / "b.ttf", "Square B", CAR[1]),
+        make_font(tmp_path / "c.ttf", "Square C", "字"),
+    ]
     capsys.readouterr()
     draw_all(folder, path, "run")
     assert capsys.readouterr().err == ""
@@ -110,18 +122,27 @@ def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, f
     folder, _ = make_run(tmp_path, ["a"])
     legends = []
     legend = pictures.Figure().subplots().__class__.legend
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda ax, *a, **k: legends.append(legend(ax, *a, **k)))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.legend", lambda ax, *a, **k: legends.append(legend(ax, *a, **k))
+    )
     pictures.plot_curves(None, {"_first": folder, "second": folder}, folder / "c.png")
-    assert all([text.get_text().strip() for text in found.get_texts()] == ["_first", "second"] for found in legends)
+    assert all(
+        [text.get_text().strip() for text in found.get_texts()] == ["_first", "second"] for found in legends
+    )
     assert legends
 
 
 def test_classes_are_those_that_the_run_was_trained_with(tmp_path, fonts, monkeypatch):
-    """A run's detections have the ids of its inference/annotations.json, which need not be those of the file."""
+    """A run's detections have the ids of its own inference/annotations.json, not those of the file."""
     folder, path = make_run(tmp_path, ["cat"])
     coco = json.loads(path.read_text())
-    sound = Dataset("", "", coco["images"], [{**coco["annotations"][0], "category_id": 7}],
-                    [{"id": 1, "name": "dog"}, {"id": 7, "name": "cat"}])
+    sound = Dataset(
+        "",
+        "",
+        coco["images"],
+        [{**coco["annotations"][0], "category_id": 7}],
+        [{"id": 1, "name": "dog"}, {"id": 7, "name": "cat"}],
+    )
     sound.save(folder / "inference" / "annotations.json")
     detection = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 20, 15], "score": 0.75}
     write_json([detection], folder / "inference", "coco_instances_results.json")

@@ -339,7 +339,7 @@ def test_weights_of_another_input_and_bad_annotations_are_refused(coco, tmp_path
         broken = json.load(file)
     broken["annotations"][3]["segmentation"] = [[1, 2, 3, 4]]
     (tmp_path / "broken.json").write_text(json.dumps(broken))
-    with pytest.raises(InputError, match="broken.json: 1 of 12 objects have two points for a mask .first: annotation 4"):
+    with pytest.raises(InputError, match="broken.json: 1 of 12 objects have two points .*annotation 4"):
         engine.train(config(dataset_name(tmp_path / "broken.json", images), tmp_path))
 
 

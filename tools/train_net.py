@@ -21,8 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from common.files import locked  # noqa: E402
 from tools._cli import find_config, merge_config, run  # noqa: E402
 from transfer.annotations import dataset_name, load_dataset  # noqa: E402
-from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, fitting_rate, scale_schedule,  # noqa: E402
-                             torchvision_defaults)
+from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, fitting_rate,  # noqa: E402
+                             scale_schedule, torchvision_defaults)
 from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (
@@ -77,13 +77,15 @@ def configure(cfg, args):
     merge_config(cfg, None, [*given, *args.overrides], InputError)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     if args.train and classes_key(cfg) not in args.overrides[::2]:
-        merge_config(cfg, None, [classes_key(cfg), len(load_dataset(dataset_name(*args.train)).categories)], InputError)
+        classes = load_dataset(dataset_name(*args.train)).categories
+        merge_config(cfg, None, [classes_key(cfg), len(classes)], InputError)
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
     keys, trains = set(args.overrides[::2]), not args.eval_only
     told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & keys
-    scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in SCHEDULES  # not a config file's own
+    # A config file's own schedule stays.
+    scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in SCHEDULES
     if scaled:
         images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
         print(scale_schedule(cfg.SOLVER, max(1, images)), flush=True)

@@ -1,4 +1,4 @@
-"""The data sets of a fine-tuning run: where they lie, and each read once, with the classes of the training set."""
+"""The data sets of a fine-tuning run: where they lie; each is read once, with the training set's classes."""
 
 import dataclasses
 import functools
@@ -23,8 +23,10 @@ def dataset_name(annotations, images) -> str:
     """
     name = f"{annotations}::{images}"
     if name.split("::") != [str(annotations), str(images)]:
-        raise InputError(f"{annotations} and {images}: a data set's name is JSON::IMAGES, so neither path may "
-                         "contain '::', nor the first end in ':': rename the file or folder")
+        raise InputError(
+            f"{annotations} and {images}: a data set's name is JSON::IMAGES, so neither path may "
+            "contain '::', nor the first end in ':': rename the file or folder"
+        )
     return name
 
 
@@ -39,17 +41,21 @@ def locate_dataset(name: str) -> tuple[str, str]:
     elif "::" in name:
         annotations, images = (Path(part).expanduser() for part in name.split("::", 1))
     else:
-        raise InputError(f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES")
+        raise InputError(
+            f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES"
+        )
     if not annotations.is_file():
-        raise InputError(f"no annotation file {annotations}: put COCO 2017 under {root}/coco "
-                         "(or set DETECTRON2_DATASETS), or give --train/--val JSON IMAGES")
+        raise InputError(
+            f"no annotation file {annotations}: put COCO 2017 under {root}/coco "
+            "(or set DETECTRON2_DATASETS), or give --train/--val JSON IMAGES"
+        )
     if not images.is_dir():
         raise InputError(f"no image folder {images}, which belongs to {annotations}")
     return str(annotations), str(images)
 
 
 def load_dataset(name: str) -> Dataset:
-    """Data set name -> what :func:`read_coco` makes of its file, which is parsed again only after it has changed.
+    """Data set name -> what :func:`read_coco` makes of its file, which is parsed once unless it changes.
 
     :func:`forget_datasets` frees the memory: gigabytes for COCO's own training set. Raises InputError.
     """
@@ -100,8 +106,10 @@ def reference_categories(cfg, eval_only=False):
 
 
 def locate_categories(name):
-    """Data set name -> (annotation file, its categories). COCO's two files have the same ones, and those of val are read
-    in a second, those of train in many."""
+    """Data set name -> (annotation file, its categories).
+
+    COCO's two files have the same ones; those of val are read in a second, those of train in many.
+    """
     path = locate_dataset(name)[0]
     val = Path(path).with_name(Path(COCO_2017["coco_2017_val"][0]).name)
     if name in COCO_2017 and val.is_file():
@@ -112,8 +120,8 @@ def locate_categories(name):
 def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) -> Dataset:
     """``dataset`` with the ``categories`` of file ``path``: a model's classes are known by their number.
 
-    Its own are found among them by id and name, else by name. What of them has no object need not be there. Raises
-    InputError.
+    Its own are found among them by id and name, else by name. One without objects need not be there.
+    Raises InputError.
     """
     if dataset.categories == categories:
         return dataset
@@ -127,11 +135,19 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
             ids[category["id"]] = by_name[category["name"]]
         elif category["id"] in used:
             known = ", ".join(repr(name) for name in sorted(by_name)[:8]) + ", ..." * (len(by_name) > 8)
-            raise InputError(f"{dataset.path} has objects of category {category['name']!r}, which {path} does not have (it "
-                             f"has {known}): give both the same names, or take these objects out")
-    if len(set(ids.values())) < len(ids) or len(by_name) < len(categories) and any(a != b for a, b in ids.items()):
-        raise InputError(f"{dataset.path} and {path} number their categories differently, and names occur twice: give "
-                         "both the same ids and names")
+            raise InputError(
+                f"{dataset.path} has objects of category {category['name']!r}, which {path} does not have (it"
+                f" has {known}): give both the same names, or take these objects out"
+            )
+    if (
+        len(set(ids.values())) < len(ids)
+        or len(by_name) < len(categories)
+        and any(a != b for a, b in ids.items())
+    ):
+        raise InputError(
+            f"{dataset.path} and {path} number their categories differently, and names occur twice: give "
+            "both the same ids and names"
+        )
     notes = list(dataset.notes)
     moved = any(a != b for a, b in ids.items())
     if moved:
@@ -141,7 +157,9 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
         notes.append(f"there is no category {listed(absent)}, so that AP is a mean over the others")
     annotations = dataset.annotations
     if moved:
-        annotations = [{**annotation, "category_id": ids[annotation["category_id"]]} for annotation in annotations]
+        annotations = [
+            {**annotation, "category_id": ids[annotation["category_id"]]} for annotation in annotations
+        ]
     return dataclasses.replace(dataset, categories=categories, annotations=annotations, notes=tuple(notes))
 
 

@@ -19,8 +19,8 @@ from transfer.masks import has_mask, mask_box
 def check_datasets(cfg, eval_only=False) -> list[Dataset]:
     """The training sets of ``cfg`` that are not COCO's own, which are taken as sound.
 
-    Raises InputError unless all sets exist, are sound, and fit the model and each other; prints what was mended in
-    them, and what is doubtful.
+    Raises InputError unless all sets exist, are sound, and fit the model and each other. Prints what was
+    mended in them, and what is doubtful.
     """
     if len(cfg.DATASETS.TEST) != 1:
         raise InputError(f"DATASETS.TEST is {cfg.DATASETS.TEST}: results are of one data set")
@@ -66,8 +66,10 @@ def check_classes(cfg, names, datasets):
         if name in COCO_2017:  # Detectron2 loads these itself
             path, categories = locate_categories(name)
             if differ := [c["name"] for c in categories if c not in reference.categories]:
-                raise InputError(f"{path} has {listed(differ)} where {reference.path} has others: give both the same "
-                                 "category ids and names")
+                raise InputError(
+                    f"{path} has {listed(differ)} where {reference.path} has others: give both the same "
+                    "category ids and names"
+                )
 
 
 def class_notes(dataset):
@@ -89,16 +91,24 @@ def check_masks(dataset, masks):
             lacking.setdefault(reason, []).append(annotation)
     whole = sum(map(len, lacking.values())) == len(objects)
     for reason, found in lacking.items():
-        first = f"{len(found)} of {len(objects)} objects have {NO_MASK[reason]} (first: {dataset.name(found[0])})"
+        first = (
+            f"{len(found)} of {len(objects)} objects have {NO_MASK[reason]} (first: {dataset.name(found[0])})"
+        )
         if reason == "two points":
-            raise InputError(f"{dataset.path}: {first}, which is how labelme's rectangles come out: give their four "
-                             "corners as polygons, or train boxes alone with MODEL.MASK_ON False")
+            raise InputError(
+                f"{dataset.path}: {first}, which is how labelme's rectangles come out: give their four "
+                "corners as polygons, or train boxes alone with MODEL.MASK_ON False"
+            )
         if reason in ("box", "keypoints"):
             words = {"box": "boxes", "keypoints": "keypoints and boxes"}[reason]
             if whole:
-                raise InputError(f"{dataset.path} has {words} only, no masks: train boxes alone with MODEL.MASK_ON False")
-            raise InputError(f"{dataset.path}: {first}, no mask: give them masks, or train boxes alone with MODEL.MASK_ON "
-                             "False")
+                raise InputError(
+                    f"{dataset.path} has {words} only, no masks: train boxes alone with MODEL.MASK_ON False"
+                )
+            raise InputError(
+                f"{dataset.path}: {first}, no mask: give them masks, or train boxes alone with MODEL.MASK_ON "
+                "False"
+            )
 
 
 def check_trainable(dataset, masks):
@@ -111,16 +121,19 @@ def check_trainable(dataset, masks):
         if annotation["id"] not in usable:
             masked = not masks or has_mask(annotation["segmentation"])
             unusable["outside their image or of no size" if masked else "without a mask"].append(annotation)
-    lines = [f"objects {reason}, not trained on: {len(found)} of {len(objects)} (first: {dataset.name(found[0])})"
-             for reason, found in unusable.items() if found]
+    lines = [
+        f"objects {reason}, not trained on: {len(found)} of {len(objects)} (first: {dataset.name(found[0])})"
+        for reason, found in unusable.items()
+        if found
+    ]
     if not usable:
         raise InputError(f"{dataset.path} has no image with a usable annotation: {'; '.join(lines)}")
     return [*lines, *crowd_notes(dataset, len(objects))]
 
 
 def check_measurable(dataset, masks, eval_only):
-    """Lines on what of an evaluated set counts. Raises InputError where a training would end without a figure, or with a
-    wrong one."""
+    """Lines on what of an evaluated set counts. Raises InputError where a training would end without a
+    figure, or with a wrong one."""
     if not dataset.images:
         raise InputError(f"{dataset.path} has no image to evaluate")
     if not dataset.measurable or eval_only and not dataset.annotations:
@@ -129,20 +142,26 @@ def check_measurable(dataset, masks, eval_only):
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     short = [annotation for annotation in objects if masks and annotation["id"] in dataset.no_mask]
     if short:  # pycocotools would take four numbers for a box, and fail with fewer
-        raise InputError(f"{dataset.path}: {len(short)} of {len(objects)} objects have {NO_MASK['short polygon']} (first: "
-                         f"{dataset.name(short[0])}), with which AP would be wrong: mend or remove them")
+        raise InputError(
+            f"{dataset.path}: {len(short)} of {len(objects)} objects have {NO_MASK['short polygon']} (first: "
+            f"{dataset.name(short[0])}), with which AP would be wrong: mend or remove them"
+        )
     return crowd_notes(dataset, len(objects))
 
 
 def check_counts(dataset):
     """Raises InputError where no annotation is an object that trains or counts."""
     if not dataset.annotations:
-        raise InputError(f"{dataset.path} has no annotations, and so nothing to train on or to measure: give a file that has "
-                         "some (with --eval-only, detections are written without)")
+        raise InputError(
+            f"{dataset.path} has no annotations, and so nothing to train on or to measure: give a file that"
+            " has some (with --eval-only, detections are written without)"
+        )
     if all(annotation["iscrowd"] for annotation in dataset.annotations):
-        command = f"sed -i 's/\"iscrowd\": *1/\"iscrowd\": 0/g' {shlex.quote(dataset.path)}"
-        raise InputError(f"{dataset.path}: all {len(dataset.annotations)} annotations are crowds (iscrowd 1), which neither "
-                         f"train nor count; CVAT exports masks so. To make objects of them: {command}")
+        command = f'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' {shlex.quote(dataset.path)}'
+        raise InputError(
+            f"{dataset.path}: all {len(dataset.annotations)} annotations are crowds (iscrowd 1), which"
+            f" neither train nor count; CVAT exports masks so. To make objects of them: {command}"
+        )
 
 
 def crowd_notes(dataset, num_objects):
@@ -150,8 +169,10 @@ def crowd_notes(dataset, num_objects):
     crowds = len(dataset.annotations) - num_objects
     if crowds <= 0.1 * len(dataset.annotations):
         return []
-    return [f"crowds (iscrowd 1), which neither train nor count: {crowds} of {len(dataset.annotations)} annotations; CVAT "
-            "exports brush masks so"]
+    return [
+        f"crowds (iscrowd 1), which neither train nor count: {crowds} of {len(dataset.annotations)}"
+        " annotations; CVAT exports brush masks so"
+    ]
 
 
 def warn_of_boxes(dataset):
@@ -161,9 +182,13 @@ def warn_of_boxes(dataset):
     found = [(a, doubt) for a in objects if (doubt := box_doubt(a, *sizes[a["image_id"]]))]
     if found:
         first, doubt = found[0]
-        print(f"warning: {dataset.path}: the boxes of {len(found)} of {len(objects)} objects look wrong (first: "
-              f"{dataset.name(first)}: box {first['bbox']}, but {doubt}): a box is x, y, width, height in pixels",
-              file=sys.stderr, flush=True)
+        print(
+            f"warning: {dataset.path}: the boxes of {len(found)} of {len(objects)} objects look wrong (first:"
+            f" {dataset.name(first)}: box {first['bbox']}, but {doubt}): a box is x, y, width, height in"
+            " pixels",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def box_doubt(annotation, width, height):
@@ -200,8 +225,15 @@ def file_problems(dataset):
     with ThreadPoolExecutor(16) as pool:  # on network storage opening a file is waiting
         problems = pool.map(functools.partial(file_problem, dataset.folder), images)
         quiet = None if len(images) > 5000 else True  # None: only where stderr is no terminal
-        return [problem for problem in tqdm(problems, desc="sizes of images", total=len(images), unit="image",
-                                            dynamic_ncols=True, disable=quiet) if problem]
+        bar = tqdm(
+            problems,
+            desc="sizes of images",
+            total=len(images),
+            unit="image",
+            dynamic_ncols=True,
+            disable=quiet,
+        )
+        return [problem for problem in bar if problem]
 
 
 def file_problem(folder, image):
@@ -210,7 +242,8 @@ def file_problem(folder, image):
     try:
         with Image.open(path) as file:
             size, mode = upright_size(file), file.mode
-            if size != given:  # a PNG may have its orientation behind its pixels, and PIL itself may turn a TIFF
+            # A PNG may have its orientation behind its pixels, and PIL itself may turn a TIFF.
+            if size != given:
                 size = ImageOps.exif_transpose(file).size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"image {image['id']}: no file {path}"
@@ -218,18 +251,23 @@ def file_problem(folder, image):
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         return f"image {image['id']}: {path} cannot be read as an image ({reason}): restore or replace it"
     if mode not in MODES:
-        return (f"image {image['id']}: {path} has pixels of more than 8 bits (PIL's mode {mode}), which would be read as "
-                "white: convert it to 8 bits")
+        return (
+            f"image {image['id']}: {path} has pixels of more than 8 bits (PIL's mode {mode}), which would be"
+            " read as white: convert it to 8 bits"
+        )
     if size != given:
-        return (f"image {image['id']}: {path} is {size[0]} x {size[1]} pixels (width x height, upright), but its width "
-                f"and height say {given[0]} x {given[1]}: give those of the file")
+        return (
+            f"image {image['id']}: {path} is {size[0]} x {size[1]} pixels (width x height, upright), but its"
+            f" width and height say {given[0]} x {given[1]}: give those of the file"
+        )
     return None
 
 
 def upright_size(file):
     """(width, height) of an opened PIL image as its EXIF orientation turns it, from the header alone."""
     try:
-        turned = Image.Image.getexif(file).get(0x0112) in (5, 6, 7, 8)  # the method of PNGs would decode the pixels
+        # The method of PNGs would decode the pixels.
+        turned = Image.Image.getexif(file).get(0x0112) in (5, 6, 7, 8)
     except Exception:  # damaged EXIF data, which Detectron2 ignores as well
         turned = False
     return file.size[::-1] if turned else file.size

@@ -1,7 +1,8 @@
 """COCO-format annotation files as tools write them -> a sound :class:`transfer.dataset.Dataset`.
 
-Tools count from 0, write ids as strings, leave out what they do not need. What has one right reading is mended in memory
-and told in the data set's ``notes``; anything else is refused, with the file and its first bad entry.
+Tools count from 0, write ids as strings, leave out what they do not need. What has one right reading is
+mended in memory and told in the data set's ``notes``; anything else is refused, with the file and its first
+bad entry.
 """
 
 import json
@@ -39,7 +40,10 @@ def read_coco(path: str, folder: str) -> Dataset:
             notes.bad.append(f"annotation {entry_name(entry)} {problem}")
         else:
             if entry.pop("ignore", 0) and not entry["iscrowd"]:
-                notes.add("annotations with ignore 1, taken as crowds, which neither train nor count", entry_name(entry))
+                notes.add(
+                    "annotations with ignore 1, taken as crowds, which neither train nor count",
+                    entry_name(entry),
+                )
                 entry["iscrowd"] = 1
             annotations.append(entry)
             reasons.append(reason)
@@ -47,8 +51,18 @@ def read_coco(path: str, folder: str) -> Dataset:
     notes.refuse()
     no_mask = {entry["id"]: reason for entry, reason in zip(annotations, reasons) if reason}
     keypoints = {str(entry["name"]): entry.get("keypoints") for entry in coco["categories"]}
-    return Dataset(path, folder, sorted(images, key=by_id), annotations, categories, "annotations" in coco,
-                   notes.lines(), written, no_mask, keypoints)
+    return Dataset(
+        path,
+        folder,
+        sorted(images, key=by_id),
+        annotations,
+        categories,
+        "annotations" in coco,
+        notes.lines(),
+        written,
+        no_mask,
+        keypoints,
+    )
 
 
 def read_categories(notes, entries):
@@ -60,7 +74,10 @@ def read_categories(notes, entries):
 
 
 def parse(path: str) -> dict:
-    """Annotation file -> its content. JSON may be UTF-8 or UTF-16, with a byte order mark or not. Raises InputError."""
+    """Annotation file -> its content. JSON may be UTF-8 or UTF-16, with a byte order mark or not.
+
+    Raises InputError.
+    """
     try:
         coco = json.loads(Path(path).read_bytes())
     except UnicodeDecodeError as error:
@@ -68,10 +85,14 @@ def parse(path: str) -> dict:
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested without end
         raise InputError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from None
     if not isinstance(coco, dict):
-        raise InputError(f"{path} is not a COCO annotation file (its JSON is a {type(coco).__name__}): export it as COCO")
+        raise InputError(
+            f"{path} is not a COCO annotation file (its JSON is a {type(coco).__name__}): export it as COCO"
+        )
     for key in ("images", "categories", "annotations"):
         if not isinstance(coco.get(key, [] if key == "annotations" else None), list):
-            raise InputError(f"{path} is not a COCO annotation file (it has no list of {key}): export it as COCO")
+            raise InputError(
+                f"{path} is not a COCO annotation file (it has no list of {key}): export it as COCO"
+            )
     return coco
 
 
@@ -87,8 +108,10 @@ class Notes:
         self.mended[text] = count + 1, first
 
     def lines(self):
-        return tuple(text if first is None else f"{text}: {count} (first: {first})"
-                     for text, (count, first) in self.mended.items())
+        return tuple(
+            text if first is None else f"{text}: {count} (first: {first})"
+            for text, (count, first) in self.mended.items()
+        )
 
     def refuse(self):
         """Raises InputError if anything is wrong."""
@@ -140,7 +163,9 @@ def distinct(notes, what, entries):
         first = found.setdefault(id_key(entry["id"]), entry)
         if any(first[key] != entry[key] for key in IDENTITY[what]):
             names = " and ".join(repr(each[IDENTITY[what][0]]) for each in (first, entry))
-            notes.bad.append(f"{what} id {entry['id']} occurs twice, for {names}: give every {what} an id of its own")
+            notes.bad.append(
+                f"{what} id {entry['id']} occurs twice, for {names}: give every {what} an id of its own"
+            )
         elif first is not entry:
             notes.add(f"repeated {what} entries, left out", entry["id"])
     notes.refuse()
@@ -154,7 +179,9 @@ def number(notes, what, entries):
     if not all(isinstance(key, int) for key in keys):
         ids = {key: number for number, key in enumerate(keys, start=1)}
         first = next(key for key in keys if not isinstance(key, int))
-        notes.add(f"{what} ids are no integers (first: {first!r}) and are numbered from 1 in the file's order")
+        notes.add(
+            f"{what} ids are no integers (first: {first!r}) and are numbered from 1 in the file's order"
+        )
     for entry, key in zip(entries, keys):
         entry["id"] = ids[key]
     return entries, ids
@@ -179,19 +206,25 @@ def image_problem(image):
     if not isinstance(image["file_name"], str) or None in size:
         return f"image {name} needs a file_name that is a string, and a width and height in pixels"
     if "://" in image["file_name"]:
-        return (f"image {name}: its file_name {image['file_name']} is a URL, and URLs are not fetched: download the images "
-                "and give the names of their files")
+        return (
+            f"image {name}: its file_name {image['file_name']} is a URL, and URLs are not fetched: download"
+            " the images and give the names of their files"
+        )
     if min(size) < 1:
-        return f"image {name} is {size[0]} x {size[1]} pixels (width x height): give the size of {image['file_name']}"
+        return (
+            f"image {name} is {size[0]} x {size[1]} pixels (width x height): give the size of"
+            f" {image['file_name']}"
+        )
     image["width"], image["height"] = size
     return None
 
 
 def find_files(notes, images, folder):
-    """Make every file_name a path under ``folder``, in place, where the tool wrote one of another folder or system.
+    """Make every file_name a path under ``folder``, in place, where it is of another folder or system.
 
-    Of images/1.jpg or C:\\data\\images\\1.jpg the longest end that is a file there is taken. Where the first image is
-    found as it is written, only names with backslashes are looked up: of every image, it takes long on network storage.
+    Of images/1.jpg or C:\\data\\images\\1.jpg the longest end that is a file there is taken. Where the first
+    image is found as it is written, only names with backslashes are looked up: to look for every image takes
+    long on network storage.
     """
     first_found = bool(images) and os.path.isfile(os.path.join(folder, images[0]["file_name"]))
     taken = {}
@@ -203,8 +236,10 @@ def find_files(notes, images, folder):
         ends = (written, *("/".join(parts[start:]) for start in range(len(parts))))
         name = next((end for end in ends if os.path.isfile(os.path.join(folder, end))), written)
         if taken.setdefault(name, written) != written:
-            notes.bad.append(f"images {taken[name]} and {written} would both be {os.path.join(folder, name)}: give the "
-                             "folder that these names start from")
+            notes.bad.append(
+                f"images {taken[name]} and {written} would both be {os.path.join(folder, name)}: give the "
+                "folder that these names start from"
+            )
         if name != written:
             image["file_name"] = name
             notes.add(f"file names shortened to what is found in {folder}", written)
@@ -214,7 +249,7 @@ ORPHAN = "is of an image that is not in the file"
 
 
 def annotation_problem(entry, image_ids, category_ids):
-    """What is wrong with an annotation but for its mask, in words, or None; what has one reading is mended in place.
+    """What is wrong with an annotation but for its mask, in words, or None. Mends it in place.
 
     image_ids, category_ids: {key of an id as it is written: id}.
     """
@@ -242,8 +277,8 @@ def annotation_problem(entry, image_ids, category_ids):
 def tidy_mask(notes, entry, size):
     """Leave only polygons of three points in an annotation's segmentation, in place.
 
-    size: height, width of its image. Returns what is wrong with it, in words, or None, and why it has no mask, a key of
-    :data:`NO_MASK`, or None.
+    size: height, width of its image. Returns what is wrong with it, in words, or None, and why it has no
+    mask, a key of :data:`NO_MASK`, or None.
     """
     written = entry.get("segmentation")
     if written and are_numbers(written):

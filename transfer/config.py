@@ -124,15 +124,16 @@ def scale_schedule(solver, images):
 
 
 def fitting_rate(solver, images, schedule=True):
-    """A line on the learning rate and, with ``schedule``, the iterations that fit ``solver.IMS_PER_BATCH``, where those of
-    ``solver`` are for another number of ``images`` an iteration: the linear scaling rule (Goyal et al. 2017)."""
+    """A line on the learning rate and, with ``schedule``, the iterations that fit ``solver.IMS_PER_BATCH``,
+    where those of ``solver`` are for another number of ``images`` an iteration: the linear scaling rule
+    (Goyal et al. 2017)."""
     factor = solver.IMS_PER_BATCH / images
     keys = {"SOLVER.BASE_LR": f"{solver.BASE_LR * factor:g}"}
     if schedule:
         keys["SOLVER.MAX_ITER"] = round(solver.MAX_ITER / factor)
         keys["SOLVER.STEPS"] = f'"{tuple(round(step / factor) for step in solver.STEPS)}"'
-    return (f"SOLVER.BASE_LR {solver.BASE_LR:g} is for {images} images an iteration; for {solver.IMS_PER_BATCH} give "
-            + " ".join(f"{key} {value}" for key, value in keys.items()))
+    return (f"SOLVER.BASE_LR {solver.BASE_LR:g} is for {images} images an iteration; "
+            f"for {solver.IMS_PER_BATCH} give " + " ".join(f"{key} {value}" for key, value in keys.items()))
 
 
 def torchvision_defaults():

@@ -22,8 +22,9 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
-from detectron2.data import (DatasetCatalog, DatasetFromList, DatasetMapper, MetadataCatalog, build_detection_test_loader,
-                             build_detection_train_loader, get_detection_dataset_dicts)
+from detectron2.data import (DatasetCatalog, DatasetFromList, DatasetMapper, MetadataCatalog,
+                             build_detection_test_loader, build_detection_train_loader,
+                             get_detection_dataset_dicts)
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
@@ -449,12 +450,12 @@ def sound_annotations(cfg):
 
 def image_dicts(images, folder):
     """Detectron2's dicts of images, in new lists, without annotations."""
-    return [{"file_name": os.path.join(folder, image["file_name"]), "height": image["height"], "width": image["width"],
-             "image_id": image["id"]} for image in images]
+    return [{"file_name": os.path.join(folder, image["file_name"]), "image_id": image["id"],
+             "height": image["height"], "width": image["width"]} for image in images]
 
 
 def training_dicts(name, cfg):
-    """Detectron2's dicts of a training set, with the objects that are trained on; none keeps the data set in memory."""
+    """Detectron2's dicts of a training set, with the objects that are trained on."""
     dataset = load_datasets(cfg, own_only=True)[name]
     classes = {category["id"]: n for n, category in enumerate(dataset.categories)}
     found = image_dicts(dataset.images, dataset.folder)
@@ -464,9 +465,12 @@ def training_dicts(name, cfg):
             target = {"iscrowd": 0, "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
                       "category_id": classes[annotation["category_id"]]}
             mask = annotation["segmentation"]
+            if cfg.MODEL.MASK_ON and isinstance(mask, dict):
+                mask = to_rle(mask, image["height"], image["width"])
             if cfg.MODEL.MASK_ON:
-                target["segmentation"] = to_rle(mask, image["height"], image["width"]) if isinstance(mask, dict) else mask
-            if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):  # of pixels' centers, as Detectron2 loads them
+                target["segmentation"] = mask
+            # Keypoints are pixels' indices, of which Detectron2 takes the centers.
+            if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):
                 target["keypoints"] = [v + 0.5 * (n % 3 < 2) for n, v in enumerate(annotation["keypoints"])]
             entry["annotations"].append(target)
     return found

@@ -11,11 +11,13 @@ from transfer.masks import has_mask, is_number, mask_area
 MIN_SIDE = 0.01  # pixels: float32 can tell the two sides of such a box apart in an image of any size
 
 
-def usable_objects(image: dict, annotations: list[dict], masks: bool = True) -> list[tuple[list[float], dict]]:
+def usable_objects(
+    image: dict, annotations: list[dict], masks: bool = True
+) -> list[tuple[list[float], dict]]:
     """Image entry and its annotations -> [(box, annotation)] of the objects that both engines train on.
 
-    box: [x0, y0, x1, y1] in pixels, inside the image. An object counts if it is no crowd, its box has sides of more
-    than :data:`MIN_SIDE` inside the image and, with ``masks``, it has a polygon or a pixel of RLE.
+    box: [x0, y0, x1, y1] in pixels, inside the image. An object counts if it is no crowd, its box has sides
+    of more than :data:`MIN_SIDE` inside the image and, with ``masks``, it has a polygon or a pixel of RLE.
     """
     found = []
     for annotation in annotations:
@@ -31,14 +33,15 @@ def usable_objects(image: dict, annotations: list[dict], masks: bool = True) -> 
 class Dataset:
     """A COCO-format data set, as :func:`transfer.coco_json.read_coco` makes it.
 
-    images, annotations, categories: COCO's entries with the keys of the file, made sound. Ids are integers, those of
-    annotations from 1; file_name is a path under ``folder``; iscrowd is 0 or 1; segmentation is a list of polygons of
-    at least three points, RLE, or [] where there is no mask. Images and categories are sorted by id, and the order
-    of the categories is that of the model's classes.
+    images, annotations, categories: COCO's entries with the keys of the file, made sound. Ids are integers,
+    those of annotations from 1; file_name is a path under ``folder``; iscrowd is 0 or 1; segmentation is a
+    list of polygons of at least three points, RLE, or [] where there is no mask. Images and categories are
+    sorted by id, and the order of the categories is that of the model's classes.
 
     path, folder: the annotation file, and the folder of the images.
     measurable: the file has annotations at all, unlike those of COCO's test sets.
-    notes: what was mended, in words. written: {id of an annotation: the id that the file has} where they differ.
+    notes: what was mended, in words.
+    written: {id of an annotation: the id that the file has} where they differ.
     no_mask: {id of an annotation without a mask: why, a key of :data:`transfer.coco_json.NO_MASK`}.
     keypoints: {name of a category: the names of its keypoints, None without}.
     """
@@ -74,8 +77,8 @@ class Dataset:
         return any(isinstance(a["segmentation"], dict) and not a["iscrowd"] for a in self.annotations)
 
     def measured(self) -> "Dataset":
-        """As COCO's metric needs it: the area of the mask or box where the file has none above 0, and the box for a mask
-        where a crowd has none."""
+        """As COCO's metric needs it: the area of the mask or box where the file has none above 0, and the
+        box for a mask where a crowd has none."""
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         annotations, first = [], None
         for annotation in self.annotations:
@@ -85,12 +88,17 @@ class Dataset:
                 changed["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             area = annotation.get("area")
             if not (is_number(area) and area > 0):
-                changed["area"] = mask_area(annotation["segmentation"], *sizes[annotation["image_id"]]) or w * h
+                changed["area"] = (
+                    mask_area(annotation["segmentation"], *sizes[annotation["image_id"]]) or w * h
+                )
                 first = first or annotation
             annotations.append({**annotation, **changed} if changed else annotation)
         if first is None:
             return replace(self, annotations=annotations)
-        note = f"areas that are missing or not above 0 are taken from the masks or boxes (first: {self.name(first)})"
+        note = (
+            "areas that are missing or not above 0 are taken from the masks or boxes (first:"
+            f" {self.name(first)})"
+        )
         return replace(self, annotations=annotations, notes=(*self.notes, note))
 
     def name(self, annotation: dict) -> str:

@@ -14,8 +14,8 @@ def keypoint_metadata(dataset: Dataset) -> dict:
     found = list(dataset.keypoints.values())
     names = found[0]
     if not names or any(other != names for other in found):
-        raise InputError(f"{dataset.path}: MODEL.KEYPOINT_ON needs the names of the keypoints in each of the categories, "
-                         'the same in all: give every category "keypoints": [...], as COCO\'s person_keypoints do')
+        raise InputError(f"{dataset.path}: MODEL.KEYPOINT_ON needs the names of the keypoints in each of the "
+                         'categories, the same in all: give every category "keypoints": [...], as COCO\'s person_keypoints do')
     pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
 
@@ -28,14 +28,15 @@ def check_keypoints(cfg, eval_only: bool = False) -> None:
     training = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*training, *cfg.DATASETS.TEST)):
         if name in COCO_2017:
-            raise InputError(f"{locate_dataset(name)[0]} has no keypoints: give COCO's person_keypoints files with --train "
-                             "and --val")
+            raise InputError(f"{locate_dataset(name)[0]} has no keypoints: give COCO's person_keypoints files with "
+                             "--train and --val")
     for name, dataset in load_datasets(cfg, eval_only).items():
         metadata = keypoint_metadata(dataset)
         names = metadata["keypoint_names"]
         key, number = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
         if len(names) != number:
-            raise InputError(f"{dataset.path} has {len(names)} keypoints, but {key} is {number}: add {key} {len(names)}")
+            raise InputError(f"{dataset.path} has {len(names)} keypoints, but {key} is {number}: "
+                             f"add {key} {len(names)}")
         sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         if (sigmas or 17) != len(names):  # by default they are those of COCO's 17 keypoints
             raise InputError(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers: COCO's metric needs one for each of the "

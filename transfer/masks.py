@@ -35,7 +35,11 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     """Sound COCO polygons or RLE, compressed or not -> pycocotools' compressed RLE."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
-    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+    return (
+        rle.frPyObjects(segmentation, height, width)
+        if isinstance(segmentation["counts"], list)
+        else segmentation
+    )
 
 
 def mask_area(segmentation, height: int, width: int) -> float:
@@ -73,15 +77,19 @@ def mask_problem(segmentation, height: int, width: int) -> str | None:
     if not all(is_integer(count) and count >= 0 for count in counts):
         return "has RLE counts that are not integers of at least 0: encode its mask again"
     if sum(counts) != height * width:
-        return f"has RLE counts that do not add up to its image's {height} x {width} pixels: encode its mask again"
+        return (
+            f"has RLE counts that do not add up to its image's {height} x {width} pixels: encode its mask"
+            " again"
+        )
     return None
 
 
 def run_lengths(text: str) -> list[int]:
-    """COCO's run-length string -> its counts. Raises ValueError, where pycocotools would read what lies behind it.
+    """COCO's run-length string -> its counts.
 
-    A number is characters of five bits each, counted from "0", the lowest first; 32 is set in all but the last, whose
-    16 is the sign. From the fourth on, a number is the difference to the count two before.
+    Raises ValueError where pycocotools would read what lies behind the string. A number is characters of five
+    bits each, counted from "0", the lowest first; 32 is set in all but the last, whose 16 is the sign. From
+    the fourth on, a number is the difference to the count two before.
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64) - ord("0")
     strange = (codes < 0) | (codes >= 64)

@@ -51,13 +51,14 @@ DEJAVU = "DejaVu Sans"  # matplotlib's own font
 
 @contextlib.contextmanager
 def literal_text(*texts):
-    """Let matplotlib draw texts of users as they are: "$" begins no formula, and other writing systems than Latin, Greek
-    and Cyrillic come from the fonts that are installed. What no font has is told once, on stderr."""
+    """Let matplotlib draw texts of users as they are: "$" begins no formula, and what its own font lacks,
+    Chinese for one, comes from the fonts that are installed. What no font has is told once, on stderr."""
     families, missing = fonts_for(frozenset("".join(texts)))
     if missing:
-        tell_once(f"no installed font has {missing[:20]}: pictures show boxes instead (for Chinese, Japanese and Korean, "
-                  "install fonts-noto-cjk)")
-    with matplotlib.rc_context({"text.parse_math": False, "font.family": [DEJAVU, *families]}), warnings.catch_warnings():
+        tell_once(f"no installed font has {missing[:20]}: pictures show boxes instead (for Chinese, Japanese and "
+                  "Korean, install fonts-noto-cjk)")
+    options = {"text.parse_math": False, "font.family": [DEJAVU, *families]}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # once for every label
         yield
 
@@ -224,18 +225,18 @@ def draw_instances(ax, image, instances, names, colors):
 
 
 def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
-    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, if any, then each run's detections.
+    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, if any, then detections of runs.
 
-    The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections scoring at
-    least ``threshold``; where a run has none of those on an image, its three best. Raises InputError when a file is
-    missing or useless.
+    The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections
+    scoring at least ``threshold``; where a run has none of those on an image, its three best. Raises
+    InputError when a file is missing or useless.
     """
     sets = {name: evaluated_set(folder, annotations, image_folder) for name, folder in runs.items()}
     dataset = next(iter(sets.values()), None) or read_coco(str(annotations), str(image_folder))
     truth = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     columns = {"ground truth": (truth, dataset.categories)} if truth else {}
     columns |= {name: (read_detections(folder), sets[name].categories) for name, folder in runs.items()}
-    marked = {a["image_id"] for instances, _ in list(columns.values())[:1 if truth else None] for a in instances}
+    marked = {a["image_id"] for a in truth or [a for instances, _ in columns.values() for a in instances]}
     images = [image for image in dataset.images if image["id"] in marked][:num_images]
     if not images:
         raise InputError(f"no annotations to draw in {annotations}")
@@ -254,12 +255,12 @@ def read_detections(folder):
     """Run folder -> COCO detections. Raises InputError."""
     file = Path(folder, "inference", "coco_instances_results.json")
     if not file.is_file():
-        raise InputError(f"no detections in {file}: the evaluation at the end of tools/train_net.py writes them")
+        raise InputError(f"no detections in {file}: tools/train_net.py writes them when it evaluates")
     return json.loads(file.read_text())
 
 
 def draw_grid(dataset, images, columns, path, threshold):
-    """Entries ``images`` of a data set and {title: (instances, categories)} -> PNG with a row for each image."""
+    """Images' entries and {title: (instances, categories)} -> PNG with a row for each image."""
     palette = {}
     for _, categories in columns.values():
         for category in categories:
