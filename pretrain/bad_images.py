@@ -36,10 +36,11 @@ def read_or_next(images, index):
 
 class BadImages:
     """``path``, a list of the images of a source that could not be decoded: the ``id`` of one a line, as a JSON string.
-    Any process may add. ``max_bad`` is DATA.MAX_BAD."""
+    Any process may add. ``max_bad`` is DATA.MAX_BAD; ``removed`` listed images do not count for it."""
 
     def __init__(self, path, images, max_bad):
         self.path, self.images, self.max_bad, self.added = Path(path), images, max_bad, set()
+        self.removed = 0
 
     def __len__(self):
         return len(self.listed())
@@ -94,7 +95,7 @@ class BadImages:
 
     def check(self, count):
         allowed = max(HANDFUL, int(self.max_bad * len(self.images))) if self.max_bad else 0
-        if count > allowed:
+        if count - self.removed > allowed:
             first = printable(self.images.name(min(self.added)))
             raise InputError(f"{self.path} lists {count} of {len(self.images)} images as unreadable, {first} first, and "
                              f"DATA.MAX_BAD allows {allowed}: replace or remove them, or raise it, and run the same "

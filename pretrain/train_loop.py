@@ -61,7 +61,8 @@ def _train(cfg, stop):
         images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
         identity.check_same_everywhere(images)
         bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
-        gone = identity.recognise(images, known, bad_images.listed(), folder) if known else 0
+        if known:
+            bad_images.removed = identity.recognise(images, known, bad_images.listed(), folder)
     if complete:
         if main:
             print(f"{final} is already there: this run is complete")
@@ -129,8 +130,8 @@ def _train(cfg, stop):
         print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {printable(images.root)}: {cfg.SOLVER.EPOCHS} epochs, "
               f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
               f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""), flush=True)
-        if gone:
-            print(f"{gone} images of {bad_images.path} are gone: the next ones stand in for them, as before")
+        if bad_images.removed:
+            print(f"{bad_images.removed} images of {bad_images.path} are gone: others stand in for them, as before")
         for note in notes:
             print(f"warning: {note}")
         if saved and saved["normalised"] != normalised:

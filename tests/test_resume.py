@@ -207,6 +207,16 @@ def test_removing_a_listed_image_changes_nothing(image_folder, tmp_path, stop_af
     assert_same(final_weights(final), final_weights(whole))
 
 
+def test_removing_images_beyond_the_limit_is_advice_that_works(tmp_path, stopped):
+    (stopped / "train" / "a" / "03.jpg").write_bytes(b"damaged")
+    cfg = tiny(stopped / "train", tmp_path, "DATA.MAX_BAD", 0.0)
+    for _ in range(2):
+        with pytest.raises(InputError, match="lists 1 of 24 .* allows 0: replace or remove them"):
+            train_loop.train(cfg)
+    (stopped / "train" / "a" / "03.jpg").unlink()
+    assert train_loop.train(cfg)
+
+
 def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
     """Of several machines, one may hold an incomplete copy."""
     monkeypatch.setattr(distributed, "from_first", lambda mine: (24, "another digest"))
