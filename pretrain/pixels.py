@@ -20,6 +20,8 @@ def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
     get lost, and for values so small that few gray levels would be left. ``option`` is how the user gives the
     range, with places for two numbers.
     """
+    if not hasattr(images, "encoded"):  # RGB of 8 bits in memory
+        return []
     notes, most, brightest = {}, 0, None
     for index in np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).astype(int):
         try:

@@ -23,6 +23,7 @@ from pretrain.evaluate import CenterCrops, Features, NoValidation, center_crop, 
 from pretrain.feature_cache import fingerprint
 from pretrain.images import UnreadableImage, decode, read_image
 from pretrain.linear import RandomCrops
+from pretrain.pixels import check_pixels
 
 RNG = np.random.default_rng(0)
 
@@ -256,6 +257,7 @@ def test_cifar(tmp_path, monkeypatch, kind):
     for source, batch in ((images, pickled[0][0]), (val, pickled[-1][0])):
         rows = batches[batch]["data"].reshape(4, 3, 32, 32)  # on disk 1024 red values, then green, then blue
         assert all(np.array_equal(source.read(i).numpy(), rows[i]) for i in range(4))
+    assert check_pixels(images) == []
     assert len(ForkingPickler.dumps(images)) < 2000  # the pixels are shared with workers, not sent
     file = folder / pickled[0][0]
     file.write_bytes(file.read_bytes()[:-9])
