@@ -347,7 +347,9 @@ LIGHTLY_MODEL = foreign("lightly_train.models", "ModelWrapper")
 
 
 def train_lightly(inner, online, target="", **more):
-    return {"state_dict": counters(small(*(f"{model}.wrapped_model.{inner}." for model in filter(None, (online, target))))),
+    prefixes = [f"{model}.wrapped_model.{inner}." for model in (online, target) if model]
+    fc = [prefix + "fc." for prefix in prefixes if inner == "_model"]  # timm's class keeps it
+    return {"state_dict": counters(small(*prefixes)) | linear(*fc),
             "lightly_train": {"version": "0.6", "models": {"model": LIGHTLY_MODEL},
                               "normalize_args": {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.1)}}, **more}
 

@@ -123,12 +123,21 @@ SOLO_HEADS = (
     "predictor2. head. momentum_head. dino_loss_func. prototypes. queue local_memory_ transformer_encoder. "
     "whitening."
 )
+# timm's class keeps its fc.
 LIGHTLY_TRAIN_HEADS = (
     "student_projection_head teacher_projection_head projection_head prediction_head key_encoder. "
     "query_encoder.local_projection_head. query_encoder.global_projection_head. memory_bank. teacher_queue "
-    "criterion. local_criterion. global_criterion. embedding_model.embed_head. "
-    "embedding_model_momentum.embed_head. student_embedding_model.embed_head. "
-    "query_encoder.embedding_model.embed_head."
+    "criterion. local_criterion. global_criterion. "
+) + " ".join(
+    f"{model}.embed_head. {model}.wrapped_model._model.fc."
+    for model in (
+        "embedding_model",
+        "embedding_model_momentum",
+        "student_embedding_model",
+        "teacher_embedding_model",
+        "query_encoder.embedding_model",
+        "key_encoder.embedding_model",
+    )
 )
 
 # The first row that accounts for every name is taken: of rows with the same prefixes, the one with fewer
@@ -394,6 +403,7 @@ FORMATS = (
         "backbone.teacher.",
         drops=(
             "backbone.base_ema_coefficient backbone.final_ema_coefficient backbone.ema_coefficient "
+            "backbone.student.fc. backbone.teacher.fc. "
             "projector predictor prototypes. queue callbacks_modules. callbacks_metrics."
         ),
         must="backbone.student.",
@@ -401,7 +411,7 @@ FORMATS = (
     Format(
         "stable-pretraining",
         "backbone.",
-        drops="projector predictor proj_ prototypes. queue callbacks_modules. callbacks_metrics.",
+        drops="backbone.fc. projector predictor proj_ prototypes. queue callbacks_modules. callbacks_metrics.",
         must="callbacks_modules.|callbacks_metrics.",
     ),
     Format(
@@ -434,7 +444,7 @@ FORMATS = (
         "lightly-train, DINO",
         ("student_embedding_model.wrapped_model._features. student_embedding_model.wrapped_model._model."),
         ("teacher_embedding_model.wrapped_model._features. teacher_embedding_model.wrapped_model._model."),
-        drops=LIGHTLY_TRAIN_HEADS + " teacher_embedding_model.embed_head.",
+        drops=LIGHTLY_TRAIN_HEADS,
         must="teacher_projection_head.",
         note="lightly-train's own exports of DINO are its target network: --branch target",
     ),
