@@ -667,6 +667,17 @@ def test_hugging_faces_config_beside_a_file_counts(tmp_path):
             read_checkpoint(path)
 
 
+def test_openmmlabs_configuration_counts(tmp_path):
+    for text, message in (("dict(type='ResNet', style='caffe')", "strides in the 1x1"), ('{"style": "caffe"}', "strides in"),
+                          ("dilations=(1, 1, 2, 4)", "is dilated"), ("style='pytorch', dilations=(1, 1, 1, 1)", None)):
+        path = save({"meta": {"config": text}, "state_dict": small("backbone.") | heads("neck.")}, tmp_path / "c.pth")
+        if message is None:
+            assert read_checkpoint(path)[1]["format"] == "MMSelfSup 1.x, OpenSelfSup"
+            continue
+        with pytest.raises(InputError, match=f"says in its configuration that the ResNet {message}"):
+            read_checkpoint(path)
+
+
 def test_pixels_of_names_that_say_nothing_are_assumed_or_given(tmp_path):
     path = tmp_path / "c.pth"
     bare = provenance_of(small(""), path)

@@ -31,6 +31,7 @@ SAID = {
         "hyper_parameters.arch hyper_parameters.backbone hyper_parameters.backbone.name "
         "hyper_parameters.base_encoder hub.architecture"
     ).split(),
+    "config": "meta.config meta.cfg cfg".split(),  # text of OpenMMLab's
     "method": "method args.method opt.method hyper_parameters.method".split(),
     "step": "step global_step".split(),
     "mean": "lightly_train.normalize_args.mean hub.pretrained_cfg.mean".split(),
@@ -488,6 +489,12 @@ FORMATS = (
             "momentum_encoder.heads. momentum_encoder.module.heads. queue heads. center"
         ),
     ),
+)
+
+# What OpenMMLab's configuration says of a ResNet with the same names: pattern, what it does.
+OTHER_STRIDES = (
+    (r"style['\"]?\s*[=:]\s*['\"]caffe", "strides in the 1x1 convolution"),
+    (r"dilations['\"]?\s*[=:]\s*[(\[]1,\s*1,\s*[124],\s*[24]", "is dilated"),
 )
 
 # Other networks, by a name that each is known by: looked for where no ResNet of the table was found.

@@ -9,7 +9,7 @@ import yaml
 
 from transfer.architectures import ARCHITECTURES, supported
 from transfer.config import InputError
-from transfer.formats import IMAGENET, SAID, UNSCALED
+from transfer.formats import IMAGENET, OTHER_STRIDES, SAID, UNSCALED
 from transfer.safe_load import Call, printable
 
 DILATED = ("deeplab", "fcn", "pspnet", "lraspp")
@@ -130,6 +130,11 @@ def check_network(contents, architecture, path):
             f"{path} strides in the 1x1 convolution (downsample_in_bottleneck in its config.json), which "
             "torchvision's and timm's ResNets do not"
         )
+    for pattern, what in OTHER_STRIDES:
+        if re.search(pattern, said(contents, "config") or ""):
+            raise InputError(
+                f"{path} says in its configuration that the ResNet {what}, which torchvision's and timm's do not"
+            )
     if name and is_other_network(name, architecture):
         raise InputError(
             f"{path} says that its network is {printable(name)!r}: its names and shapes are those of a "
