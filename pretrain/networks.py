@@ -33,8 +33,8 @@ def build_backbone(name, small_stem=False):
         if not isinstance(backbone.conv1, nn.Conv2d):
             raise InputError(f"MODEL.SMALL_STEM replaces a single 7x7 convolution, but {name} begins with several: give "
                              "MODEL.BACKBONE without a deep stem, such as resnet18, or MODEL.SMALL_STEM False")
+        # With PyTorch's own initialization, unlike timm's of the other convolutions: so it is in the authors' code.
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
         backbone.maxpool = nn.Identity()
     return backbone
 

@@ -66,7 +66,7 @@ def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "imagenet").symlink_to(image_folder.parent)
     done = tool("pretrain", *TINY, cwd=tmp_path)
-    assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50_200ep.yaml" in done.stdout, done.stderr
+    assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50.yaml" in done.stdout, done.stderr
     refused = tool("convert_to_d2", cwd=tmp_path)  # it was a smaller network
     assert refused.returncode == 2 and "MODEL.BACKBONE test_resnet" in refused.stderr
     assert f"next: tools/evaluate.py knn" in done.stdout
@@ -84,17 +84,13 @@ def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
         assert len(load_weights(tmp_path / cfg.MODEL.WEIGHTS)[0]) == 265
 
 
-@pytest.mark.parametrize("epochs, lr", [(100, 0.9), (200, 0.6)])
-def test_epochs_choose_the_recipe(tool, tmp_path, epochs, lr):
-    done = tool("pretrain", "--epochs", epochs, cwd=tmp_path)
-    assert f"imagenet_rsa_R50_{epochs}ep.yaml: base lr {lr}, batch 2048, {epochs} epochs, lars, rsa" in done.stdout
-
-
-@pytest.mark.parametrize("method, recipe", [("byol", "imagenet_byol_R50_100ep.yaml: base lr 0.9, batch 2048"),
-                                            ("simsiam", "imagenet_simsiam_R50_200ep.yaml: base lr 0.05, batch 512")])
-def test_method_chooses_its_recipe(tool, tmp_path, method, recipe):
-    done = tool("pretrain", "--method", method, "--epochs", 90, cwd=tmp_path)
-    assert f"recipe pretrain/{recipe}, 90 epochs" in done.stdout and f" {method};" in done.stdout
+@pytest.mark.parametrize("options, lr, told", [
+    (["--epochs", 100], 0.9, False), (["--epochs", 200], 0.6, False), ([], 0.6, False), (["--epochs", 90], 0.9, True),
+    (["--epochs", 90, "SOLVER.BASE_LR", 0.7], 0.7, False)])
+def test_epochs_choose_the_learning_rate(tool, tmp_path, options, lr, told):
+    done = tool("pretrain", *options, cwd=tmp_path)
+    assert f"imagenet_rsa_R50.yaml: base lr {lr}, batch 2048, {[*options, 0, 200][1] or 200} epochs, lars" in done.stdout
+    assert ("for 90 epochs (0.9 for 100, 0.6 for 200): taking 0.9; SOLVER.BASE_LR" in done.stdout) == told
 
 
 COMMANDS = {

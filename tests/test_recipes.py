@@ -1,70 +1,144 @@
-"""Each file of configs/pretrain against the table of settings in the design, written down here a second time."""
+"""What each row of the paper trains, against the settings of its section 4.1, 4.2 and 4.7, written down a second time.
+
+Where the paper is silent these are the authors' code's (stem, widths of the heads, BatchNorm over 64 images, warm-up,
+AMP) or, as the recipes say, the methods' own.
+"""
 
 import re
 
 import pytest
-import yaml
 
 from pretrain.config import METHODS, check, get_cfg
 from pretrain.networks import build_networks
 from pretrain.objectives import METHODS as OBJECTIVES
 from tests.conftest import ROOT
+from transfer import paper
 
 FOLDER = ROOT / "configs" / "pretrain"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-PAPER = [name for name in RECIPES if not name.startswith(("quickstart", "shapes"))]
-CIFAR = {"DATA.IMAGE_SIZE": 32, "DATA.EVAL_RESIZE": 32, "DATA.MEAN": (0.4914, 0.4822, 0.4465),
-         "DATA.STD": (0.2023, 0.1994, 0.2010)}
-SMALL = {"MODEL.BACKBONE": "resnet18", "MODEL.SMALL_STEM": True, "SOLVER.OPTIMIZER": "sgd", "SOLVER.MOMENTUM": 0.9,
-         "SOLVER.WEIGHT_DECAY": 5e-4, "SOLVER.BATCH_SIZE": 256, "SOLVER.WARMUP_EPOCHS": 0, "SOLVER.AMP": "off"}
-LARGE = {"DATA.IMAGE_SIZE": 224, "DATA.EVAL_RESIZE": 256, "DATA.MEAN": (0.485, 0.456, 0.406),
-         "DATA.STD": (0.229, 0.224, 0.225), "MODEL.BACKBONE": "resnet50", "MODEL.SMALL_STEM": False,
-         "SOLVER.MOMENTUM": 0.9, "SOLVER.AMP": "fp16"}
-# What holds for a data set whatever the method.
-DATASETS = {
-    "cifar10": {**SMALL, **CIFAR, "DATA.PATH": "datasets/cifar10"},
-    "cifar100": {**SMALL, **CIFAR, "DATA.PATH": "datasets/cifar100"},
-    "stl10": {**SMALL, "DATA.PATH": "datasets/stl10", "DATA.IMAGE_SIZE": 64, "DATA.EVAL_RESIZE": 96,
-              "DATA.MEAN": (0.4408, 0.4279, 0.3867), "DATA.STD": (0.2682, 0.2610, 0.2686)},
-    "tinyimagenet": {**SMALL, "DATA.PATH": "datasets/tiny-imagenet-200", "DATA.IMAGE_SIZE": 64, "DATA.EVAL_RESIZE": 64,
-                     "DATA.MEAN": (0.4802, 0.4481, 0.3975), "DATA.STD": (0.2302, 0.2265, 0.2262)},
-    "imagenet100": {**LARGE, "DATA.PATH": "datasets/imagenet/train", "DATA.CLASSES": "pretrain/imagenet100_classes.txt",
-                    "SOLVER.OPTIMIZER": "sgd", "SOLVER.WEIGHT_DECAY": 1e-4, "SOLVER.BATCH_SIZE": 256,
-                    "SOLVER.WARMUP_EPOCHS": 0},
-    "imagenet": {**LARGE, "DATA.PATH": "datasets/imagenet/train", "DATA.CLASSES": ""},
-}
-# RSA's and BYOL's.
-BYOL_18 = {"MODEL.HIDDEN_DIM": 1024, "MODEL.OUT_DIM": 128, "MODEL.TAU": 0.99, "MODEL.TAU_SCHEDULE": "cosine",
-           "SOLVER.BASE_LR": 0.1}
-BYOL_50 = {**BYOL_18, "MODEL.HIDDEN_DIM": 4096, "MODEL.OUT_DIM": 256}
-LARS = {**BYOL_50, "SOLVER.OPTIMIZER": "lars", "SOLVER.TRUST_COEFFICIENT": 0.001, "SOLVER.WEIGHT_DECAY": 1e-6,
-        "SOLVER.BATCH_SIZE": 2048, "SOLVER.WARMUP_EPOCHS": 10, "MODEL.SYNC_BN": True}
-RSA = {"cifar10": BYOL_18, "cifar100": BYOL_18, "stl10": BYOL_18, "tinyimagenet": BYOL_18,
-       "imagenet100": {**BYOL_50, "SOLVER.BASE_LR": 0.2, "MODEL.SYNC_BN": False},
-       "imagenet": {**LARS, "SOLVER.BASE_LR": 0.6}}
-BETA = {"cifar10": 0.3, "cifar100": 0.3, "stl10": 0.4, "tinyimagenet": 0.4, "imagenet100": 0.4, "imagenet": 0.4}
-# The others' own: R-18 on the small sets, R-50 on the large ones.
-BASELINES = {
-    ("simsiam", 18): {"MODEL.HIDDEN_DIM": 2048, "MODEL.OUT_DIM": 2048, "SOLVER.BASE_LR": 0.03},
-    ("simsiam", 50): {"MODEL.HIDDEN_DIM": 2048, "MODEL.OUT_DIM": 2048, "SOLVER.BASE_LR": 0.05, "MODEL.SYNC_BN": True,
-                      "SOLVER.OPTIMIZER": "sgd", "SOLVER.WEIGHT_DECAY": 1e-4, "SOLVER.WARMUP_EPOCHS": 0},
-    ("simclr", 18): {"MODEL.HIDDEN_DIM": 512, "MODEL.OUT_DIM": 128, "SOLVER.BASE_LR": 0.1, "MODEL.TEMPERATURE": 0.5},
-    ("simclr", 50): {"MODEL.HIDDEN_DIM": 2048, "MODEL.OUT_DIM": 128, "MODEL.TEMPERATURE": 0.1, "MODEL.SYNC_BN": True},
-    ("moco", 18): {"MODEL.HIDDEN_DIM": 512, "MODEL.OUT_DIM": 128, "SOLVER.BASE_LR": 0.03, "MODEL.TEMPERATURE": 0.1,
-                   "MODEL.QUEUE": 4096, "MODEL.TAU": 0.99, "MODEL.TAU_SCHEDULE": "fixed"},
-    ("moco", 50): {"MODEL.HIDDEN_DIM": 2048, "MODEL.OUT_DIM": 128, "SOLVER.BASE_LR": 0.03, "MODEL.TEMPERATURE": 0.2,
-                   "MODEL.QUEUE": 65536, "MODEL.TAU": 0.999, "MODEL.TAU_SCHEDULE": "fixed", "MODEL.SYNC_BN": True,
-                   "SOLVER.OPTIMIZER": "sgd", "SOLVER.WEIGHT_DECAY": 1e-4, "SOLVER.WARMUP_EPOCHS": 0},
-}
-IMAGENET = {"simsiam": {"SOLVER.BATCH_SIZE": 512}, "moco": {"SOLVER.BATCH_SIZE": 256},
-            "simclr": {"SOLVER.BATCH_SIZE": 4096, "SOLVER.BASE_LR": 0.3, "SOLVER.OPTIMIZER": "lars",
-                       "SOLVER.WEIGHT_DECAY": 1e-6, "SOLVER.WARMUP_EPOCHS": 10}}
-VARIANTS = {"rsa_fixed_beta": ("rsa", {"MODEL.BETA_SCHEDULE": "fixed"}), "rsa_beta_0": ("rsa", {"MODEL.BETA": 0.0})}
+OF_PAPER = [name for name in RECIPES if not name.startswith(("quickstart", "shapes"))]
+
+# Table, row, data set, method; epochs, beta_base and its schedule; backbone, pixels; optimizer, base lr, weight decay,
+# batch, epochs of warm-up; widths of the heads; tau; images under one BatchNorm on the paper's GPUs; AMP. MoCo on
+# ImageNet-100 synchronizes its BatchNorm, in place of shuffled keys.
+ROWS = """
+table1   byol_aa      cifar10       byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aa      cifar100      byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aa      stl10         byol         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aa      tinyimagenet  byol         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aa      imagenet100   byol         100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table1   byol_aw      cifar10       byol_aw      200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aw      cifar100      byol_aw      200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aw      stl10         byol_aw      200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aw      tinyimagenet  byol_aw      200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   byol_aw      imagenet100   byol_aw      100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table1   rsa_fixed    cifar10       rsa          200  0.5 fixed   R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_fixed    cifar100      rsa          200  0.5 fixed   R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_fixed    stl10         rsa          200  0.5 fixed   R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_fixed    tinyimagenet  rsa          200  0.5 fixed   R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_fixed    imagenet100   rsa          100  0.5 fixed   R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table1   rsa_decay    cifar10       rsa          200  0.5 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_decay    cifar100      rsa          200  0.5 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_decay    stl10         rsa          200  0.5 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_decay    tinyimagenet  rsa          200  0.5 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table1   rsa_decay    imagenet100   rsa          100  0.5 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table2   simclr       cifar10       simclr       200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       cifar10       simclr       800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       cifar100      simclr       200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       cifar100      simclr       800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       stl10         simclr       200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       stl10         simclr       800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       tinyimagenet  simclr       200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   simclr       tinyimagenet  simclr       800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 -        256 off
+table2   moco         cifar10       moco         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         cifar10       moco         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         cifar100      moco         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         cifar100      moco         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         stl10         moco         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         stl10         moco         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         tinyimagenet  moco         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   moco         tinyimagenet  moco         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99     256 off
+table2   simsiam      cifar10       simsiam      200    - -       R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      cifar10       simsiam      800    - -       R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      cifar100      simsiam      200    - -       R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      cifar100      simsiam      800    - -       R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      stl10         simsiam      200    - -       R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      stl10         simsiam      800    - -       R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      tinyimagenet  simsiam      200    - -       R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   simsiam      tinyimagenet  simsiam      800    - -       R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table2   byol         cifar10       byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         cifar10       byol         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         cifar100      byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         cifar100      byol         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         stl10         byol         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         stl10         byol         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         tinyimagenet  byol         200    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   byol         tinyimagenet  byol         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          cifar10       rsa          200  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          cifar10       rsa          800  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          cifar100      rsa          200  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          cifar100      rsa          800  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          stl10         rsa          200  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          stl10         rsa          800  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          tinyimagenet  rsa          200  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table2   rsa          tinyimagenet  rsa          800  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table3   simclr       imagenet100   simclr       100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 -         64 fp16
+table3   simclr       imagenet100   simclr       200    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 -         64 fp16
+table3   moco         imagenet100   moco         100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99     256 fp16
+table3   moco         imagenet100   moco         200    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99     256 fp16
+table3   simsiam      imagenet100   simsiam      100    - -       R50 224 sgd  0.2 1e-4  256  0 2048 2048 -         64 fp16
+table3   simsiam      imagenet100   simsiam      200    - -       R50 224 sgd  0.2 1e-4  256  0 2048 2048 -         64 fp16
+table3   byol         imagenet100   byol         100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table3   byol         imagenet100   byol         200    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table3   rsa          imagenet100   rsa          100  0.4 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table3   rsa          imagenet100   rsa          200  0.4 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table4   rsa_100      imagenet      rsa          100  0.4 cosine  R50 224 lars 0.9 1e-6 2048 10 4096  256 0.99>1  2048 fp16
+table4   rsa_200      imagenet      rsa          200  0.4 cosine  R50 224 lars 0.6 1e-6 2048 10 4096  256 0.99>1  2048 fp16
+table7   byol         cifar100      byol         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table7   byol         stl10         byol         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table7   byol         imagenet100   byol         200    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table7   rsa          cifar100      rsa          800  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table7   rsa          stl10         rsa          800  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+table7   rsa          imagenet100   rsa          200  0.4 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+table8   simsiam      cifar100      simsiam      200    - -       R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table8   simsiam      stl10         simsiam      200    - -       R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table8   simsiam      imagenet100   simsiam      200    - -       R50 224 sgd  0.2 1e-4  256  0 2048 2048 -         64 fp16
+table8   simsiam_rsa  cifar100      simsiam_rsa  200  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table8   simsiam_rsa  stl10         simsiam_rsa  200  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 2048 2048 -        256 off
+table8   simsiam_rsa  imagenet100   simsiam_rsa  200  0.4 cosine  R50 224 sgd  0.2 1e-4  256  0 2048 2048 -         64 fp16
+figure3  byol         cifar100      byol         800    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  byol         stl10         byol         800    - -       R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  byol         imagenet100   byol         100    - -       R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.0     cifar100      rsa          800  0.0 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.0     stl10         rsa          800  0.0 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.0     imagenet100   rsa          100  0.0 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.1     cifar100      rsa          800  0.1 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.1     stl10         rsa          800  0.1 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.1     imagenet100   rsa          100  0.1 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.2     cifar100      rsa          800  0.2 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.2     stl10         rsa          800  0.2 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.2     imagenet100   rsa          100  0.2 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.3     cifar100      rsa          800  0.3 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.3     stl10         rsa          800  0.3 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.3     imagenet100   rsa          100  0.3 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.4     cifar100      rsa          800  0.4 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.4     stl10         rsa          800  0.4 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.4     imagenet100   rsa          100  0.4 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+figure3  beta_0.5     cifar100      rsa          800  0.5 cosine  R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.5     stl10         rsa          800  0.5 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
+figure3  beta_0.5     imagenet100   rsa          100  0.5 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
+""".strip().splitlines()
+COLUMNS = ("METHOD", "SOLVER.EPOCHS", "MODEL.BETA", "MODEL.BETA_SCHEDULE", "MODEL.BACKBONE", "DATA.IMAGE_SIZE",
+           "SOLVER.OPTIMIZER", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.BATCH_SIZE", "SOLVER.WARMUP_EPOCHS",
+           "MODEL.HIDDEN_DIM", "MODEL.OUT_DIM", "tau", "bn", "SOLVER.AMP")
+GPUS = {"cifar10": 1, "cifar100": 1, "stl10": 1, "tinyimagenet": 1, "imagenet100": 4, "imagenet": 8}  # the paper's
 
 
-def read(name):
+def resolve(training):
     cfg = get_cfg()
-    cfg.merge_from_file(str(FOLDER / f"{name}.yaml"))
+    cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
+    cfg.merge_from_list([item for pair in training.overrides for item in pair])
+    check(cfg)
     return cfg
 
 
@@ -74,63 +148,80 @@ def value(cfg, key):
     return cfg
 
 
-def expected(name):
-    """{key: value} of a recipe's name: <data set>_<method or variant>_R<depth>[_<epochs>ep]."""
-    dataset, variant, depth, epochs = re.fullmatch(r"([a-z]+\d*)_(\w+?)_R(18|50)(?:_(\d+)ep)?", name).groups()
-    method, change = VARIANTS.get(variant, (variant, {}))
-    settings = {**DATASETS[dataset], "METHOD": method, "SOLVER.EPOCHS": int(epochs or 200), "SEED": 0,
-                "OUTPUT_DIR": "output/pretrain" if name.startswith("imagenet_rsa") else f"output/{name}"}
-    if method in ("rsa", "simsiam_rsa"):
-        settings |= {"MODEL.BETA": BETA[dataset], "MODEL.BETA_SCHEDULE": "cosine"}
-    if method in ("rsa", "byol", "byol_aw"):
-        settings |= RSA[dataset]
-        settings |= {"SOLVER.BASE_LR": 0.9} if epochs == "100" else {}
-    else:
-        own = method.removesuffix("_rsa")
-        settings |= BASELINES[own, int(depth)]
-        settings |= IMAGENET[own] if dataset == "imagenet" else {}
-    return settings | change
+@pytest.mark.parametrize("line", ROWS, ids=lambda line: "-".join(line.split()[:3] + line.split()[4:5]))
+def test_settings_of_each_row(line):
+    table, row, dataset, *expected = line.split()
+    [training] = {cell.training for cell in paper.cells(table) if cell.row == row and cell.training
+                  and cell.training.dataset == dataset and cell.training.settings["SOLVER.EPOCHS"] == int(expected[1])}
+    cfg = resolve(training)
+    tau = "-"
+    if OBJECTIVES[cfg.METHOD].target:
+        tau = f"{cfg.MODEL.TAU:g}" + ">1" * (cfg.MODEL.TAU_SCHEDULE == "cosine")
+    assert training.bn == int(expected[-2])
+    size = cfg.SOLVER.BATCH_SIZE // GPUS[dataset]
+    bn = cfg.SOLVER.BATCH_SIZE if cfg.MODEL.SYNC_BN else min(cfg.SOLVER.MICRO_BATCH or size, size)
+    found = {key: value(cfg, key) for key in COLUMNS if key not in ("tau", "bn")} | {"tau": tau, "bn": bn}
+    wanted = dict(zip(COLUMNS, expected))
+    if wanted["MODEL.BETA"] == "-":  # the method has no beta
+        del wanted["MODEL.BETA"], wanted["MODEL.BETA_SCHEDULE"]
+    wanted["MODEL.BACKBONE"] = {"R18": "resnet18", "R50": "resnet50"}[wanted["MODEL.BACKBONE"]]
+    assert {key: type(found[key])(text) for key, text in wanted.items()} == {key: found[key] for key in wanted}
+    assert cfg.MODEL.SMALL_STEM == (cfg.MODEL.BACKBONE == "resnet18") and cfg.SOLVER.MOMENTUM == 0.9
+    assert OBJECTIVES[cfg.METHOD].fix_predictor_lr == cfg.METHOD.startswith("simsiam")
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_settings_are_those_of_the_table(name):
-    cfg = read(name)
-    check(cfg)
-    found = {key: value(cfg, key) for key in expected(name)}
-    assert found == expected(name)
+def test_every_row_is_in_the_table_above():
+    cells = [cell for table, content in paper.load()["tables"].items() if content["shows"] in ("top1", "hours")
+             for cell in paper.cells(table) if cell.training]
+    assert len(ROWS) == len(cells)
+
+
+def test_one_recipe_for_each_data_set_and_method():
+    used = {cell.training.recipe for table, content in paper.load()["tables"].items()
+            if content["shows"] in ("top1", "hours") for cell in paper.cells(table) if cell.training}
+    assert used == {f"pretrain/{name}.yaml" for name in OF_PAPER}
+    files = [path for path in FOLDER.rglob("*") if path.suffix == ".yaml"]
+    assert len(files) == len(RECIPES)  # none in folders below, which --config-file would take as well
+
+
+def header(recipe):
+    """The lines of a recipe's header that repeat what configs/paper.yaml says."""
+    cells = [cell for table, content in paper.load()["tables"].items() if content["shows"] == "top1"
+             for cell in paper.cells(table) if cell.training and cell.training.recipe == recipe]
+    hours = {cell.training.settings["SOLVER.EPOCHS"]: cell.training.hours for cell in cells}
+    cost = ", ".join(f"{hours[epochs]:.3g} for {epochs} epochs" for epochs in sorted(hours))
+    lines = [f"#   cost       V100-hours by the paper's Table 7: {cost}\n"]
+    label = "published"
+    for cell in cells:
+        if cell.published[0]:
+            mean, std = cell.published[0]
+            row = paper.load()["tables"][cell.table]["rows"][cell.row]["title"]
+            figure = f"{mean}" if std is None else f"{mean} ± {std}"
+            table = re.sub(r"(\D+)", r"\1 ", cell.table.capitalize())
+            lines.append(f"#   {label:<10} {table}, {row}, {cell.training.settings['SOLVER.EPOCHS']} epochs: {figure}\n")
+            label = ""
+    return "".join(lines)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_header_is_a_command_that_takes_this_file(name):
-    header = re.match(r"(#.*\n)+", (FOLDER / f"{name}.yaml").read_text()).group()
-    check(read(name))
+    text = re.match(r"(#.*\n)+", (FOLDER / f"{name}.yaml").read_text()).group()
+    cfg = get_cfg()
+    cfg.merge_from_file(str(FOLDER / f"{name}.yaml"))
+    check(cfg)
     if name.startswith("quickstart"):
-        assert "command    tools/quickstart.py\n" in header
+        assert "command    tools/quickstart.py\n" in text
         return
-    assert f"#   command    tools/pretrain.py --config-file pretrain/{name}.yaml\n" in header
-    assert re.search(r"^#   cost       \S", header, re.M) and re.search(r"^#   data       \S", header, re.M)
+    assert f"#   command    tools/pretrain.py --config-file pretrain/{name}.yaml\n" in text
+    assert re.search(r"^#   data       \S", text, re.M)
+    assert name not in OF_PAPER or header(f"pretrain/{name}.yaml") in text
 
 
-def test_every_row_of_the_tables_has_a_recipe():
-    rows = [(dataset, method) for dataset in DATASETS for method in ("rsa", "byol", "simsiam", "simclr", "moco")]
-    rows += [(dataset, method) for dataset in ("cifar10", "imagenet100")
-             for method in ("rsa_fixed_beta", "rsa_beta_0", "byol_aw", "simsiam_rsa")]
-    suffix = {"imagenet100": "_R50", "imagenet": "_R50_200ep"}
-    names = {f"{dataset}_{method}{suffix.get(dataset, '_R18')}" for dataset, method in rows}
-    assert names | {"imagenet_rsa_R50_100ep", "imagenet_byol_R50_100ep"} == set(PAPER)
-
-
-def test_inherited_files_hold_no_keys_that_are_unknown():
-    """The parts that recipes inherit are merged over the defaults by themselves, too."""
-    for path in (FOLDER / "methods").glob("*.yaml"):
-        get_cfg().merge_from_file(str(path))
-        assert yaml.safe_load(path.read_text())["METHOD"] in METHODS and path.read_text().startswith("# ")
-
-
-@pytest.mark.parametrize("name", [f"cifar10_{method}_R18" for method in METHODS]
+@pytest.mark.parametrize("name", [f"cifar100_{method}_R18" for method in METHODS]
                          + [f"imagenet100_{method}_R50" for method in METHODS])
 def test_networks_of_each_backbone_and_method(name):
-    cfg = read(name)
+    cfg = get_cfg()
+    cfg.merge_from_file(str(FOLDER / f"{name}.yaml"))
     cfg.merge_from_list(["MODEL.HIDDEN_DIM", 16, "MODEL.OUT_DIM", 8, "MODEL.QUEUE", 32])
     networks = build_networks(cfg, OBJECTIVES[cfg.METHOD])
     assert networks.online.backbone.num_features == (512 if "R18" in name else 2048)

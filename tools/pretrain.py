@@ -16,13 +16,16 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
-from tools._cli import ROOT, find_config, merge_config, run, say_last  # noqa: E402
+from tools._cli import find_config, merge_config, run, say_last  # noqa: E402
+from transfer import paper  # noqa: E402
 
 
 def main():
     args = parse()
-    recipe = args.config_file or imagenet_recipe(args.method or "rsa", args.epochs or 200)
-    options = {"SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
+    recipe, lr = args.config_file, None
+    if recipe is None:
+        recipe, lr = imagenet_recipe(args.method or "rsa", args.epochs or 200, "SOLVER.BASE_LR" in args.overrides)
+    options = {"SOLVER.BASE_LR": lr, "SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
                "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed,
                "DATA.NUM_WORKERS": args.workers,
                "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
@@ -55,13 +58,21 @@ def next_tool(model):
     return "tools/convert_to_d2.py" if convertible else "tools/evaluate.py knn"
 
 
-def imagenet_recipe(method, epochs):
-    """Of the lengths that there is a recipe for, the one nearest to ``epochs``: the learning rate was tuned for each."""
-    recipes = {int(path.stem.split("_")[-1].removesuffix("ep")): f"pretrain/{path.name}"
-               for path in (ROOT / "configs" / "pretrain").glob(f"imagenet_{method}_R50_*ep.yaml")}
-    if not recipes:
+def imagenet_recipe(method, epochs, lr_is_given):
+    """The ImageNet-1K recipe, and the base learning rate of the paper's run that is nearest to ``epochs``.
+
+    Raises InputError for a method that the paper did not train there.
+    """
+    runs = [cell.training for cell in paper.cells("table4") if cell.training]
+    runs = [run.settings for run in runs if run.recipe == f"pretrain/imagenet_{method}_R50.yaml"]
+    if not runs:
         raise InputError(f"--method {method} has no ImageNet-1K recipe: give --config-file, one of configs/pretrain")
-    return recipes[min(sorted(recipes), key=lambda length: abs(length - epochs))]
+    nearest = min(runs, key=lambda settings: abs(settings["SOLVER.EPOCHS"] - epochs))
+    if epochs != nearest["SOLVER.EPOCHS"] and not lr_is_given:
+        known = ", ".join(f"{run['SOLVER.BASE_LR']} for {run['SOLVER.EPOCHS']}" for run in runs)
+        print(f"no learning rate is published for {epochs} epochs ({known}): taking {nearest['SOLVER.BASE_LR']}; "
+              "SOLVER.BASE_LR sets another")
+    return f"pretrain/imagenet_{method}_R50.yaml", nearest["SOLVER.BASE_LR"]
 
 
 def parse():
