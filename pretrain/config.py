@@ -32,6 +32,7 @@ def get_cfg():
     cfg.DATA = CN()
     cfg.DATA.PATH = "datasets/imagenet/train"  # whatever pretrain/datasets.py knows; of a folder, the first-level folders are classes
     cfg.DATA.CLASSES = ""  # file with the class folders to keep, one a line; "" keeps all
+    cfg.DATA.LIMIT = 0  # use at most so many images of each source, evenly spaced; 0: all
     cfg.DATA.VAL = ""  # labelled folder for kNN top-1; "" looks for val/ or test/ beside PATH
     cfg.DATA.IMAGE_SIZE = 224
     cfg.DATA.EVAL_RESIZE = 256  # short side before the centre crop of evaluation
@@ -110,7 +111,7 @@ def check(cfg):
                               ("SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, 0),
                               ("SOLVER.WEIGHT_DECAY", cfg.SOLVER.WEIGHT_DECAY, 0),
                               ("MODEL.HIDDEN_DIM", cfg.MODEL.HIDDEN_DIM, 1), ("MODEL.OUT_DIM", cfg.MODEL.OUT_DIM, 2),
-                              ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1), ("SEED", cfg.SEED, 0)):
+                              ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1), ("DATA.LIMIT", cfg.DATA.LIMIT, 0), ("SEED", cfg.SEED, 0)):
         if value < least:
             raise InputError(f"{key} is {value}: it must be at least {least}")
     for key, value in (("MODEL.BETA", cfg.MODEL.BETA), ("MODEL.TAU", cfg.MODEL.TAU),

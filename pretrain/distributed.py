@@ -162,6 +162,11 @@ def device():
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_name():
+    """The GPU's, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def amp_dtype(name):
     """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
     if name == "off":

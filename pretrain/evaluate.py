@@ -59,7 +59,7 @@ def label_of(images, index):
 
 
 class Features:
-    """uint8 images [B, 3, S, S] -> float32 features [B, D] of a frozen backbone in eval mode.
+    """uint8 images [B, 3, S, S] -> float32 features [B, D] of a frozen backbone, in eval mode unless asked otherwise.
 
     ``data`` is a configuration's DATA, ``amp`` a dtype or None. With ``cache``, a FeatureCache of the checkpoint that
     the backbone is from, what depends on centre crops alone is computed once.
@@ -69,13 +69,14 @@ class Features:
         self.backbone, self.data, self.amp, self.cache = backbone, data, amp, cache
         self.mean, self.std = (torch.tensor(values, device=device()) for values in (data.MEAN, data.STD))
 
-    def __call__(self, images):
-        return self.of_floats(to_float(images.to(device(), non_blocking=True)))
+    def __call__(self, images, train=False):
+        return self.of_floats(to_float(images.to(device(), non_blocking=True)), train)
 
     @torch.no_grad()
-    def of_floats(self, images):
-        """The same of float32 images in [0, 1]."""
-        self.backbone.eval()  # here, because the training loop that shares it has set it back
+    def of_floats(self, images, train=False):
+        """The same of float32 images in [0, 1]. train: BatchNorm normalizes with the batch's statistics, and renews its
+        running ones."""
+        self.backbone.train(train)  # here, because the training loop that shares it has set it back
         images = normalize(images, self.mean, self.std)
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
@@ -188,9 +189,9 @@ def find_labelled(cfg, images):
     """
     bank = images
     if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labelled
-        bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
+        bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
     if cfg.DATA.VAL:
-        val = open_images(cfg.DATA.VAL, "val", cfg.DATA.CLASSES)
+        val = open_images(cfg.DATA.VAL, "val", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
         val.value_range = images.value_range
         check_labelled(bank, val)
         return bank, val
@@ -199,7 +200,7 @@ def find_labelled(cfg, images):
     found = []
     for place in [cfg.DATA.PATH] if bank.own_val else beside(bank.root.absolute()):
         try:
-            val = open_images(place, "val", cfg.DATA.CLASSES)
+            val = open_images(place, "val", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
             val.value_range = images.value_range
             why = mismatch(bank, val)
         except InputError as error:

@@ -14,6 +14,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.config import InputError
+from pretrain.source import STANDIN
 
 
 def names_of(images):
@@ -33,6 +34,14 @@ def describe(images):
     """The ``data`` of a checkpoint. ``names`` is a uint8 tensor, compressed."""
     names = np.frombuffer(zlib.compress(b"\0".join(names_of(images))), np.uint8)
     return {"sha256": digest(images), "names": torch.from_numpy(names.copy())}
+
+
+def summary(images):
+    """What a run's record says of its data set."""
+    root = images.root.absolute()
+    name = getattr(images, "part", None) or "/".join(root.parts[-2:])
+    drawn = any((folder / STANDIN).is_file() for folder in (root, root.parent))
+    return {"name": f"stand-in for {name}" if drawn else name, "images": len(images), "classes": len(images.classes), "sha256": digest(images)}
 
 
 def check_same_everywhere(images):

@@ -1,5 +1,6 @@
 """Linear evaluation: a classifier trained by SGD on the features of a frozen backbone (paper, 4.1)."""
 
+import copy
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from pretrain.augment import weak_view
 from pretrain.bad_images import read_or_next
 from pretrain.distributed import device
-from pretrain.evaluate import check_labelled, label_of
+from pretrain.evaluate import Features, check_labelled, label_of
 from pretrain.loader import SAMPLE_STREAM, StepBatches, build_loader
 
 
@@ -112,22 +113,29 @@ def standardize(features, mean, var):
     return (F.normalize(features, dim=1) - mean) / (var + 1e-5).sqrt()
 
 
-def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
+def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, train_bn=False):
     """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent.
 
-    With a cache in ``features``, a call that was stopped goes on from its last whole epoch.
+    train_bn: the backbone's BatchNorm is in train mode where the classifier learns, as in the authors' code on the small
+    data sets, so that its running statistics, with which the val images are normalized, move with it. That happens to a
+    copy; ``features`` stay as they are. With a cache in ``features``, a call that was stopped goes on
+    from its last whole epoch.
     """
     check_labelled(train, val)
     batch_size = min(batch_size, len(train))
+    moving = Features(copy.deepcopy(features.backbone), features.data, features.amp) if train_bn else features
+    buffers = {f"backbone {name}": buffer for name, buffer in moving.backbone.named_buffers()} if train_bn else {}
     val_features, val_labels = features.of(val, "validation features")
     statistics = features.statistics(train) if protocol.standardize else None
     classifier = LinearClassifier(val_features.shape[1], len(train.classes), protocol, seed, statistics)
-    what = features.cache and {"linear": asdict(protocol), "seed": seed, "batch": batch_size,
+    what = features.cache and {"linear": asdict(protocol), "seed": seed, "batch": batch_size, "train_bn": train_bn,
                                "train": features.describe(train), "val": features.describe(val)}
     top1 = []
     if found := features.cache and features.cache.get(what):
         top1 = found.pop("top1").tolist()
         classifier.restore(found)
+        for name, buffer in buffers.items():
+            buffer.copy_(torch.from_numpy(found[name]))
 
     steps_per_epoch = len(train) // batch_size
     done, total = len(top1) * steps_per_epoch, protocol.epochs * steps_per_epoch
@@ -135,12 +143,15 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256):
     loader = build_loader(RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS)
     progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
     for step, (images, labels) in enumerate(progress, start=done + 1):
-        classifier.step(features(images), labels.to(device(), non_blocking=True), len(top1))
+        classifier.step(moving(images, train_bn), labels.to(device(), non_blocking=True), len(top1))
         if step % steps_per_epoch == 0:
+            if train_bn:
+                val_features, val_labels = moving.of(val, "validation features")
             top1.append(classifier.top1(val_features, val_labels))
             progress.set_postfix(epoch=len(top1), top1=f"{top1[-1]:.2f}")
             if features.cache:
-                features.cache.put(what, top1=np.array(top1), **classifier.arrays())
+                features.cache.put(what, top1=np.array(top1), **classifier.arrays(),
+                                   **{name: buffer.cpu().numpy() for name, buffer in buffers.items()})
     return top1
 
 

@@ -42,12 +42,24 @@ def resolve(wanted, images, memory):
 def room(networks, size, amp):
     """How many ``size`` x ``size`` images this process's device has room for in a training step, at least 1: the
     fewest over the ranks. ``networks`` on the CPU, as they were built."""
+    held, image = costs(networks, size, amp)
+    return max(1, distributed.least(int((FILL * free_memory() - held) / image)))
+
+
+def needed(networks, size, amp, count):
+    """Bytes that a process should have free to train with ``count`` images at once."""
+    held, image = costs(networks, size, amp)
+    return (held + count * image) / FILL
+
+
+def costs(networks, size, amp):
+    """Bytes of a training step: whatever its number of images, and for each of them."""
     weights = sum(t.nbytes for t in networks.state_dict().values())
     gradients = sum(p.nbytes for p in networks.parameters() if p.requires_grad)
-    free = FILL * free_memory() - weights - 3 * gradients  # the gradients, DDP's buckets of them, the momentum
     views = 4 * 3 * size * size * torch.float32.itemsize  # two weak, two aggressive
-    # Twice the views, for the augmentation; a quarter more than is saved, for the gradients of what is alive.
-    return max(1, distributed.least(int(free / (2 * views + 1.25 * activations(networks, size, amp)))))
+    # Three times: the gradients, DDP's buckets of them, the momentum. Twice the views, for the augmentation; a quarter
+    # more than is saved, for the gradients of what is alive.
+    return weights + 3 * gradients, 2 * views + 1.25 * activations(networks, size, amp)
 
 
 def activations(networks, size, amp):

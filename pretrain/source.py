@@ -11,6 +11,9 @@ from pretrain import distributed
 from pretrain.images import decode
 
 
+STANDIN = "STANDIN"  # a file in the folder of a data set that was drawn (standins.py)
+
+
 class Source:
     """``len(source)`` images, which are known by their index.
 
@@ -53,6 +56,38 @@ class Source:
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "bad"}
+
+
+class Sample(Source):
+    """``count`` images of a ``source``, evenly spaced."""
+
+    def __init__(self, source, count):
+        self.source, self.places = source, np.arange(count) * len(source) // count
+        self.labels, self.classes = source.labels[self.places], source.classes
+        self.root, self.own_val, self.files = source.root, source.own_val, source.files
+        self.part = getattr(source, "part", None)
+
+    @property
+    def value_range(self):
+        return self.source.value_range
+
+    @value_range.setter
+    def value_range(self, value):
+        self.source.value_range = value
+
+    def read(self, index):
+        return self.source.read(int(self.places[index]))
+
+    def name(self, index):
+        return self.source.name(int(self.places[index]))
+
+    def id(self, index):
+        return self.source.id(int(self.places[index]))
+
+
+class SampleOfFiles(Sample):
+    def encoded(self, index):
+        return self.source.encoded(int(self.places[index]))
 
 
 @functools.cache  # the same folder may be opened several times

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import files
+from common import files, record
 from pretrain import checkpoint, distributed, identity, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.bad_images import BadImages
@@ -26,8 +26,9 @@ from pretrain.watch import Alarms, Log, Meter, Stopped, StopSignals, assert_fini
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 
 
-def train(cfg):
-    """Pre-train as ``cfg`` says, from the last checkpoint in ``cfg.OUTPUT_DIR`` if there is one.
+def train(cfg, origin=record.Origin()):
+    """Pre-train as ``cfg`` says, which came from ``origin``, from the last checkpoint in ``cfg.OUTPUT_DIR`` if there is
+    one.
 
     Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after one of the
     stop signals (common/signals.py) once the state is saved, if there is any yet.
@@ -36,12 +37,12 @@ def train(cfg):
     lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if main else contextlib.nullcontext()
     try:
         with lock, StopSignals() as stop:
-            return _train(cfg, stop)
+            return _train(cfg, origin, stop)
     except Stopped as stopped:
         raise Interrupted(str(stopped)) from None
 
 
-def _train(cfg, stop):
+def _train(cfg, origin, stop):
     folder, device = Path(cfg.OUTPUT_DIR), distributed.device()
     ranks, main = distributed.world_size(), distributed.rank() == 0
     if cfg.SOLVER.DETERMINISTIC:
@@ -58,7 +59,7 @@ def _train(cfg, stop):
     known = saved or checkpoint.finished(folder)
     kept, same_path = checkpoint.take_up(cfg, known)
     if not (complete and same_path):
-        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES)
+        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
         identity.check_same_everywhere(images)
         bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
         if known:
@@ -90,8 +91,14 @@ def _train(cfg, stop):
     peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
     features = Features(networks.online.backbone, cfg.DATA, amp)
     mean, std = (torch.tensor(values, device=device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
-    meter, alarms = Meter(cfg.SOLVER.BATCH_SIZE), Alarms(cfg.ALARM)
+    about = record.describe("pretrain", cfg, origin, method=cfg.METHOD, seed=cfg.SEED, steps=K, processes=ranks,
+                            device=distributed.device_name(), bn_batch_size=normalised, data=identity.summary(images))
+    before = (saved or {}).get("run", {})  # a checkpoint without it is of an older version
+    meter, alarms = Meter(cfg.SOLVER.BATCH_SIZE, before.get("seconds", 0.0)), Alarms(cfg.ALARM)
     log = None
+
+    def so_far(step):
+        return {**about, "step": step, "seconds": meter.seconds()}
 
     def prepare(batch):
         if batch["skipped"].any():
@@ -105,7 +112,7 @@ def _train(cfg, stop):
         assert_finite(networks, step)
         state = {"format": checkpoint.FORMAT, "method": cfg.METHOD, "step": step,
                  "num_images": len(images), "processes": ranks, "normalised": normalised,
-                 "config": cfg.dump(), "model": networks.state_dict()}
+                 "config": cfg.dump(), "run": so_far(step), "model": networks.state_dict()}
         if whole:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "data": data}
         else:  # what is passed on names no images
@@ -122,9 +129,11 @@ def _train(cfg, stop):
         return save(folder / checkpoint.LAST, step, previous=folder / checkpoint.PREVIOUS)
 
     def watch_knn(step):
+        meter.pause()
         assert_finite(networks, step)
         log.row({"step": step, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
         networks.train()
+        meter.reset()
 
     if main:
         print(f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {printable(images.root)}: {cfg.SOLVER.EPOCHS} epochs, "
@@ -146,6 +155,7 @@ def _train(cfg, stop):
         if val and not start:
             watch_knn(0)
         checkpoint.write_config(cfg)
+        record.write(folder, so_far(start))
 
     # ---- the loop over global batches ----
     networks.train()
@@ -181,7 +191,6 @@ def _train(cfg, stop):
                 save(folder / f"checkpoint_{k:07d}.pth", k)
             if val and k < K and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked:
                 watch_knn(k)
-                meter.reset()
         if asked and k < K:
             written = main and save_last(k)
             if main:
@@ -194,6 +203,7 @@ def _train(cfg, stop):
         if val:
             watch_knn(K)
         written = save(final, K, whole=False)
+        record.write(folder, so_far(K))
         log.close()
         if not written:
             raise InputError(f"{final} could not be written: make room, and run the same command again")

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as TF
 
-from pretrain.augment import aggressive
+from pretrain.augment import GRAY, ORDER, SIGMA, aggressive, to_float
 from pretrain.drift import OPERATIONS, caption, choose, load_views
 from pretrain.loader import MultiStageViews
 
@@ -32,6 +32,48 @@ def draw_views(images, size, seed, count, path):
     figure.supxlabel(LEGEND, fontsize=7)
     figure.savefig(path)
     return path
+
+
+def draw_noisy(panels, seed, path, limit=400):
+    """Figure 1: for each of ``panels``, {title: (source, size in pixels of its views)}, the squared originals above their
+    aggressive views of the images that these change most: three of the color jitter, too bright or too dark, one each of
+    grayscale and of blur; out of at most ``limit`` images."""
+    figure = Figure(figsize=(9, 3.9 * len(panels)), dpi=130, layout="constrained")
+    parts = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
+    for part, (title, (images, size)) in zip(parts, panels.items()):
+        part.suptitle(title, fontsize=11)
+        grid = part.subplots(2, 5)
+        for (above, below), (index, view, words) in zip(grid.T, noisiest(images, size, seed, limit)):
+            show(above, to_array(TF.resize(images.read(index), [224, 224], antialias=True)), "")
+            show(below, square(view), words)
+        for ax in grid.flat:
+            ax.set_axis_off()
+    figure.savefig(path)
+    return path
+
+
+def noisiest(images, size, seed, limit):
+    """Five (index, aggressive view uint8 [3, S, S], words): by mean brightness two of the jitter, the darkest and the
+    brightest, then the one whose mean color moves most; of grayscale the most colorful image; the strongest blur."""
+    found = []
+    for batch in load_views(images, size, seed, choose(len(images), limit), 0):
+        weak, aggressive_views = to_float(batch["views"][:, 0]), aggressive(batch["views"], batch["params"])[:, 0]
+        for index, before, after, params in zip(batch["index"].tolist(), weak, aggressive_views, batch["params"][:, 0]):
+            found.append({
+                "sample": (index, to_uint8(after), caption(params)), "jittered": bool(params[ORDER][0] >= 0),
+                "light": after.mean().item(), "moved": (after - before).mean((1, 2)).abs().max().item(),
+                "gray": bool(params[GRAY]), "colorful": before.std(0).mean().item(), "blur": params[SIGMA].item()})
+    jittered = [view for view in found if view["jittered"] and not view["gray"] and not view["blur"]]
+    gray = [view for view in found if view["gray"]]
+    wanted = [(jittered, lambda view: view["light"]), (jittered, lambda view: -view["light"]),
+              (jittered, lambda view: view["moved"]), (gray, lambda view: view["colorful"]),
+              ([view for view in found if not view["gray"]], lambda view: view["blur"])]
+    chosen = []
+    for views, measure in wanted:
+        taken = [view["sample"][0] for view in chosen]
+        views = [view for view in views or found if view["sample"][0] not in taken] or found
+        chosen.append(max(views, key=measure))
+    return [view["sample"] for view in chosen]
 
 
 def draw_pairs(pairs, images, size, seed, count, path):

@@ -49,8 +49,9 @@ class Meter:
     """Sums the figures of the steps since its last reading. They stay on the device until then, which spares it a
     synchronisation per step."""
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size, seconds=0.0):
         self.batch_size = batch_size  # global
+        self.total = seconds  # of training, with its loader, but without kNN evaluations
         self.streak = torch.zeros((), device=distributed.device())  # steps in a row without a finite loss, up to now
         self.reset()
 
@@ -58,6 +59,14 @@ class Meter:
         self.sums, self.steps, self.waited = {}, 0, 0.0
         self.since = time.perf_counter()
         self.longest = self.streak
+
+    def seconds(self):
+        """Of training until now."""
+        return self.total + time.perf_counter() - self.since
+
+    def pause(self):
+        """What comes until :meth:`reset` is not training."""
+        self.total, self.since = self.seconds(), time.perf_counter()
 
     def timed(self, batches):
         """``batches``; the time that it takes to get them counts as ``data_wait``."""
@@ -82,6 +91,7 @@ class Meter:
         row["nonfinite_steps"] = -distributed.least(-int(self.longest))
         seconds = time.perf_counter() - self.since
         row |= {"images_per_s": self.steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        self.pause()
         self.reset()
         return row
 

@@ -104,6 +104,48 @@ def test_linear_separates_what_is_separable(name, tmp_path):
     assert all(parameter.grad is None for parameter in features.backbone.parameters())
 
 
+def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
+    """Written out: the backbone in train mode on each batch, with its weights untouched; after each epoch it judges the
+    validation images in eval mode, with the running statistics of then. The features' own backbone does not change."""
+    train, val, protocol = Images(48, tmp_path, shuffle=1), Images(32, tmp_path, shuffle=0), shorten(LINEAR["small"], 3)
+    features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64))
+    before = {name: tensor.clone() for name, tensor in features.backbone.state_dict().items()}
+    found = evaluate_linear(features, train, val, protocol, seed=5, batch_size=16, train_bn=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in features.backbone.state_dict().items())
+
+    backbone, crops = make_features().backbone, RandomCrops(train, 8, 5)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (features.data.MEAN, features.data.STD))
+    torch.manual_seed(5)
+    layer = torch.nn.Linear(6, 2)
+    torch.nn.init.normal_(layer.weight, std=0.01)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), 30.0, momentum=0.9, nesterov=True)
+    queries = torch.stack([val.read(i)[:, :8, :8] for i in range(32)])  # of one color each
+    top1 = []
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = 30.0 if epoch < 2 else 0.3
+        order = np.random.default_rng((5, 0, epoch)).permutation(48)
+        for first in (0, 16, 32):
+            images, labels = zip(*(crops[epoch, int(i)] for i in order[first:first + 16]))
+            backbone.train()
+            with torch.no_grad():
+                batch = backbone((torch.stack(images) / 255 - mean) / std)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(layer(batch), torch.tensor(labels)).backward()
+            optimizer.step()
+        backbone.eval()
+        with torch.no_grad():
+            chosen = layer(backbone((queries / 255 - mean) / std)).argmax(1)
+        top1.append(100 * (chosen.numpy() == val.labels).mean())
+    assert found == pytest.approx(top1) and 0 < min(top1) and max(top1) < 100
+    [state] = [state for path in (tmp_path / "a.pth.features").iterdir() if "top1" in (state := np.load(path))]
+    np.testing.assert_allclose(state["weight"], layer.weight.detach(), rtol=1e-4, atol=1e-4)
+    for name, buffer in backbone.named_buffers():
+        np.testing.assert_allclose(state[f"backbone {name}"], buffer, rtol=1e-4, atol=1e-5)
+    moved = backbone[1].running_mean - before["1.running_mean"]
+    assert moved.abs().max() > 0.01
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_on_features(name):
     """All of the validation set is right where a hyperplane parts the classes; with shuffled labels a tenth is, within
@@ -275,11 +317,11 @@ def test_a_folder_that_takes_nothing_costs_a_line(tmp_path, capsys):
     assert features.shape == (20, 6) and "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_evaluation_goes_on_bit_for_bit(name, tmp_path, counted, monkeypatch):
+@pytest.mark.parametrize("name, train_bn", [("small", False), ("small", True), ("large", False)])
+def test_linear_evaluation_goes_on_bit_for_bit(name, train_bn, tmp_path, counted, monkeypatch):
     train, val, protocol = Images(48, tmp_path), Images(32, tmp_path, shuffle=0), shorten(LINEAR[name], 6)
     features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64))
-    whole = evaluate_linear(features, train, val, protocol, batch_size=16)
+    whole = evaluate_linear(features, train, val, protocol, batch_size=16, train_bn=train_bn)
     stopped = FeatureCache(tmp_path / "b.pth", "1" * 64)
     put = stopped.put
 
@@ -290,12 +332,12 @@ def test_linear_evaluation_goes_on_bit_for_bit(name, tmp_path, counted, monkeypa
 
     stopped.put = stop
     with pytest.raises(KeyboardInterrupt):
-        evaluate_linear(make_features(stopped), train, val, protocol, batch_size=16)
+        evaluate_linear(make_features(stopped), train, val, protocol, batch_size=16, train_bn=train_bn)
     counted["random"] = 0
     again = FeatureCache(tmp_path / "b.pth", "1" * 64)
-    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16) == whole
+    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16, train_bn=train_bn) == whole
     assert counted["random"] == 2 * 48
-    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16) == whole
+    assert evaluate_linear(make_features(again), train, val, protocol, batch_size=16, train_bn=train_bn) == whole
     assert counted["random"] == 2 * 48
 
     def last(name):

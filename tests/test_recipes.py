@@ -1,7 +1,8 @@
-"""What each row of the paper trains, against the settings of its section 4.1, 4.2 and 4.7, written down a second time.
+"""What each row of the paper trains, against the settings of its section 4.1, 4.2 and 4.7, written down a
+second time.
 
-Where the paper is silent these are the authors' code's (stem, widths of the heads, BatchNorm over 64 images, warm-up,
-AMP) or, as the recipes say, the methods' own.
+Where the paper is silent these are the authors' code's (stem, widths of the heads, BatchNorm over 64
+images, warm-up, AMP) or, as the recipes say, the methods' own.
 """
 
 import re
@@ -18,9 +19,9 @@ FOLDER = ROOT / "configs" / "pretrain"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 OF_PAPER = [name for name in RECIPES if not name.startswith(("quickstart", "shapes"))]
 
-# Table, row, data set, method; epochs, beta_base and its schedule; backbone, pixels; optimizer, base lr, weight decay,
-# batch, epochs of warm-up; widths of the heads; tau; images under one BatchNorm on the paper's GPUs; AMP. MoCo on
-# ImageNet-100 synchronizes its BatchNorm, in place of shuffled keys.
+# Table, row, data set, method; epochs, beta_base and its schedule; backbone, pixels; optimizer, base lr,
+# weight decay, batch, epochs of warm-up; widths of the heads; tau; images under one BatchNorm on the
+# paper's GPUs; AMP. MoCo on ImageNet-100 synchronizes its BatchNorm, in place of shuffled keys.
 ROWS = """
 table1   byol_aa      cifar10       byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
 table1   byol_aa      cifar100      byol         200    - -       R18  32 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
@@ -128,10 +129,32 @@ figure3  beta_0.5     cifar100      rsa          800  0.5 cosine  R18  32 sgd  0
 figure3  beta_0.5     stl10         rsa          800  0.5 cosine  R18  64 sgd  0.1 5e-4  256  0 1024  128 0.99>1   256 off
 figure3  beta_0.5     imagenet100   rsa          100  0.5 cosine  R50 224 sgd  0.2 1e-4  256  0 4096  256 0.99>1    64 fp16
 """.strip().splitlines()
-COLUMNS = ("METHOD", "SOLVER.EPOCHS", "MODEL.BETA", "MODEL.BETA_SCHEDULE", "MODEL.BACKBONE", "DATA.IMAGE_SIZE",
-           "SOLVER.OPTIMIZER", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.BATCH_SIZE", "SOLVER.WARMUP_EPOCHS",
-           "MODEL.HIDDEN_DIM", "MODEL.OUT_DIM", "tau", "bn", "SOLVER.AMP")
-GPUS = {"cifar10": 1, "cifar100": 1, "stl10": 1, "tinyimagenet": 1, "imagenet100": 4, "imagenet": 8}  # the paper's
+COLUMNS = (
+    "METHOD",
+    "SOLVER.EPOCHS",
+    "MODEL.BETA",
+    "MODEL.BETA_SCHEDULE",
+    "MODEL.BACKBONE",
+    "DATA.IMAGE_SIZE",
+    "SOLVER.OPTIMIZER",
+    "SOLVER.BASE_LR",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.BATCH_SIZE",
+    "SOLVER.WARMUP_EPOCHS",
+    "MODEL.HIDDEN_DIM",
+    "MODEL.OUT_DIM",
+    "tau",
+    "bn",
+    "SOLVER.AMP",
+)
+GPUS = {
+    "cifar10": 1,
+    "cifar100": 1,
+    "stl10": 1,
+    "tinyimagenet": 1,
+    "imagenet100": 4,
+    "imagenet": 8,
+}  # the paper's
 
 
 def resolve(training):
@@ -151,8 +174,14 @@ def value(cfg, key):
 @pytest.mark.parametrize("line", ROWS, ids=lambda line: "-".join(line.split()[:3] + line.split()[4:5]))
 def test_settings_of_each_row(line):
     table, row, dataset, *expected = line.split()
-    [training] = {cell.training for cell in paper.cells(table) if cell.row == row and cell.training
-                  and cell.training.dataset == dataset and cell.training.settings["SOLVER.EPOCHS"] == int(expected[1])}
+    [training] = {
+        cell.training
+        for cell in paper.cells(table)
+        if cell.row == row
+        and cell.training
+        and cell.training.dataset == dataset
+        and cell.training.settings["SOLVER.EPOCHS"] == int(expected[1])
+    }
     cfg = resolve(training)
     tau = "-"
     if OBJECTIVES[cfg.METHOD].target:
@@ -165,20 +194,32 @@ def test_settings_of_each_row(line):
     if wanted["MODEL.BETA"] == "-":  # the method has no beta
         del wanted["MODEL.BETA"], wanted["MODEL.BETA_SCHEDULE"]
     wanted["MODEL.BACKBONE"] = {"R18": "resnet18", "R50": "resnet50"}[wanted["MODEL.BACKBONE"]]
-    assert {key: type(found[key])(text) for key, text in wanted.items()} == {key: found[key] for key in wanted}
+    assert {key: type(found[key])(text) for key, text in wanted.items()} == {
+        key: found[key] for key in wanted
+    }
     assert cfg.MODEL.SMALL_STEM == (cfg.MODEL.BACKBONE == "resnet18") and cfg.SOLVER.MOMENTUM == 0.9
     assert OBJECTIVES[cfg.METHOD].fix_predictor_lr == cfg.METHOD.startswith("simsiam")
 
 
 def test_every_row_is_in_the_table_above():
-    cells = [cell for table, content in paper.load()["tables"].items() if content["shows"] in ("top1", "hours")
-             for cell in paper.cells(table) if cell.training]
+    cells = [
+        cell
+        for table, content in paper.load()["tables"].items()
+        if content["shows"] in ("top1", "hours")
+        for cell in paper.cells(table)
+        if cell.training
+    ]
     assert len(ROWS) == len(cells)
 
 
 def test_one_recipe_for_each_data_set_and_method():
-    used = {cell.training.recipe for table, content in paper.load()["tables"].items()
-            if content["shows"] in ("top1", "hours") for cell in paper.cells(table) if cell.training}
+    used = {
+        cell.training.recipe
+        for table, content in paper.load()["tables"].items()
+        if content["shows"] in ("top1", "hours")
+        for cell in paper.cells(table)
+        if cell.training
+    }
     assert used == {f"pretrain/{name}.yaml" for name in OF_PAPER}
     files = [path for path in FOLDER.rglob("*") if path.suffix == ".yaml"]
     assert len(files) == len(RECIPES)  # none in folders below, which --config-file would take as well
@@ -186,8 +227,13 @@ def test_one_recipe_for_each_data_set_and_method():
 
 def header(recipe):
     """The lines of a recipe's header that repeat what configs/paper.yaml says."""
-    cells = [cell for table, content in paper.load()["tables"].items() if content["shows"] == "top1"
-             for cell in paper.cells(table) if cell.training and cell.training.recipe == recipe]
+    cells = [
+        cell
+        for table, content in paper.load()["tables"].items()
+        if content["shows"] == "top1"
+        for cell in paper.cells(table)
+        if cell.training and cell.training.recipe == recipe
+    ]
     hours = {cell.training.settings["SOLVER.EPOCHS"]: cell.training.hours for cell in cells}
     cost = ", ".join(f"{hours[epochs]:.3g} for {epochs} epochs" for epochs in sorted(hours))
     lines = [f"#   cost       V100-hours by the paper's Table 7: {cost}\n"]
@@ -198,7 +244,9 @@ def header(recipe):
             row = paper.load()["tables"][cell.table]["rows"][cell.row]["title"]
             figure = f"{mean}" if std is None else f"{mean} ± {std}"
             table = re.sub(r"(\D+)", r"\1 ", cell.table.capitalize())
-            lines.append(f"#   {label:<10} {table}, {row}, {cell.training.settings['SOLVER.EPOCHS']} epochs: {figure}\n")
+            lines.append(
+                f"#   {label:<10} {table}, {row}, {cell.training.settings['SOLVER.EPOCHS']} epochs: {figure}\n"
+            )
             label = ""
     return "".join(lines)
 
@@ -217,8 +265,10 @@ def test_header_is_a_command_that_takes_this_file(name):
     assert name not in OF_PAPER or header(f"pretrain/{name}.yaml") in text
 
 
-@pytest.mark.parametrize("name", [f"cifar100_{method}_R18" for method in METHODS]
-                         + [f"imagenet100_{method}_R50" for method in METHODS])
+@pytest.mark.parametrize(
+    "name",
+    [f"cifar100_{method}_R18" for method in METHODS] + [f"imagenet100_{method}_R50" for method in METHODS],
+)
 def test_networks_of_each_backbone_and_method(name):
     cfg = get_cfg()
     cfg.merge_from_file(str(FOLDER / f"{name}.yaml"))
@@ -226,4 +276,7 @@ def test_networks_of_each_backbone_and_method(name):
     networks = build_networks(cfg, OBJECTIVES[cfg.METHOD])
     assert networks.online.backbone.num_features == (512 if "R18" in name else 2048)
     assert networks.online.backbone.conv1.stride == ((1, 1) if "R18" in name else (2, 2))
-    assert networks.objective is OBJECTIVES[cfg.METHOD].objective and networks.temperature == cfg.MODEL.TEMPERATURE
+    assert (
+        networks.objective is OBJECTIVES[cfg.METHOD].objective
+        and networks.temperature == cfg.MODEL.TEMPERATURE
+    )

@@ -12,7 +12,9 @@ from fvcore.common.config import CfgNode as CN
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from transfer import pictures, report, results
+import pretrain.config
+from common.record import Origin, describe, flatten
+from transfer import paper, pictures, report, results
 from transfer.annotations import dataset_name
 from transfer.masks import to_rle
 from transfer.config import InputError, torchvision_defaults
@@ -64,32 +66,35 @@ def test_weights_label():
     assert report.weights_label({"weights": {"method": "rsa", "step": 500}}) == "rsa, step 500"
     assert report.weights_label({"weights": None}) == "random"
     assert report.weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
-    assert report.weights_label({"weights": {"method": "unknown", "format": "SimSiam", "step": -1}}) == "SimSiam"
 
 
 def test_table_mean_std_and_missing_cells(tmp_path):
     boxes = [40.2, 41.1, 39.5]
     runs = {"rsa": [{"ap": aps(x, x - 4)} for x in boxes], "one": [{"ap": aps(30.04)}],
             "gap": [{"ap": aps(1.0)}, {"ap": aps(None)}]}
-    rows = report.ap_table(runs)
-    mean, std = rows[0]["box AP75"]
+    rows = [report.own_row("ap", name, dict(enumerate(seeds))) for name, seeds in runs.items()]
+    mean, std = rows[0].figures["box AP75"]
     np.testing.assert_allclose((mean, std), (np.mean(boxes), np.std(boxes, ddof=1)))
-    cells = report.table_cells(rows)
-    assert cells[0] == ["", "box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75"]
-    assert cells[1] == ["rsa"] + ["40.3 ± 0.8"] * 3 + ["36.3 ± 0.8"] * 3
-    assert cells[2] == ["one"] + ["30.0"] * 3 + ["–"] * 3
-    assert cells[3] == ["gap"] + ["–"] * 6
+    cells = report.table_cells("ap", rows)
+    assert cells[0] == ["", "seeds", "box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75"]
+    assert cells[1] == ["rsa", "3"] + ["40.3 ± 0.8"] * 3 + ["36.3 ± 0.8"] * 3
+    rest = [line for line in cells[2:] if line[0] in runs]
+    assert rest == [["one", "1"] + ["30.0"] * 3 + ["–"] * 3, ["gap", "2"] + ["–"] * 6]
 
-    lines = report.to_markdown([*cells, ["a|b"] + ["1"] * 6]).splitlines()
+    lines = report.to_markdown([*cells, ["a|b"] + ["1"] * 7]).splitlines()
     assert len({len(line) for line in lines}) == 1 and "a\\|b" in lines[-1]
 
-    report.write_csv(rows, tmp_path / "table.csv")
-    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
-        parsed = list(csv.DictReader(file))
-    assert len(parsed[0]) == 4 + 2 * 12
+    report.write_csv("ap", rows, tmp_path / "table.csv")
+    parsed = read_csv(tmp_path / "table.csv")
+    assert len(parsed[0]) == 5 + 5 * 12
     assert float(parsed[0]["box APs"]) == pytest.approx(np.mean(boxes)) and parsed[0]["seeds"] == "3"
     assert float(parsed[0]["mask AP std"]) == pytest.approx(np.std(boxes, ddof=1))
     assert parsed[1]["box AP std"] == "" and parsed[2]["box AP"] == ""
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def test_series_survive_a_crash_and_a_resume(tmp_path):
@@ -177,7 +182,7 @@ def test_tool_writes_table_page_and_pictures(tmp_path):
     make_run(tmp_path / "scratch", aps(30.0, 27.0), name, [])
     done = run_tool("rsa", "scratch", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "| rsa (rsa, step 9) | 40.0 " in done.stdout and "published" not in done.stdout
+    assert re.search(r"\| rsa \(rsa, step 9\) +\| 1 +\| 40.0 ", done.stdout) and "paper" not in done.stdout
     output = tmp_path / "output" / "report"
     assert {p.name for p in output.iterdir()} == {
         "report.md", "report.html", "table.csv", "ap.png", "curves.png", "detections.png"}
@@ -186,7 +191,7 @@ def test_tool_writes_table_page_and_pictures(tmp_path):
 
 def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
     for seed, box in enumerate((40.0, 42.0)):
-        make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))
+        make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))  # of seed -1, which is another one each time
     done = run_tool("seed0/rsa", "seed1/rsa", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith("no picture of detections: ") and done.stderr.count("\n") == 1
@@ -200,113 +205,140 @@ def test_tool_reports_a_missing_run_in_one_line(tmp_path):
     assert done.stderr.startswith("error: nowhere/results.json ") and done.stderr.count("\n") == 1
 
 
-def full_run(folder, box, mask, weights, schedule="1x", protocol="infomin", **changes):
+def full_run(folder, box, mask, weights, row="random", table="table5", protocol="infomin", **changes):
     """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have left it."""
-    method = (weights or {"method": "random"})["method"]
-    config = {"rsa": "", "the authors' RSA or BYOL": "", "random": "_random", "supervised": "_supervised"}.get(method, "_ssl")
-    config = "_msra" if (weights or {}).get("stride_in_1x1") else config
-    cfg = torchvision_defaults()
-    cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}{config}.yaml"))
+    [cell] = [cell for cell in paper.cells(table) if cell.row == row]
+    defaults = torchvision_defaults()
+    defaults.SOLVER.update({"NESTEROV": False, "CLIP_GRADIENTS": CN({"ENABLED": False})})  # Detectron2's own
+    cfg = defaults.clone()
+    cfg.merge_from_file(str(ROOT / "configs" / cell.training.recipe))
     if protocol == "moco":
         cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "protocol_moco.yaml"))
-    cfg.OUTPUT_DIR = str(folder)
-    cfg.merge_from_list([item for pair in changes.pop("keys", {}).items() for item in pair])
-    cfg.SOLVER.update(changes.get("more", {}))  # for which the embedded engine has no key
-    iterations = changes.get("iterations", cfg.SOLVER.MAX_ITER)
-    results.write_results(cfg, changes.get("engine", "detectron2"), aps(box, mask), weights, iterations, 12.5,
-                         changes.get("eval_only", False), 8, 1)
+    cfg.OUTPUT_DIR, cfg.SEED = str(folder), 0
+    cfg.merge_from_list([item for pair in changes.get("keys", {}).items() for item in pair])
+    results.write_results(cfg, changes.get("engine", "detectron2"), aps(box, mask), weights,
+                          changes.get("iterations", cfg.SOLVER.MAX_ITER), 12.5, changes.get("eval_only", False),
+                          changes.get("processes", 8), 1, Origin(cell.training.recipe, (), flatten(defaults)))
     return folder
 
 
-RSA = {"method": "rsa", "step": 125_000}  # 200 epochs of 625 steps
+def rows_of(*folders, tables=None):
+    return report.make_rows("ap", {str(folder): results.load_results(folder) for folder in folders}, tables)
 
 
-@pytest.mark.parametrize("weights, name, schedule, row", [
-    (None, "x", "1x", ("1x", "random")), (RSA, "x", "2x", ("2x", "rsa")), (RSA, "x", "1x", ("1x", "rsa")),
-    ({"method": "rsa", "step": 144}, "x", "1x", None),  # of a shorter pre-training
-    ({"method": "rsa", "step": 125_000, "branch": "target"}, "x", "1x", None),
-    ({"method": "the authors' RSA or BYOL"}, "rsa", "1x", ("1x", "rsa")),  # by the folder's name alone
-    ({"method": "the authors' RSA or BYOL"}, "x", "1x", None), ({"method": "SimSiam"}, "infomin", "1x", None),
-    ({"method": "InstDis, PIRL, InfoMin (PyContrast)"}, "infomin", "1x", ("1x", "infomin")),
-    ({"method": "supervised", "stride_in_1x1": True}, "x", "1x", ("1x", "msra")),
-    ({"method": "supervised", "stride_in_1x1": False}, "x", "1x", None),  # nobody published that row
-    ({"method": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")), ({"method": "MoCo v1, v2"}, "moco_v2", "1x", None),
-    ({"method": "unknown", "format": "MoCo v1, v2"}, "moco_v2", "2x", ("2x", "mocov2")),
-    ({"method": "MoCo v1, v2"}, "rsa", "1x", None), ({"method": "byol"}, "x", "1x", None)])
-def test_which_published_row_a_run_is(tmp_path, weights, name, schedule, row):
-    run = full_run(tmp_path / name, 40.0, 36.0, weights, schedule)
-    assert report.table_row(results.load_results(run)) == row
+def pretrained(**changes):
+    """Provenance of RSA's weights, which a run of the paper's own row has made; ``changes`` of its settings."""
+    training = next(cell.training for cell in paper.cells("table4") if cell.row == "rsa_200")
+    cfg = pretrain.config.get_cfg()
+    cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
+    cfg.merge_from_list([item for pair in changes.items() for item in pair])
+    run = describe("pretrain", cfg, Origin(training.recipe, (), flatten(pretrain.config.get_cfg())), step=9, steps=9,
+                   bn_batch_size=2048, data={"images": 1281167, "classes": 1000})
+    return {"method": "rsa", "step": 9, "branch": "online", "run": json.dumps(run)}
 
 
-@pytest.mark.parametrize("changes", [
-    {"keys": {"SOLVER.MAX_ITER": 3000}}, {"keys": {"DATASETS.TEST": ("a.json::b",)}}, {"engine": "torchvision"},
-    {"keys": {"SOLVER.IMS_PER_BATCH": 8}}, {"keys": {"DATASETS.TRAIN": ("a.json::b",)}}, {"protocol": "moco"},
-    {"iterations": 5000}, {"eval_only": True}, {"keys": {"SOLVER.BASE_LR": 0.03}},
-    {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}, {"keys": {"TEST.PRECISE_BN.ENABLED": False}},
-    {"keys": {"INPUT.MIN_SIZE_TRAIN": (320,)}}, {"keys": {"SOLVER.STEPS": (1000,)}}, {"keys": {"INPUT.FORMAT": "BGR"}},
-    {"keys": {"SOLVER.WEIGHT_DECAY": 0.5}}, {"keys": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 1}},
-    {"more": {"NESTEROV": True}}, {"more": {"CLIP_GRADIENTS": CN({"ENABLED": True})}}])
-def test_only_full_runs_stand_beside_published_numbers(tmp_path, changes):
-    assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, **changes))) is None
+SUPERVISED = {"source": "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "method": "supervised"}
 
 
-def test_what_a_published_row_leaves_open(tmp_path):
-    keys = {"SOLVER.AMP.ENABLED": True, "SEED": 3, "DATALOADER.NUM_WORKERS": 9, "MODEL.DEVICE": "cuda:1"}
-    assert report.table_row(results.load_results(full_run(tmp_path, 40.0, 36.0, None, keys=keys))) == ("1x", "random")
+@pytest.mark.parametrize("row, weights", [
+    ("random", None), ("supervised", SUPERVISED), ("rsa", pretrained()), ("infomin", {"method": "InfoMin"}),
+    ("instdis", {"method": "InstDis"}), ("pirl", {"method": "PIRL"}), ("moco", {"method": "MoCo v1"}),
+    ("moco_v2", {"method": "MoCo v2"}), ("rsa", {"method": "RSA", "format": paper.AUTHORS})])
+@pytest.mark.parametrize("table", ["table5", "table6"])
+def test_a_run_that_is_its_row(tmp_path, row, weights, table):
+    """Whatever its folder is called."""
+    [found] = rows_of(full_run(tmp_path / "x", 40.0, 36.0, weights, row, table))
+    [cell] = [cell for cell in paper.cells(table) if cell.row == row]
+    assert (found.table, found.place, found.words) == (table, (row, ""), [])
+    assert found.difference("box AP75") == pytest.approx(40 - cell.published[2][0])
+
+
+@pytest.mark.parametrize("row, weights, changes, words", [
+    ("random", None, {"keys": {"SOLVER.MAX_ITER": 3000}}, "3000 iterations instead of 90000"),
+    ("random", None, {"keys": {"DATASETS.TEST": ("a.json::b",)}}, "DATASETS.TEST ['a.json'] instead of ['coco_2017_val']"),
+    ("random", None, {"engine": "torchvision"}, "engine torchvision instead of detectron2"),
+    ("random", None, {"keys": {"SOLVER.IMS_PER_BATCH": 8}, "processes": 8},
+     "8 images an iteration instead of 16; BatchNorm over 8 images instead of 16"),
+    ("random", None, {"processes": 1, "keys": {"MODEL.RESNETS.NORM": "BN", "SOLVER.IMS_PER_BATCH": 16}}, ""),
+    ("random", None, {"iterations": 5000}, "step 5000 of 90000"),
+    ("random", None, {"eval_only": True}, "only evaluated with these settings"),
+    ("random", None, {"keys": {"SOLVER.BASE_LR": 0.03}}, "base lr 0.03 instead of 0.02"),
+    ("random", None, {"keys": {"INPUT.FORMAT": "RGB"}}, "INPUT.FORMAT RGB instead of BGR"),
+    ("random", None, {"keys": {"MODEL.BACKBONE.FREEZE_AT": 2}}, "MODEL.BACKBONE.FREEZE_AT 2 instead of 0"),
+    ("random", None, {"keys": {"SOLVER.NESTEROV": True}}, "SOLVER.NESTEROV True instead of False"),
+    ("random", None, {"keys": {"SOLVER.CLIP_GRADIENTS.ENABLED": True}}, "SOLVER.CLIP_GRADIENTS.ENABLED True instead of False"),
+    ("random", None, {"keys": {"SOLVER.AMP.ENABLED": True, "SEED": 3, "DATALOADER.NUM_WORKERS": 9}}, ""),
+    ("rsa", pretrained(**{"SOLVER.EPOCHS": 10, "SOLVER.WARMUP_EPOCHS": 1}), {},
+     "pre-training: 10 epochs instead of 200; pre-training: SOLVER.WARMUP_EPOCHS 1 instead of 10"),
+    ("rsa", pretrained() | {"branch": "target"}, {}, "the target network's weights"),
+    ("rsa", {"method": "rsa", "step": 144}, {}, "weights that do not say how they were pre-trained")])
+def test_a_run_that_is_not_quite_its_row(tmp_path, row, weights, changes, words):
+    [found] = rows_of(full_run(tmp_path, 40.0, 36.0, weights, row, **changes))
+    assert (found.table, found.place) == ("table5", (row, "")) and "; ".join(found.words) == words
+    cells = report.table_cells("ap", [found])
+    assert cells[2][0] == "  paper" and cells[2][2] == f"{found.published['box AP'][0]}"
+    assert cells[3][0] == (f"  {words}" if words else "  difference")
+
+
+@pytest.mark.parametrize("weights", [{"method": "SimSiam"}, {"method": "byol"}, {"method": "mine", "step": 5}])
+def test_weights_of_another_method_stand_in_no_published_row(tmp_path, weights):
+    full_run(tmp_path / "infomin", 40.0, 36.0, weights, "infomin")
+    [found] = rows_of(tmp_path / "infomin")
+    assert found.extra and not found.published and weights["method"].lower() in found.title.lower()
+
+
+def test_all_rows_of_a_table(tmp_path):
+    folders = [full_run(tmp_path / "a", 32.0, 29.9, None), full_run(tmp_path / "b", 41.0, 37.0, {"method": "mine"}, "infomin")]
+    cells = report.table_cells("ap", rows_of(*folders, tables=["table5"]))
+    assert [row[0] for row in cells] == [
+        "", "random init.", "  paper", "  difference", *(f"{name} (paper)" for name in (
+            "supervised", "InstDis", "PIRL", "MoCo", "MoCo v2", "InfoMin Aug.", "RSA")),
+        "not in the paper:", f"{tmp_path / 'b'} (mine)"]
+    for cell in paper.cells("table5"):
+        if not cell.extra:
+            assert [f"{mean}" for mean, _ in cell.published] in [row[2:] for row in cells]
 
 
 def test_differences_and_their_mark(tmp_path):
-    runs = {"a": [results.load_results(full_run(tmp_path / str(box), box, 37.3, RSA)) for box in (40.7, 40.9)],
-            "b": [results.load_results(full_run(tmp_path / "b", 40.7, 37.7, RSA))],
-            "c": [results.load_results(full_run(tmp_path / "c", None, 37.0, RSA))]}
-    cells = report.table_cells(report.ap_table(runs, published=True))
-    assert cells[1][:2] == ["a", "40.8 ± 0.1"]
-    assert cells[2] == ["published 1x (paper)", "41.1", "–", "–", "37.3", "–", "–"]
-    assert cells[3] == ["difference", "-0.3", "–", "–", "+0.0", "–", "–"]  # 0.3 does not exceed 0.3
-    assert cells[6] == ["difference", "-0.4 *", "–", "–", "+0.4 *", "–", "–"]
-    assert cells[9] == ["difference", "–", "–", "–", "-0.3", "–", "–"]
+    seeds = [full_run(tmp_path / str(box), box, 37.3, pretrained(), "rsa", keys={"SEED": seed})
+             for seed, box in enumerate((40.7, 40.9))]
+    other = full_run(tmp_path / "b", 40.7, 37.7, pretrained(), "rsa")
+    gap = full_run(tmp_path / "c", None, 37.0, pretrained(), "rsa")
+    cells = report.table_cells("ap", rows_of(*seeds, other, gap))
+    assert cells[1][:3] == ["RSA", "2", "40.8 ± 0.1"]
+    assert cells[2][2:] == ["41.1", "61.4", "45.1", "37.3", "58.6", "40.1"]
+    assert cells[3][2] == "-0.3" and cells[3][5] == "+0.0"  # 0.3 does not exceed 0.3
+    assert cells[6][2] == "-0.4 *" and cells[6][5] == "+0.4 *"
+    assert cells[9][2] == "–" and cells[9][5] == "-0.3"
 
 
 def test_tool_compares_with_what_is_published(tmp_path):
     full_run(tmp_path / "s0" / "random", 32.0, 29.9, None)
-    full_run(tmp_path / "s1" / "random", 32.4, 29.9, None)
+    full_run(tmp_path / "s1" / "random", 32.4, 29.9, None, keys={"SEED": 1})
     done = run_tool("s0/random", "s1/random", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "32.2 ± 0.3" in done.stdout and "published 1x (InfoMin's authors)" in done.stdout and "-0.6 *" in done.stdout
+    assert "32.2 ± 0.3" in done.stdout and "|   paper " in done.stdout and "-0.6 *" in done.stdout
     assert "* differs from the published number by more than 0.3 AP" in done.stdout
-    with open(tmp_path / "out" / "table.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows] == ["random (random)", "published 1x (InfoMin's authors)", "difference"]
-    assert [row["of"] for row in rows] == ["", "random (random)", "random (random)"]
-    assert [row["beyond seed noise"] for row in rows] == ["", "", "box AP"]
-    assert float(rows[2]["box AP"]) == pytest.approx(-0.6)
+    [row] = read_csv(tmp_path / "out" / "table.csv")
+    assert row["row"] == "random init." and row["table"] == "table5" and row["seeds"] == "2"
+    assert row["beyond seed noise"].startswith("box AP, ") and float(row["box AP difference"]) == pytest.approx(-0.6)
     picture = np.asarray(Image.open(tmp_path / "out" / "ap.png").convert("RGB")).reshape(-1, 3).tolist()
     assert [0x00, 0x72, 0xB2] in picture and [0xD5, 0x5E, 0x00] in picture  # a dot and a diamond
 
 
 def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
-    rsa = {"method": "rsa", "step": 9}
-    folders = {"one": full_run(tmp_path / "s0" / "rsa", 40.0, 36.0, rsa, keys={"SEED": 0}),
-               "two": full_run(tmp_path / "s1" / "rsa", 40.0, 36.0, rsa, keys={"SEED": 1}),
-               "longer": full_run(tmp_path / "2x" / "rsa", 40.0, 36.0, rsa, "2x")}
+    mine = {"method": "mine", "step": 9}
+    kept = results.load_results(full_run(tmp_path / "s0", 40.0, 36.0, mine, "infomin"))
 
-    def labels(*names):
-        return report.row_labels({folders[name]: results.load_results(folders[name]) for name in names})
+    def together(**change):
+        return [len(row.runs) for row in report.make_rows("ap", {"s0": kept, "s1": kept | change})]
 
-    assert set(labels("one", "two").values()) == {"rsa (rsa, step 9)"}
-    kept = results.load_results(folders["one"])
-    # a seed in common; another network; a part of the training; no training of that config
-    for change in ({}, {"seed": 1, "weights": {**rsa, "branch": "target"}}, {"seed": 1, "iterations": 5000},
-                   {"seed": 1, "eval_only": True}):
-        folders["other"] = tmp_path / "other" / "rsa"
-        folders["other"].mkdir(parents=True, exist_ok=True)
-        (folders["other"] / "results.json").write_text(json.dumps(kept | change))
-        assert len(set(labels("one", "other").values())) == 2
-    (folders["other"] / "results.json").write_text(json.dumps(kept | {"seed": 1, "engine": "torchvision"}))
-    assert set(labels("one", "other").values()) == {"rsa (rsa, step 9, detectron2)", "rsa (rsa, step 9, torchvision)"}
-    (folders["other"] / "results.json").write_text(json.dumps(kept | {"seed": 1, "accumulate": 4}))  # BatchNorm sees 4
-    assert len(set(labels("one", "other").values())) == 2
-    assert labels("one", "longer") == {folders[name]: f"{folders[name]} (rsa, step 9)" for name in ("one", "longer")}
+    assert together(seed=1) == [2]
+    # a seed in common; another network; a part of the training; no training of that config; BatchNorm sees 4; another lr
+    for change in ({}, {"seed": 1, "weights": {**mine, "branch": "target"}}, {"seed": 1, "iterations": 5000},
+                   {"seed": 1, "eval_only": True}, {"seed": 1, "bn_batch_size": 4}, {"seed": 1, "engine": "torchvision"},
+                   {"seed": 1, "settings": kept["settings"] | {"SOLVER.BASE_LR": 0.5}}):
+        assert together(**change) == [1, 1], change
 
 
 def test_test_sets_are_never_mixed(tmp_path):

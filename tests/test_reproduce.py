@@ -1,18 +1,20 @@
-"""tools/reproduce.py: what it plans, skips and runs; its commands are known to the tools that they name."""
+"""tools/reproduce.py: what it plans, shares, skips and runs; its commands are ones that the tools take."""
 
+import importlib
 import json
-import shlex
 import subprocess
 import sys
 
 import pytest
 
+from common import record
 from tests.conftest import ROOT
+from tests.test_report_top1 import CIFAR, cell_of, make_run
 from tools import reproduce
-from tools.reproduce import Step, Table
-from transfer.config import InputError, torchvision_defaults
-from transfer.convert import convert
-from transfer.results import write_results
+from transfer import paper
+from transfer.config import InputError
+
+WEIGHTS = [f"{row}={row}.pth" for row in ("instdis", "pirl", "moco", "moco_v2", "infomin", "byol", "mine")]
 
 
 @pytest.fixture
@@ -21,206 +23,252 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def touch(path):
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+    return reproduce.main()
+
+
+def planned(monkeypatch, *arguments):
+    """The Plan of a command line, without running it."""
+    plans = []
+    monkeypatch.setattr(reproduce, "show", lambda plan, missing: plans.append((plan, missing)))
+    assert call(monkeypatch, *arguments, "--dry-run") == 0
+    return plans[0]
+
+
+def touch(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")
+    path.write_text(text)
 
 
-def names(steps):
-    return [step.done for step in steps]
+@pytest.mark.parametrize(
+    "table, steps, hours",
+    [
+        ("table1", 2 * 52, 608.4 + 0.4 * 24 + 0.2 * 12 + 4 * 12 + 0.6 * 4),
+        ("table2", 2 * 80, None),
+        ("table3", 2 * 10, None),
+        ("table4", 2 * 2, 631 + 12),
+        ("table7", 6, 259.6),
+        ("table8", 2 * 14, None),
+        ("figure1", 1, 0),
+        ("figure3", 2 * 21, None),
+        ("table5", 3 + 2 + 1, 4 * 69 + 420.7),
+        ("table6", 3 + 2 + 1, 4 * 138 + 420.7),
+    ],
+)
+def test_plan_of_each_table(here, monkeypatch, table, steps, hours):
+    """Every training of each seed and its evaluation, once; of detection, the rows whose weights nobody
+    needs to bring."""
+    plan, missing = planned(monkeypatch, table)
+    assert len(missing) == len(plan.steps) == steps
+    assert hours is None or sum(step.hours for step in missing) == pytest.approx(hours, rel=2e-3)
+    seen = set()
+    for step in missing:
+        assert step.needs is None or step.needs in seen
+        seen.add(step.done)
 
 
-TABLE = Table({"a": (Step("shared", "x {done}", 5), Step("{out}/{seed}/a/r", "y {seed} {gpus}", 2)),
-               "b": (Step("shared", "x {done}", 5), Step("{out}/{seed}/b/r", "y {seed} {gpus}", 2)),
-               "c": (Step("c.pkl", how="fetch it"), Step("{out}/{seed}/c/r", "z"))}, "report")
-
-
-def test_plan_has_every_step_once_and_in_order(here):
-    steps, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", runs="p", gpus=3)
-    assert names(steps) == ["shared", "o/0/a/r", "o/0/b/r", "o/1/a/r", "o/1/b/r"] and missing == steps
-    assert [step.command for step in steps] == ["x shared", "y 0 3", "y 0 3", "y 1 3", "y 1 3"]
-
-
-def test_folders_with_spaces_stay_one_word(here):
-    steps, _ = reproduce.plan(reproduce.TABLES["table5"], ["rsa"], 1, out="my  runs", runs="my  runs/p", gpus=1,
-                              options="", set="")
-    assert "OUTPUT_DIR" in (words := shlex.split(steps[-1].command))
-    assert words[words.index("OUTPUT_DIR") + 1] + "/results.json" == steps[-1].done == "my  runs/seed0/rsa/results.json"
-
-
-def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here):
-    touch(here / "o" / "0" / "a" / "r")
-    _, missing = reproduce.plan(TABLE, ["a"], 1, out="o", runs="p", gpus=1)
-    assert missing == []  # "shared" is not there, but nobody needs it any more
-    _, missing = reproduce.plan(TABLE, ["a", "b"], 1, out="o", runs="p", gpus=1)
-    assert names(missing) == ["shared", "o/0/b/r"]
-    touch(here / "shared")
-    _, missing = reproduce.plan(TABLE, ["a", "b"], 2, out="o", runs="p", gpus=1)
-    assert names(missing) == ["o/0/b/r", "o/1/a/r", "o/1/b/r"]
-
-
-def test_rows_that_wait_for_the_user(here, capsys):
-    assert reproduce.choose_rows(TABLE, None) == ["a", "b"]
-    assert "left out: c needs c.pkl (fetch it)" in capsys.readouterr().out
-    with pytest.raises(InputError, match="row c needs c.pkl: fetch it"):
-        reproduce.choose_rows(TABLE, ["c"])
-    with pytest.raises(InputError, match="no row d: choose from a, b, c"):
-        reproduce.choose_rows(TABLE, ["a", "d"])
-    touch(here / "c.pkl")
-    assert reproduce.choose_rows(TABLE, None) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("name", reproduce.TABLES)
-def test_commands_are_ones_that_the_tools_take(here, name, monkeypatch):
-    """Each is parsed by the tool itself, and names a config that exists."""
-    import tools.benchmark
-    import tools.evaluate
-    import tools.pretrain
-    import tools.show_views
-    import tools.train_net
-
-    table = reproduce.TABLES[name]
-    steps, _ = reproduce.plan(table, list(table.rows), 2, out="o", runs="p", gpus=4,
-                              options="--protocol moco --accumulate 2", set="SOLVER.AMP.ENABLED True")
-    parsed = 0
-    for step in steps:
-        words = shlex.split(step.command)
-        if not words:
-            assert step.how
-        elif words[0] != "tools/convert_to_d2.py":
-            tool = getattr(tools, words[0].removeprefix("tools/").removesuffix(".py"))
-            monkeypatch.setattr(sys, "argv", words)
-            args = tool.parse()
-            if getattr(args, "config_file", None):
-                assert (ROOT / "configs" / args.config_file).is_file()
-                assert name == "table7" or "OUTPUT_DIR" in args.overrides
-                parsed += 1
-    per_row = {"figure1": 0, "table7": 1}.get(name, 2)
-    assert parsed == per_row * len(table.rows) + (name in ("table5", "table6"))  # RSA's pre-training
-    assert len({step.done for step in steps}) == len(steps)
-
-
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "table8", "figure3"])
-def test_linear_evaluation_reads_what_pretraining_leaves(name):
-    """A run's checkpoint goes into its own evaluation, whose figures lie in a folder named after the recipe."""
-    for row, (pretraining, evaluation) in reproduce.TABLES[name].rows.items():
-        words = shlex.split(evaluation.command.format(runs="p", seed=1, done=evaluation.done.format(runs="p", seed=1)))
-        recipe = shlex.split(pretraining.command)[2].removeprefix("pretrain/").removesuffix(".yaml")
-        assert recipe.startswith(row) and words[2] == f"p/seed1/{recipe}/model_final.pth"
-        assert words[-1] == f"p/seed1/{recipe}/linear.json" and words[words.index("--seed") + 1] == "1"
-        assert pretraining.done.format(runs="p", seed=1) == words[2]
-
-
-def test_tables_share_what_they_need(here):
-    """RSA's 850 GPU-hours are spent once, whatever is asked for first, and so are the others'."""
-    def steps(name, row, seed=0):
-        return names(reproduce.plan(reproduce.TABLES[name], [row], seed + 1, out=name, runs="p", gpus=1, options="",
-                                    set="")[0])
-
-    pretraining = steps("table3", "imagenet_rsa")[0]
-    assert pretraining == "p/seed0/imagenet_rsa_R50_200ep/model_final.pth"
-    assert steps("table5", "rsa")[:2] == steps("table6", "rsa", seed=2)[:2] == [pretraining, "output/weights/rsa_r50.pkl"]
-    assert steps("table1", "cifar10_rsa") == steps("table4", "cifar10_rsa") == steps("figure3", "cifar10_rsa")
-
-
-def test_weights_of_another_pretraining_are_named(here, resnet50_checkpoint, monkeypatch, capsys):
-    convert(resnet50_checkpoint, here / "output" / "weights" / "rsa_r50.pkl")
-    command = ["reproduce.py", "table5", "--rows", "rsa", "--set", "SOLVER.AMP.ENABLED", "True", "--dry-run"]
-    monkeypatch.setattr(sys, "argv", command)
-    reproduce.main()
+def test_all_tables_share_their_runs(here, monkeypatch, capsys):
+    assert call(monkeypatch, "all", "--dry-run", *(f"--weights={text}" for text in WEIGHTS)) == 0
     said = capsys.readouterr().out
-    assert "output/weights/rsa_r50.pkl holds rsa, step 7, not RSA's 125000 steps" in said and "1 of 2 to run" in said
-    assert "SOLVER.AMP.ENABLED True" in said
-    (here / "output" / "weights" / "rsa_r50.pkl").write_bytes(b"")
-    with pytest.raises(InputError, match="rsa_r50.pkl"):
-        reproduce.main()
+    runs = [line for line in said.splitlines() if "tools/pretrain.py" in line]
+    assert len(runs) == len(set(runs)) == 84 + 2 * 28  # distinct trainings; 28 of them with two seeds more
+    once = said[said.index("imagenet100_byol_R50_100ep") :].splitlines()[1]
+    assert once == "    for table1 byol_aa imagenet100, table3 byol imagenet100, figure3 byol imagenet100"
+    assert "table4 rsa_200 imagenet, table5 rsa, table6 rsa" in said and "left out" not in said
+    total = float(said.split("about ")[1].split(" V100-hours")[0])
+    plan, missing = planned(monkeypatch, "all", *(f"--weights={text}" for text in WEIGHTS))
+    by_table = sum(step.hours for step in missing)
+    assert total == pytest.approx(by_table, abs=0.5)
 
 
-def test_weights_of_another_method_are_refused(here, resnet50_checkpoint, monkeypatch):
-    convert(resnet50_checkpoint, here / "output" / "weights" / "infomin_r50.pkl")
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--rows", "infomin", "--dry-run"])
-    with pytest.raises(InputError, match=r"infomin_r50.pkl holds weights of rsa, and row infomin takes .*PyContrast"):
-        reproduce.main()
+@pytest.mark.parametrize("table", paper.load()["tables"])
+def test_commands_are_ones_that_the_tools_take(here, monkeypatch, table):
+    """Each is parsed by the tool itself, and names a config that exists."""
+    options = [f"--weights={text}" for text in WEIGHTS] if paper.shows(table) == "ap" else []
+    _, missing = planned(monkeypatch, table, *options)
+    for step in missing:
+        tool = importlib.import_module(step.command[0].removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", step.command)
+        args = tool.parse()
+        if getattr(args, "config_file", None):
+            assert (ROOT / "configs" / args.config_file).is_file()
+    if options:
+        assert (
+            sum(step.command[0] == "tools/train_net.py" for step in missing) == 11
+        )  # ten rows, and one of its own
 
 
-def test_results_of_another_run_are_not_taken_for_done(here, monkeypatch, capsys):
-    def results(*keys, iterations=90000):
-        cfg = torchvision_defaults()
-        cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "mask_rcnn_R50_FPN_1x_random.yaml"))
-        cfg.merge_from_list(["OUTPUT_DIR", "output/reproduce/table5/seed0/random", *keys])
-        write_results(cfg, "detectron2", {}, None, iterations, 1.0)
+def test_commands_of_a_row(here, monkeypatch):
+    _, (train, judge) = planned(
+        monkeypatch, "table1", "--rows", "rsa_fixed", "--columns", "cifar10", "--seeds", 1
+    )
+    folder = "output/reproduce/seed0/cifar10_rsa_R18_200ep_beta_0.5_beta_schedule_fixed"
+    assert train.command == [
+        "tools/pretrain.py",
+        "--config-file",
+        "pretrain/cifar10_rsa_R18.yaml",
+        "--output-dir",
+        folder,
+        "--seed",
+        "0",
+        "MODEL.BETA",
+        "0.5",
+        "MODEL.BETA_SCHEDULE",
+        "fixed",
+    ]
+    assert judge.command == [
+        "tools/evaluate.py",
+        "linear",
+        f"{folder}/model_final.pth",
+        "--seed",
+        "0",
+        "--output",
+        f"{folder}/linear.json",
+        "--train-bn",
+    ]
+    _, (_, judge) = planned(monkeypatch, "table3", "--rows", "rsa", "--columns", "imagenet100")
+    assert "--train-bn" not in judge.command
 
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--rows", "random", "--dry-run", *options])
-        reproduce.main()
-        return capsys.readouterr().out
 
-    results("SOLVER.AMP.ENABLED", True)
-    assert "0 of 1 to run" in run() and "0 of 1 to run" in run("--set", "SOLVER.AMP.ENABLED", "True")
-    with pytest.raises(InputError, match="results.json is of a run with SOLVER.STEPS .60000, 80000. and not .9, 10."):
-        run("--set", "SOLVER.STEPS", "(9, 10)")
-    results("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [64]])
-    assert "0 of 1 to run" in run("--set", "MODEL.ANCHOR_GENERATOR.SIZES", "((16,), (64,))")
-    results("SOLVER.MAX_ITER", 10, iterations=10)  # a trial of before
-    with pytest.raises(InputError, match="is of a run with SOLVER.MAX_ITER 10 and not 90000: move it away"):
-        run()
-    assert "0 of 1 to run" in run("--set", "SOLVER.MAX_ITER", "10")
-    results(iterations=5000)
-    with pytest.raises(InputError, match="of a run with 5000 iterations"):
-        run()
-    (here / "output/reproduce/table5/seed0/random/results.json").write_text("{}")
-    with pytest.raises(InputError, match="does not hold a run's results"):
-        run()
+def test_weights_of_a_row(here, monkeypatch, capsys):
+    plan, missing = planned(
+        monkeypatch,
+        "table5",
+        "--weights",
+        "infomin=a b.pth",
+        "--weights",
+        "mine=c.pth",
+        "--rows",
+        "infomin",
+        "mine",
+        "rsa",
+        "pirl",
+    )
+    commands = [step.command for step in missing]
+    assert [
+        "tools/convert_to_d2.py",
+        "a b.pth",
+        "output/reproduce/weights/infomin_r50.pkl",
+        "--method",
+        "InfoMin",
+    ] in commands
+    assert [
+        "tools/convert_to_d2.py",
+        "c.pth",
+        "output/reproduce/weights/mine_r50.pkl",
+        "--method",
+        "mine",
+    ] in commands
+    assert plan.left_out == ["table5 pirl needs --weights pirl=FILE, its authors' checkpoint"]
+    rsa = [step for step in missing if "table5 rsa" in step.rows]
+    assert [step.command[0] for step in rsa] == [
+        "tools/pretrain.py",
+        "tools/convert_to_d2.py",
+        "tools/train_net.py",
+    ]
+    assert rsa[1].command[1] == str(rsa[0].done) and str(rsa[1].done) in rsa[2].command
+    _, (convert, _) = planned(monkeypatch, "table5", "--rows", "rsa", "--weights", "rsa=authors.pth")
+    assert convert.command[1:2] + convert.command[3:] == ["authors.pth", "--method", "RSA"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["table5", "--num-gpus", "0"], "--num-gpus is 0: it must be at least 1"),
-    (["table5", "--set", "SEED"], "--set takes KEY VALUE pairs, but 'SEED' has no value"),
-    (["table1", "--set", "SOLVER.EPOCHS", "1"], "--set: for fine-tuning, of which table1 has none"),
-    (["figure3", "--protocol", "moco", "--num-gpus", "8"], "--num-gpus, --protocol: for"),
-    (["table5", "--seeds", "0"], "--seeds is 0: it must be at least 1")])
-def test_options_without_an_effect_are_refused(here, monkeypatch, options, message):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *options])
+def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here, monkeypatch):
+    arguments = ["table2", "--rows", "rsa", "--columns", "cifar10", "--seeds", 2]
+    folder = here / "output/reproduce/seed0" / CIFAR.training.name
+    make_run(folder, CIFAR)  # with linear.json: the checkpoint itself is needed no more
+    _, missing = planned(monkeypatch, *arguments)
+    assert [step.done.parent.parent.name for step in missing] == ["seed1", "seed1"]
+    (folder / "linear.json").unlink()
+    touch(folder / "model_final.pth")
+    _, missing = planned(monkeypatch, *arguments)
+    assert [step.done.name for step in missing] == ["linear.json", "model_final.pth", "linear.json"]
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_done(here, monkeypatch):
+    folder = here / "output/reproduce/seed0" / CIFAR.training.name
+    make_run(folder, CIFAR, settings={"SOLVER.EPOCHS": 3})
+    touch(folder / "model_final.pth")
+    arguments = ["table2", "--rows", "rsa", "--columns", "cifar10"]
+    with pytest.raises(
+        InputError, match=r"holds another run \(3 epochs instead of 200\): move it away, or give another"
+    ):
+        planned(monkeypatch, *arguments)
+    (folder / record.FILE).unlink()
+    with pytest.raises(InputError, match="run.json does not say what the run was"):
+        planned(monkeypatch, *arguments)
+
+
+def test_the_run_of_the_three_commands_serves(here, monkeypatch):
+    """output/pretrain is taken where its record is that of the row, and only then."""
+    cell = cell_of("table4", "rsa_200", "imagenet")
+    make_run(here / "output/pretrain", cell)
+    touch(here / "output/pretrain/model_final.pth")
+    _, missing = planned(monkeypatch, "table5", "--rows", "rsa")
+    assert [step.command[0] for step in missing] == ["tools/convert_to_d2.py", "tools/train_net.py"]
+    assert missing[0].command[1] == "output/pretrain/model_final.pth"
+    make_run(here / "output/pretrain", cell, settings={"SOLVER.EPOCHS": 100})
+    _, missing = planned(monkeypatch, "table5", "--rows", "rsa")
+    assert missing[0].command[0] == "tools/pretrain.py"
+
+
+def test_another_grid_of_figure3(here, monkeypatch):
+    plan, missing = planned(monkeypatch, "figure3", "--betas", 0, 0.25, "--columns", "cifar100")
+    names = [step.done.parent.name for step in missing[::2]]
+    assert names == [
+        "cifar100_byol_R18_800ep",
+        "cifar100_rsa_R18_800ep_beta_0.0",
+        "cifar100_rsa_R18_800ep_beta_0.25",
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["table5", "--num-gpus", "0"], "--num-gpus is 0: it must be at least 1"),
+        (["table5", "--set", "SEED"], "--set takes KEY VALUE pairs, but 'SEED' has no value"),
+        (["table1", "--set", "SOLVER.EPOCHS", "1"], "--set: of no use for table1; leave it out"),
+        (["table1", "--betas", "0.1"], "--betas: of no use for table1"),
+        (["table2", "--short"], "--short: of no use for table2"),
+        (
+            ["table1", "--rows", "rsa"],
+            "table1 has no row rsa: choose from byol_aa, byol_aw, rsa_fixed, rsa_decay",
+        ),
+        (
+            ["table1", "--columns", "imagenet"],
+            "table1 has no column imagenet: choose from cifar10, cifar100, stl10",
+        ),
+    ],
+)
+def test_wrong_options_are_one_line(here, monkeypatch, options, message):
     with pytest.raises(InputError, match=message):
-        reproduce.main()
+        call(monkeypatch, *options)
 
 
-def test_dry_run_prints_commands_and_cost_and_runs_nothing(tool, tmp_path):
-    done = tool("reproduce", "table5", "--rows", "random", "msra", "--seeds", 2, "--num-gpus", 8, "--dry-run",
-                cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[69 GPU-hours] tools/train_net.py") == 4
-    assert "4 of 4 to run, about 276 GPU-hours" in done.stdout and list(tmp_path.iterdir()) == []
-    refused = tool("reproduce", "table6", "--rows", "moco_v2", cwd=tmp_path)
-    assert refused.returncode == 2 and "moco_v2_r50.pkl" in refused.stderr and refused.stderr.count("\n") == 1
+def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
+    """A step that leaves with 75 stops it; the same command goes on, and ends in the report."""
+    folder = here / "output/reproduce/seed0" / CIFAR.training.name
+    ran = []
 
+    def run(command):
+        ran.append(command[1:])
+        if len(ran) == 1:
+            return subprocess.CompletedProcess(command, 75)
+        make_run(folder, CIFAR, 91.0)  # as both steps would leave it
+        touch(folder / "model_final.pth")
+        return subprocess.CompletedProcess(command, 0)
 
-def test_stopped_and_called_again_it_goes_on_and_reports(here, monkeypatch, capfd):
-    """Scripts stand for the tools: the second one fails the first time."""
-    script = here / "step.py"
-    script.write_text("import sys, pathlib\n"
-                      "done, marker = map(pathlib.Path, sys.argv[1:3])\n"
-                      "print('ran', done)\n"
-                      "if marker.name != '-' and not marker.exists():\n"
-                      "    marker.write_text(''); sys.exit(75)\n"
-                      "done.parent.mkdir(parents=True, exist_ok=True); done.write_text('x')\n")
-    report = here / "report.py"
-    report.write_text("import sys, json; json.dump(sys.argv[1:], open('report.json', 'w'))\n")
-    word = shlex.quote(str(script))
-    rows = {"a": (Step("{out}/a/r", f"{word} {{done}} -", 1),), "b": (Step("{out}/b/r", f"{word} {{done}} m", 1),)}
-    monkeypatch.setitem(reproduce.TABLES, "table5", Table(rows, shlex.quote(str(report))))
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "table5", "--output-dir", "o"])
-    assert reproduce.main() == 75
-    first = capfd.readouterr()
-    assert "ran o/table5/a/r" in first.out and "stopped with status 75" in first.err
-    assert not (here / "report.json").exists()
-    assert reproduce.main() == 0
-    second = capfd.readouterr().out
-    assert "ran o/table5/b/r" in second and "ran o/table5/a/r" not in second and "1 of 2 to run" in second
-    assert json.loads((here / "report.json").read_text()) == [
-        "o/table5/a", "o/table5/b", "--output", "o/table5/report"]
-    assert reproduce.main() == 0 and "0 of 2 to run" in capfd.readouterr().out
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    arguments = ["table2", "--rows", "rsa", "--columns", "cifar10", "--seeds", 1]
+    assert call(monkeypatch, *arguments) == 75
+    assert "stopped with status 75" in capfd.readouterr().err
+    assert call(monkeypatch, *arguments) == 0
+    said = capfd.readouterr().out
+    assert "[1 of 2] $ tools/pretrain.py" in said and "seed 1, 2 is missing" in said and "-1.3 *" in said
+    report = json.dumps((here / "output/reproduce/table2/report.md").read_text(), ensure_ascii=False)
+    assert "MoCo v2, Tiny ImageNet, 800 epochs (paper)" in report
 
 
 def test_executable():
-    assert subprocess.run([str(ROOT / "tools" / "reproduce.py"), "--help"], capture_output=True).returncode == 0
+    assert (
+        subprocess.run([str(ROOT / "tools" / "reproduce.py"), "--help"], capture_output=True).returncode == 0
+    )

@@ -10,6 +10,7 @@ import yaml
 
 from common.errors import one_line
 from common.progress import close_bars
+from common.record import Origin, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +21,14 @@ def find_config(path, error):
         if candidate.is_file():
             return str(candidate)
     raise error(f"no config file {path}: looked in {Path.cwd()} and in {ROOT / 'configs'}")
+
+
+def origin(path, overrides, defaults):
+    """Where a configuration comes from, for the record of its run: files of ``configs/`` by their name there, overrides,
+    and the CfgNode of the engine's defaults."""
+    path, configs = Path(path).resolve(), ROOT / "configs"
+    path = path.relative_to(configs) if path.is_relative_to(configs) else path
+    return Origin(str(path), tuple(overrides), flatten(defaults))
 
 
 def merge_config(cfg, path, overrides, error):

@@ -42,7 +42,7 @@ def load_features(path, branch=None):
         if not state:
             raise InputError(f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out")
         provenance = {"source": Path(path).name, "sha256": sha256(path), "branch": branch,
-                      "method": saved["method"], "step": saved["step"]}
+                      "method": saved["method"], "step": saved["step"], "pretrain": saved.get("run")}
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # of no use in eval mode

@@ -324,18 +324,26 @@ def step(args):
             turns[name].append(contender.turn(batches, args.steps))
     rows = [contender.row("synthetic", turns[name], args) for name, contender in contenders.items()]
     if args.data:
-        images = open_images(args.data)
-        workers = resolve_workers(args.workers)
-        # What the workers have ready when the clock starts does not tell how fast they are: it is used up first.
-        ready, total = 2 * workers + 2, args.repeats * args.steps
-        for contender in contenders.values():
-            # A folder smaller than the batches goes round: an index beyond its end starts anew.
-            parts = StepBatches(max(len(images), (ready + total) * args.batch_size), args.batch_size, ready + total, 0)
-            batches = train_loop.ahead(build_loader(MultiStageViews(images, args.size, 0), parts, workers), device())
-            contender.turn(batches, ready)
-            rows.append(contender.row(f"{workers} workers", [contender.turn(batches, total)], args))
+        rows += with_loader(contenders, args)
     first = rows[0]["ms"]
     return [{**row, f"x {rows[0]['method']}": row["ms"] / first} for row in rows]
+
+
+def with_loader(contenders, args):
+    """Rows of the same with a loader. Each turn has its own: another's would fill up while it waits, and slow this one."""
+    images, workers = open_images(args.data), resolve_workers(args.workers)
+    # What the workers have ready when the clock starts does not tell how fast they are: it is used up first.
+    ready = 2 * workers + 2
+    # A folder smaller than the batches goes round: an index beyond its end starts anew.
+    size = max(len(images), (ready + args.steps) * args.batch_size)
+    turns = {name: [] for name in contenders}
+    for seed in range(args.repeats):
+        for name, contender in contenders.items():
+            parts = StepBatches(size, args.batch_size, ready + args.steps, seed)
+            batches = train_loop.ahead(build_loader(MultiStageViews(images, args.size, 0), parts, workers), device())
+            contender.turn(batches, ready)
+            turns[name].append(contender.turn(batches, args.steps))
+    return [contender.row(f"{workers} workers", turns[name], args) for name, contender in contenders.items()]
 
 
 class Contender:

@@ -27,7 +27,7 @@ def main():
     if args.inspect:
         print("\n".join(inspect(args.input, args.branch, pixels)))
         return
-    output, provenance = convert(args.input, args.output, args.to, args.branch, pixels, args.overwrite)
+    output, provenance = convert(args.input, args.output, args.to, args.branch, pixels, args.overwrite, args.method)
     network = provenance["architecture"]
     step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
     print(
@@ -63,6 +63,11 @@ def parse():
         "--pixels",
         metavar="imagenet|unscaled|R,G,B/R,G,B",
         help="mean and std that the network was trained on, in [0, 1] or 0-255, for a file that does not say",
+    )
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="what it was trained with, such as InfoMin, for a file that does not say: reports name it by this",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over a file of another source")
     parser.add_argument("--inspect", action="store_true", help="say what INPUT holds, and write nothing")

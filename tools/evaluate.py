@@ -12,12 +12,14 @@ kept in CHECKPOINT.features: the same command goes on where it was stopped.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import transfer.config  # noqa: E402
-from pretrain import evaluate, linear  # noqa: E402
+from common import record  # noqa: E402
+from pretrain import evaluate, identity, linear  # noqa: E402
 from pretrain.checkpoint import write_atomically  # noqa: E402
 from pretrain.config import InputError  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
@@ -38,7 +40,7 @@ def main():
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
-    images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES)
+    images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
     images.value_range = tuple(args.range or cfg.DATA.RANGE)
     try:
         train, val = evaluate.find_labelled(cfg, images)
@@ -48,16 +50,22 @@ def main():
     for source in (train, val):
         for note in check_pixels(source, "--range {} {}"):
             print(f"warning: {note}", file=sys.stderr)
-    result = {"checkpoint": args.checkpoint, **provenance}
+    result = {"kind": args.protocol, "checkpoint": args.checkpoint, **provenance, "versions": record.versions(),
+              "train": identity.summary(train), "val": identity.summary(val)}
     if args.protocol == "knn":
         result["bank"] = min(args.bank or len(train), len(train))
         result["knn_top1"] = evaluate.evaluate_knn(features, train, val, args.bank)
     else:
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
         protocol = linear.shorten(linear.LINEAR[name], args.epochs)
+        features.amp = None  # float32 features, whatever it was trained with
+        result |= {"protocol": name, "settings": asdict(protocol), "seed": args.seed, "epochs": protocol.epochs}
         top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
-        result |= {"protocol": name, "seed": args.seed, "epochs": len(top1), "linear_top1_last": top1[-1],
-                   "linear_top1_best": max(top1), "best_epoch": 1 + top1.index(max(top1))}
+        result |= {"linear_top1_last": top1[-1], "linear_top1_best": max(top1), "best_epoch": 1 + top1.index(max(top1))}
+        if args.train_bn:
+            top1 = linear.evaluate_linear(features, train, val, protocol, args.seed, train_bn=True)
+            result |= {"train_bn_top1_last": top1[-1], "train_bn_top1_best": max(top1),
+                       "train_bn_best_epoch": 1 + top1.index(max(top1))}
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, lambda file: file.write(json.dumps(result).encode()))
@@ -78,6 +86,8 @@ def parse():
     parser.add_argument("--branch", choices=("online", "target"),
                         help="of the checkpoint (default: online, or the one that a converted file holds)")
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
+    parser.add_argument("--train-bn", action="store_true", help="linear evaluation once more, with the frozen backbone's "
+                        "BatchNorm in train mode, as in the authors' code on small data sets")
     parser.add_argument("--bank", type=int, default=0, metavar="N",
                         help="of kNN: at most N training images, evenly spaced (default: all)")
     parser.add_argument("--workers", type=int, metavar="N",

@@ -11,12 +11,13 @@ Run again it goes on from its last checkpoint. KEY VALUE pairs at the end overri
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
-from tools._cli import find_config, merge_config, run, say_last  # noqa: E402
+from tools._cli import find_config, merge_config, origin, run, say_last  # noqa: E402
 from transfer import paper  # noqa: E402
 
 
@@ -30,7 +31,8 @@ def main():
                "DATA.NUM_WORKERS": args.workers,
                "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
-    cfg = merge_config(get_cfg(), find_config(recipe, InputError), given + args.overrides, InputError)
+    file, overrides = find_config(recipe, InputError), given + args.overrides
+    cfg = merge_config(get_cfg(), file, overrides, InputError)
     check(cfg)
     expand_paths(cfg)
     from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
@@ -41,7 +43,8 @@ def main():
               f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
               flush=True)
     try:
-        final = distributed.launch(train_loop.train, cfg, distributed.num_processes(args.num_processes))
+        train = partial(train_loop.train, origin=origin(file, overrides, get_cfg()))
+        final = distributed.launch(train, cfg, distributed.num_processes(args.num_processes))
     except Interrupted as interruption:
         if distributed.is_first_process():
             say_last(interruption)

@@ -24,12 +24,12 @@ import transfer.config  # noqa: E402
 from pretrain import train_loop  # noqa: E402
 from pretrain.datasets import open_images  # noqa: E402
 from pretrain.view_pictures import draw_views  # noqa: E402
-from tools._cli import ROOT, merge_config, run  # noqa: E402
+from tools._cli import ROOT, merge_config, origin, run  # noqa: E402
 from transfer import shapes  # noqa: E402
 from transfer.annotations import dataset_name  # noqa: E402
 from transfer.convert import convert  # noqa: E402
 from transfer.pictures import draw_detections, plot_curves  # noqa: E402
-from transfer.report import ap_table, table_cells, to_markdown, write_csv, write_report  # noqa: E402
+from transfer.report import own_row, table_cells, to_markdown, write_csv, write_report  # noqa: E402
 from transfer.results import load_results  # noqa: E402
 
 PRETRAIN_CONFIG = ROOT / "configs" / "pretrain" / "quickstart_rsa_R50.yaml"
@@ -69,7 +69,7 @@ def main():
     cfg = merge_config(pretrain.config.get_cfg(), str(PRETRAIN_CONFIG), options + FAST_PRETRAIN * args.fast,
                        pretrain.config.InputError)
     try:
-        final = train_loop.train(cfg)
+        final = train_loop.train(cfg, origin(PRETRAIN_CONFIG, options, pretrain.config.get_cfg()))
     except pretrain.config.Interrupted as interruption:
         say(str(interruption))
         return train_loop.REQUEUE
@@ -84,8 +84,9 @@ def main():
         results = {name: fine_tune(engine, path, folder, folders[name], args.fast) for name, path in runs.items()}
 
     say("5/5 writing the report")
-    cells = table_cells(rows := ap_table({name: [result] for name, result in results.items()}))
-    write_csv(rows, folder / "table.csv")
+    rows = [own_row("ap", name, {name: result}) for name, result in results.items()]
+    cells = table_cells("ap", rows)
+    write_csv("ap", rows, folder / "table.csv")
     knn = [row["knn_top1"] for row in map(json.loads, open(folder / "pretrain" / "metrics.jsonl")) if "knn_top1" in row]
     minutes = (time.perf_counter() - start) / 60
     summary = (f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training "
@@ -122,11 +123,12 @@ def fine_tune(engine, weights, folder, output, fast):
     else:
         from transfer import torchvision_engine as module
         cfg = transfer.config.torchvision_defaults()
-    coco = folder / "coco"
+    defaults, coco = cfg.clone(), folder / "coco"
     train, val = ((dataset_name(coco / f"{name}.json", coco / "images"),) for name in ("train", "val"))
     options = ["DATASETS.TRAIN", train, "DATASETS.TEST", val, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output)]
-    merge_config(cfg, str(TRANSFER_CONFIG), options + FAST_TRANSFER * fast, transfer.config.InputError)
-    return module.train(cfg, resume=True)
+    options += FAST_TRANSFER * fast
+    merge_config(cfg, str(TRANSFER_CONFIG), options, transfer.config.InputError)
+    return module.train(cfg, resume=True, origin=origin(TRANSFER_CONFIG, options, defaults))
 
 
 def compare(results):

@@ -3,82 +3,145 @@
 
     tools/report.py output/transfer                                       # one run
     tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
-    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # of one name, but for the seed: mean ± std
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # but for the seed alike: mean ± std
 
-Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and detections.png. Only
-results.json is needed of a run; what the other files would have shown is left out. Under a full run of a row of Tables
-5 and 6 stand the published numbers and the difference, marked where it exceeds what another seed may change. Runs of
-different protocols or test sets are refused.
+Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and
+detections.png. Only results.json is needed of a run; what the other files would have shown is left out.
+Below a row of Tables 5 and 6 stand the published numbers, and the difference, marked where it exceeds
+what another seed may change; below a run that is not quite such a row, a line that says in what it
+differs. Runs of different protocols or test sets are refused.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
+from transfer import paper  # noqa: E402
 from transfer.annotations import locate_dataset  # noqa: E402
 from transfer.config import InputError  # noqa: E402
 from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
-from transfer.report import (SEED_NOISE, ap_table, check_comparable, normalised_images, row_labels,  # noqa: E402
-                             table_cells, to_markdown, write_csv, write_report)
+from transfer.report import check_comparable, make_rows, table_cells, to_markdown, write_csv, write_report  # noqa: E402
 from transfer.results import load_results  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="fine-tuning output folder, which holds results.json")
-    parser.add_argument("--pretrain", metavar="DIR", help="pre-training output folder, whose curves to draw too")
-    parser.add_argument("--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)")
-    parser.add_argument("--images", type=int, default=4, metavar="N",
-                        help="validation images to draw detections on (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="fine-tuning output folder, which holds results.json"
+    )
+    parser.add_argument(
+        "--table",
+        choices=[name for name in paper.load()["tables"] if paper.shows(name) == "ap"],
+        help="show all of its rows, run or not",
+    )
+    parser.add_argument(
+        "--pretrain", metavar="DIR", help="pre-training output folder, whose curves to draw too"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=4,
+        metavar="N",
+        help="validation images to draw detections on (default %(default)s)",
+    )
     args = parser.parse_args()
+    write(
+        args.runs,
+        args.output,
+        [args.table] if args.table else None,
+        pretrain=args.pretrain,
+        num_images=args.images,
+    )
 
-    results = {folder: load_results(folder) for folder in args.runs}
-    protocol, test_set = check_comparable(results)
-    configs = {folder: yaml.safe_load(result["config"]) for folder, result in results.items()}
-    labels = row_labels(results)
-    seeds = {}
-    for folder, label in labels.items():
-        seeds.setdefault(label, []).append(results[folder])
-    # in pictures every run stands for itself
-    folders = {label if len(seeds[label]) == 1 else folder: folder for folder, label in labels.items()}
-    rows = ap_table(seeds, published=True)
-    cells = table_cells(rows)
-    print(to_markdown(cells))
-    sections = [("AP (%)", cells)]
+
+def write(runs, output, tables=None, note=None, pretrain=None, num_images=4):
+    """Write the report of some folders to a folder, and print its table. Raises InputError."""
+    results = {str(folder): load_results(folder) for folder in runs}
+    protocol, test_set = check_comparable(results) if results else ("", "")
+    rows = make_rows("ap", results, tables)
+    title = paper.title(tables[0]) if tables else "Transfer to detection and segmentation"
+    cells, output = table_cells("ap", rows), Path(output)
+    sections = [("Note", note)] * bool(note) + [("AP (%)", cells)]
     if any(cell.endswith("*") for row in cells for cell in row):
-        note = f"* differs from the published number by more than {SEED_NOISE} AP, about what another seed may change."
-        print(note + "\n")
-        sections.append(("Note", note))
-
-    output = Path(args.output)
+        noise = (
+            f"* differs from the published number by more than {paper.load()['seed_noise']['ap']} AP, about what "
+            "another seed may change."
+        )
+        sections.append(("Seeds", noise))
     output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, output / "table.csv")
-    settings = [["run", "weights", "engine", "protocol", "test set", "iterations", "images/batch", "GPUs x passes",
-                 "images/BatchNorm", "base lr", "seed", "hours (last start)"]]
-    for name, folder in folders.items():
-        result, solver = results[folder], configs[folder]["SOLVER"]
-        settings.append([str(x) for x in (
-            name, (result["weights"] or {}).get("source", "–"), result["engine"], protocol, test_set,
-            result["iterations"], solver["IMS_PER_BATCH"],
-            f"{result.get('processes', 1)} x {result.get('accumulate', 1)}", normalised_images(result),
-            solver["BASE_LR"], result["seed"],
-            f"{result['seconds'] / 3600:.2f}")])
-    sections += [("AP", plot_ap(rows, output / "ap.png")), ("Settings", settings)]
-    if plot_curves(args.pretrain, folders, output / "curves.png"):
-        sections.append(("Curves", output / "curves.png"))
-    try:
-        annotations, images = locate_dataset(next(iter(configs[args.runs[0]]["DATASETS"]["TEST"])))
-        draw_detections(annotations, images, folders, output / "detections.png", args.images)
-        sections.append(("Detections", output / "detections.png"))
-    except InputError as error:
-        print(f"no picture of detections: {error}", file=sys.stderr)
-    write_report(output, "Transfer to detection and segmentation", sections)
+    write_csv("ap", rows, output / "table.csv")
+    print(to_markdown(cells), *(f"{body}\n" for heading, body in sections if heading != "AP (%)"), sep="\n")
+    if results:
+        folders = {
+            row.title if len(row.runs) == 1 else folder: folder
+            for row in rows
+            for folder in results
+            if any(results[folder] is run for run in row.runs)
+        }
+        sections += [
+            ("AP", plot_ap(rows, output / "ap.png")),
+            ("Settings", settings_table(folders, results, protocol, test_set)),
+        ]
+        if plot_curves(pretrain, folders, output / "curves.png"):
+            sections.append(("Curves", output / "curves.png"))
+        try:
+            name = next(iter(results.values()))["settings"]["DATASETS.TEST"][0]
+            draw_detections(*locate_dataset(name), folders, output / "detections.png", num_images)
+            sections.append(("Detections", output / "detections.png"))
+        except InputError as error:
+            print(f"no picture of detections: {error}", file=sys.stderr)
+    write_report(output, title, sections)
     print(f"{output}/report.html")
+
+
+def settings_table(folders, results, protocol, test_set):
+    """What each run was: header and rows of strings."""
+    lines = [
+        [
+            "run",
+            "weights",
+            "engine",
+            "protocol",
+            "test set",
+            "iterations",
+            "images/batch",
+            "GPUs x passes",
+            "images/BatchNorm",
+            "base lr",
+            "seed",
+            "hours (last start)",
+        ]
+    ]
+    for name, folder in folders.items():
+        run = results[folder]
+        lines.append(
+            [
+                str(x)
+                for x in (
+                    name,
+                    (run["weights"] or {}).get("source", "–"),
+                    run["engine"],
+                    protocol,
+                    test_set,
+                    run["iterations"],
+                    run["settings"]["SOLVER.IMS_PER_BATCH"],
+                    f"{run['processes']} x {run['accumulate']}",
+                    run["bn_batch_size"],
+                    run["settings"]["SOLVER.BASE_LR"],
+                    run["seed"],
+                    f"{run['seconds'] / 3600:.2f}",
+                )
+            ]
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Top-1 of kNN and linear evaluation beside the paper's: a table of runs, mean and deviation over their seeds.
+"""Top-1 of linear evaluation and kNN beside the paper's: a table of runs, mean and deviation over their
+seeds.
 
-    tools/report_top1.py output/reproduce/table1/seed*/* --output output/reproduce/table1/report
+    tools/report_top1.py RUN...                                  # rows of any table of the paper
+    tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, run or not
 
-A run is a folder named after its recipe, with what tools/evaluate.py wrote there: linear.json, knn.json or both. Runs
-of one name are seeds of one row. Leaves report.md, report.html and table.csv.
+A run is a folder with what tools/evaluate.py --output wrote there: linear.json, knn.json or both. Of
+Table 7 (--table table7) it is the folder of a pre-training. Leaves report.md, report.html and table.csv;
+of Figure 3 a picture, too.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -16,51 +18,109 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools._cli import run  # noqa: E402
+from transfer import paper  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.report import cell, mean_std, to_markdown, write_report  # noqa: E402
-
-# Linear evaluation: what is known here of the paper's Tables 1-4, by recipe. Its authors' code reports the best epoch,
-# so that this stands beside ours. BYOL's on ImageNet is the abstract's "2.5 % improvement over BYOL" taken from RSA's.
-PAPER = {"cifar10_rsa_R18": "92.3 ± 0.1", "cifar10_byol_R18": "90.2 ± 0.0", "imagenet_rsa_R50_200ep": "73.1",
-         "imagenet_byol_R50_200ep": "70.6"}
-COLUMNS = {"linear_top1_last": "linear, last epoch", "linear_top1_best": "linear, best epoch", "knn_top1": "kNN"}
+from transfer.pictures import plot_sweep  # noqa: E402
+from transfer.report import make_rows, read_run, table_cells, to_markdown, write_csv, write_report  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--table", choices=[name for name in paper.load()["tables"] if paper.shows(name) in ("top1", "hours")]
+    )
     parser.add_argument("--output", default="output/report", metavar="DIR", help="default %(default)s")
     args = parser.parse_args()
-    rows = {}
-    for folder in map(Path, args.runs):
-        rows.setdefault(folder.resolve().name, []).append(read_run(folder))
-    table = [["top-1 (%)", "seeds", *COLUMNS.values(), "paper, best epoch"]]
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "seeds", *(word for name in COLUMNS for word in (name, f"{name} std")), "paper"])
-        for name, seeds in rows.items():
-            figures = [mean_std([seed.get(column) for seed in seeds]) for column in COLUMNS]
-            writer.writerow([name, len(seeds), *(x for pair in figures for x in pair or (None, None)), PAPER.get(name)])
-            table.append([name, str(len(seeds)), *map(cell, figures), PAPER.get(name, "–")])
-    write_report(folder, "Linear evaluation", [("Top-1", table)])
-    print(to_markdown(table) + f"\n{folder / 'report.html'}")
+    write(args.runs, args.output, [args.table] if args.table else None)
 
 
-def read_run(folder):
-    """The figures in a run's folder. Raises InputError where there are none."""
-    figures = {}
-    for path in (folder / "linear.json", folder / "knn.json"):
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text())
-                figures |= {name: float(value) for name, value in found.items() if name in COLUMNS}
-            except (ValueError, AttributeError, TypeError):
-                raise InputError(f"{path} is not what tools/evaluate.py --output writes: run it again") from None
-    if not figures:
-        raise InputError(f"{folder} holds no linear.json or knn.json: write them with tools/evaluate.py --output FILE")
-    return figures
+def write(runs, output, tables=None, note=None, betas=None):
+    """Write the report of some folders to a folder, and print its table. Raises InputError."""
+    kind, output = paper.shows(tables[0]) if tables else "top1", Path(output)
+    read = read_run if kind == "hours" else read_top1
+    rows = make_rows(kind, {str(folder): read(folder) for folder in runs}, tables, betas)
+    title = paper.title(tables[0]) if tables else "Linear evaluation"
+    cells = table_cells(kind, rows)
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(kind, rows, output / "table.csv")
+    sections = [("Note", note)] * bool(note) + [("Table", cells)]
+    if kind == "hours":
+        sections.append(("RSA's time over BYOL's", ratios(tables[0], rows)))
+    if tables == ["figure3"]:
+        columns = {
+            name: f"{paper.load()['datasets'][column['dataset']]['title']}, {column['epochs']} epochs"
+            for name, column in paper.load()["tables"]["figure3"]["columns"].items()
+        }
+        sections.append(("Figure", plot_sweep(rows, columns, output / "figure3.png")))
+    write_report(output, title, sections)
+    print(f"{title}\n{note or ''}\n{to_markdown(cells)}\n{output / 'report.html'}")
+
+
+def read_top1(folder):
+    """What tools/evaluate.py left in a run's folder. Raises InputError where there is nothing."""
+    found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
+    if not found:
+        raise InputError(
+            f"{folder} holds no linear.json or knn.json: write them with tools/evaluate.py --output FILE"
+        )
+    result = {key: value for name in found for key, value in read_run(folder, name).items()}
+    if "checkpoint" not in result:
+        raise InputError(
+            f"{Path(folder, found[-1])} is not what tools/evaluate.py --output writes: run it again"
+        )
+    return result
+
+
+def ratios(table, rows):
+    """RSA's hours over BYOL's, published and measured, for each column."""
+    hours = {row.place: row for row in rows}
+    lines = [["", "paper", "here"]]
+    for name in paper.load()["tables"][table]["columns"]:
+        rsa, byol = hours["rsa", name], hours["byol", name]
+        lines.append(
+            [
+                name,
+                *(
+                    f"{a['hours'][0] / b['hours'][0]:.3f}" if a.get("hours") and b.get("hours") else "–"
+                    for a, b in ((rsa.published, byol.published), (rsa.figures, byol.figures))
+                ),
+            ]
+        )
+    return lines
+
+
+def write_short(table, files, output):
+    """Table 7 from seconds of an epoch with the loader, which tools/benchmark.py left in {column: file}."""
+    lines = [
+        [
+            "hours",
+            "BYOL",
+            "RSA",
+            "RSA / BYOL",
+            "BYOL (paper)",
+            "RSA (paper)",
+            "RSA / BYOL (paper)",
+            "measured on",
+        ]
+    ]
+    content = paper.load()["tables"][table]
+    for index, (name, column) in enumerate(content["columns"].items()):
+        measured = [json.loads(line) for line in Path(files[name]).read_text().splitlines()]
+        seconds = {row["method"]: row["s per epoch"] for row in measured if row["data"] != "synthetic"}
+        hours = [seconds[method] * column["epochs"] / 3600 for method in ("byol", "rsa")]
+        published = [content["rows"][method]["published"][index] for method in ("byol", "rsa")]
+        lines.append(
+            [
+                f"{paper.load()['datasets'][column['dataset']]['title']}, {column['epochs']} epochs",
+                *(text for a, b in (hours, published) for text in (f"{a:.1f}", f"{b:.1f}", f"{b / a:.3f}")),
+                measured[0]["machine"],
+            ]
+        )
+    write_report(Path(output), paper.title(table), [("From seconds of an epoch with the loader", lines)])
+    print(to_markdown(lines))
 
 
 if __name__ == "__main__":

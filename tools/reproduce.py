@@ -1,300 +1,400 @@
 #!/usr/bin/env python3
-"""A table of the paper in one command: runs what is missing, skips what is done, ends in a report beside the paper.
+"""A table or figure of the paper in one command: runs what is missing, skips what is done, ends in a
+report.
 
-    tools/reproduce.py table1 --rows cifar10_rsa cifar10_byol --seeds 3
-    tools/reproduce.py table5 --dry-run                  # what would run, and what it costs
-    tools/reproduce.py table5 --rows rsa --num-gpus 8
-    tools/reproduce.py table6 --rows random msra rsa --seeds 3 --num-gpus 4
+    tools/reproduce.py all --dry-run                      # every run once, what it serves, and what it costs
+    tools/reproduce.py table1 --rehearse                  # all of its commands at a small size, in minutes
+    tools/reproduce.py table2 --rows rsa byol --columns cifar10
+    tools/reproduce.py table5 --weights infomin=infomin.pth --weights mine=my.pth --num-gpus 8
 
-Stopped at any point, the same command goes on; what several tables need is run once. The rows of other methods need
-their authors' checkpoints, converted once with tools/convert_to_d2.py; RSA's takes output/weights/rsa_r50.pkl if it is
-there, and else pre-trains.
+Stopped at any point, the same command goes on. A run that several rows need is made once, and known by
+what it says of itself. Rows of other methods in Tables 5 and 6 need their authors' checkpoints (--weights
+ROW=FILE); any other name makes a row of its own. configs/paper.yaml has the rows, what each is compared
+with, and the costs.
 """
 
 import argparse
-import ast
-import json
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tools import _rehearsal, report, report_top1  # noqa: E402
 from tools._cli import ROOT, run  # noqa: E402
+from transfer import paper  # noqa: E402
 from transfer.config import InputError  # noqa: E402
-from transfer.report import AUTHORS, CONFIGS, FREE, ROW_FORMATS, RSA_STEPS, recipe_settings, row_of_folder  # noqa: E402
-from transfer.results import load_results, settings  # noqa: E402
+from transfer.report import read_run  # noqa: E402
+
+OWN_RUN = Path("output/pretrain")  # where tools/pretrain.py leaves the ImageNet-1K recipe's run by itself
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """A command, and the file that says that it has run; both with {seed}, {gpus}, {out} (one table's folder) and {runs}
-    (pre-trainings, which tables share).
+    """A command, and the file that is there once it has run."""
 
-    gpu_hours: an estimate, of a V100. A step without a command is the user's: ``how`` says what to do.
-    """
-
-    done: str
-    command: str = ""
-    gpu_hours: float = 0.0
-    how: str = ""
+    done: Path
+    command: list  # a tool and its arguments
+    needs: Path | None = None  # the file of an earlier step
+    hours: float = 0.0  # of a V100
+    training: paper.Training | None = None
+    rows: list = field(default_factory=list)  # of the paper, that need it
 
 
-@dataclass(frozen=True)
-class Table:
-    """rows: {name: the steps that lead to it, the last of which leaves its figures}; report: command that takes the
-    folders of the last steps; without one, the last steps' files are the report."""
+class Plan:
+    """The steps towards some rows, each once, in an order in which they can run."""
 
-    rows: dict
-    report: str = ""
+    def __init__(self, args, small=None):
+        self.args, self.small, self.weights = args, small, dict(args.weights)
+        self.folder, self.steps, self.left_out = Path(args.output_dir), {}, []
 
+    def add(self, row, done, command, **facts):
+        step = self.steps.setdefault(done, Step(done, [str(word) for word in command], **facts))
+        if row not in step.rows:
+            step.rows.append(row)
+        return done
 
-OWN_RUN = "output/pretrain/model_final.pth"  # where tools/pretrain.py leaves it by itself
+    def cell(self, cell, seed):
+        """Add what leads to a cell; returns the folder of its result, or None where its weights are
+        missing."""
+        row = " ".join(filter(None, (cell.table, cell.row, cell.column)))
+        if cell.training.kind == "finetune":
+            return self.fine_tuning(row, cell, seed)
+        checkpoint = self.pre_training(row, cell.training, seed)
+        if paper.shows(cell.table) == "hours":
+            return checkpoint.parent
+        protocol = paper.load()["datasets"][cell.training.dataset]["linear"]
+        done = self.place(seed, cell.training) / "linear.json"
+        command = ["tools/evaluate.py", "linear", checkpoint, "--seed", seed, "--output", done]
+        command += ["--train-bn"] * protocol["train_bn"] + (self.small.linear() if self.small else [])
+        return self.add(row, done, command, needs=checkpoint, hours=protocol["hours"]).parent
 
+    def place(self, seed, training):
+        return self.folder / f"seed{seed}" / training.name
 
-def pretraining(recipe, gpu_hours, seed="{seed}"):
-    folder = f"{{runs}}/seed{seed}/{recipe}"
-    command = f"tools/pretrain.py --config-file pretrain/{recipe}.yaml OUTPUT_DIR {folder} SEED {seed}"
-    return Step(f"{folder}/model_final.pth", command, gpu_hours)
+    def pre_training(self, row, training, seed):
+        """Add a pre-training; returns its checkpoint."""
+        if (
+            seed == 0
+            and not self.small
+            and (OWN_RUN / "model_final.pth").is_file()
+            and not words(training, OWN_RUN)
+        ):
+            return OWN_RUN / "model_final.pth"
+        folder = self.place(seed, training)
+        command = [
+            "tools/pretrain.py",
+            "--config-file",
+            training.recipe,
+            "--output-dir",
+            folder,
+            "--seed",
+            seed,
+            *(word for pair in training.overrides for word in pair),
+        ]
+        command += self.small.pretrain(training) if self.small else []
+        return self.add(row, folder / "model_final.pth", command, hours=training.hours, training=training)
 
+    def fine_tuning(self, row, cell, seed):
+        training, args, weights = cell.training, self.args, None
+        folder = self.place(seed, training)
+        command = [
+            "tools/train_net.py",
+            "--config-file",
+            training.recipe,
+            "--resume",
+            "--engine",
+            args.engine,
+            "--num-gpus",
+            args.num_gpus,
+            *(["--accumulate", args.accumulate] if args.accumulate else []),
+            "SEED",
+            seed,
+            "OUTPUT_DIR",
+            folder,
+        ]
+        if training.weights not in ("none", "config"):
+            weights = self.converted(row, cell)
+            if weights is None:
+                return None
+            command += ["MODEL.WEIGHTS", weights]
+        command += self.small.finetune(training) if self.small else []
+        return self.add(
+            row,
+            folder / "results.json",
+            [*command, *args.overrides],
+            needs=weights,
+            hours=training.hours,
+            training=training,
+        ).parent
 
-# MoCo's README states 53 hours on 8 V100 for 200 epochs; RSA has twice the forward and backward passes: a guess.
-PRETRAIN = pretraining("imagenet_rsa_R50_200ep", 850, seed=0)
-CONVERT = Step("output/weights/rsa_r50.pkl", f"tools/convert_to_d2.py {PRETRAIN.done} {{done}}")
+    def converted(self, row, cell):
+        """Add what makes the weights of a row; returns their file, or None where no checkpoint is known."""
+        training, source, needs = cell.training.weights, self.weights.get(cell.row), None
+        named = [] if isinstance(training, paper.Training) else ["--method", training]
+        if source is None and named and self.small:
+            source = self.small.weights(training)
+        elif source is None and named:
+            self.left_out.append(f"{row} needs --weights {cell.row}=FILE, its authors' checkpoint")
+            return None
+        elif source is None:
+            source = needs = self.pre_training(row, training, 0)
+        elif not named:
+            named = ["--method", "RSA"]
+        done = self.folder / "weights" / f"{cell.row}_r50.pkl"
+        return self.add(row, done, ["tools/convert_to_d2.py", source, done, *named], needs=needs)
 
+    def pictures(self, table):
+        """Add Figure 1; returns its picture."""
+        datasets, panels = paper.load()["datasets"], paper.load()["tables"][table]["panels"]
+        folder = self.folder / table
+        places = [self.small.data(name) if self.small else datasets[name]["path"] for name in panels.values()]
+        return self.add(
+            table,
+            folder / "noisy.png",
+            ["tools/show_views.py", *places, "--noisy", "--titles", *panels, "--output-dir", folder],
+        )
 
-def fine_tuning(schedule, row, config, gpu_hours, overrides=""):
-    folder = f"{{out}}/seed{{seed}}/{row}"
-    command = (f"tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_{schedule}{config}.yaml --resume "
-               f"--num-gpus {{gpus}} {{options}} SEED {{seed}} OUTPUT_DIR {folder} {overrides} {{set}}")
-    return Step(f"{folder}/results.json", command, gpu_hours)
+    def short(self, table):
+        """Add Table 7's short form: seconds of an epoch with the loader; returns the files by column."""
+        found = {}
+        for name, column in paper.load()["tables"][table]["columns"].items():
+            data = paper.load()["datasets"][column["dataset"]]
+            done = self.folder / table / f"{name}.json"
+            command = [
+                "tools/benchmark.py",
+                "step",
+                "--methods",
+                "byol",
+                "rsa",
+                "--config-file",
+                data["recipe"].format(method="rsa"),
+                "--data",
+                data["path"],
+                "--epoch-images",
+                data["images"][0],
+                "--output",
+                done,
+            ]
+            found[name] = self.add(f"{table} {name}", done, command, hours=0.2)
+        return found
 
-
-def transfer_table(schedule, gpu_hours):
-    """Table 5 or 6. gpu_hours: 90,000 or 180,000 iterations of 0.345 s on 8 V100, by Detectron2's model zoo for
-    mask_rcnn_R_50_FPN_3x_syncbn, the same network with its first layers frozen."""
-    rows = {"random": (fine_tuning(schedule, "random", "_random", gpu_hours),),
-            "supervised": (fine_tuning(schedule, "supervised", "_supervised", gpu_hours),),
-            "msra": (fine_tuning(schedule, "msra", "_msra", gpu_hours),)}
-    for row in ("instdis", "pirl", "moco_v1", "moco_v2", "infomin", "byol"):
-        weights = f"output/weights/{row}_r50.pkl"
-        rows[row] = (Step(weights, how=f"tools/convert_to_d2.py CHECKPOINT {weights}, from its authors' ResNet-50"),
-                     fine_tuning(schedule, row, "_ssl", gpu_hours, f"MODEL.WEIGHTS {weights}"))
-    rows["rsa"] = (PRETRAIN, CONVERT, fine_tuning(schedule, "rsa", "", gpu_hours))
-    return Table(rows, "tools/report.py")
-
-
-def linear_evaluation(recipe, train_hours, linear_hours):
-    """Pre-training by a recipe and linear evaluation of it, which take that many GPU-hours."""
-    train = pretraining(recipe, train_hours)
-    evaluate = f"tools/evaluate.py linear {train.done} --seed {{seed}} --output {{done}}"
-    return train, Step(train.done.replace("model_final.pth", "linear.json"), evaluate, linear_hours)
-
-
-# Per data set: what its recipes' names end in, and the GPU-hours of pre-training and of linear evaluation. Estimates,
-# not measured: eight forward passes an image (two views forward and backward, two by the target), 7 TFLOP/s in float32
-# on the small sets and 20 with AMP; ImageNet's as in PRETRAIN.
-COSTS = {"cifar10": ("_R18", 4, 0.2), "cifar100": ("_R18", 4, 0.2), "stl10": ("_R18", 29, 0.1),
-         "tinyimagenet": ("_R18", 28, 2), "imagenet100": ("_R50", 23, 0.6), "imagenet": ("_R50_200ep", 850, 6)}
-BASELINES = ("simclr", "moco", "simsiam", "byol", "rsa")
-BETA = ("rsa", "rsa_fixed_beta", "rsa_beta_0")
-
-
-def top1_table(datasets, methods):
-    rows = {}
-    for dataset in datasets:
-        suffix, *hours = COSTS[dataset]
-        rows |= {f"{dataset}_{method}": linear_evaluation(f"{dataset}_{method}{suffix}", *hours) for method in methods}
-    return Table(rows, "tools/report_top1.py")
-
-
-# Images in an epoch (STL-10 with its unlabelled ones). ImageNet's batch of 2048 is for several GPUs: one takes 256.
-EPOCH_IMAGES = {"cifar10": "50000", "cifar100": "50000", "stl10": "105000", "tinyimagenet": "100000",
-                "imagenet100": "126689", "imagenet": "1281167 --batch-size 256"}
-
-
-def time_per_epoch(dataset):
-    command = (f"tools/benchmark.py step --methods byol rsa --config-file pretrain/{dataset}_rsa{COSTS[dataset][0]}.yaml "
-               f"--epoch-images {EPOCH_IMAGES[dataset]} --output {{done}}")
-    return (Step(f"{{out}}/{dataset}.json", command, 0.1),)
-
-
-CHECKPOINT = Step(OWN_RUN, how="tools/pretrain.py --epochs 200, or copy a checkpoint there")
-VIEWS = "tools/show_views.py datasets/imagenet/train --output-dir"
-# Which data sets stand in which of Tables 1-4, and what Figure 3 shows, is a guess from public summaries of the paper.
-TABLES = {
-    "table1": top1_table(("cifar10", "cifar100"), BASELINES),
-    "table2": top1_table(("stl10", "tinyimagenet"), BASELINES),
-    "table3": top1_table(("imagenet100", "imagenet"), BASELINES),
-    "table4": top1_table(("cifar10", "imagenet100"), ("byol", "byol_aw", *BETA)),
-    "table5": transfer_table("1x", 69),
-    "table6": transfer_table("2x", 138),
-    "table7": Table({dataset: time_per_epoch(dataset) for dataset in EPOCH_IMAGES}),
-    "table8": top1_table(("cifar10", "imagenet100"), ("simsiam", "simsiam_rsa")),
-    "figure1": Table({"views": (Step("{out}/views/views.png", f"{VIEWS} {{out}}/views"),),
-                      "drift": (CHECKPOINT, Step("{out}/drift/operations.png",
-                                                 f"{VIEWS} {{out}}/drift --checkpoint {CHECKPOINT.done}"))}),
-    "figure3": top1_table(("cifar10",), BETA),
-}
-
-
-def plan(table, rows, seeds, **words):
-    """Rows of a table and seeds -> (its steps in the order to run, each once and filled in; those that are to run).
-
-    What leads to a file that is there need not run: weights without the checkpoint that they came from are enough.
-    """
-    steps, missing = {}, []
-    for seed in range(seeds):
-        for row in rows:
-            chain = []
-            for step in table.rows[row]:
-                done = step.done.format(seed=seed, **words)
-                quoted = words | {name: shlex.quote(str(path)) for name, path in
-                                  (("out", words["out"]), ("runs", words["runs"]), ("done", done))}
-                command = shlex.join(shlex.split(step.command.format(seed=seed, **quoted)))
-                chain.append(replace(step, done=done, command=command))
-                if Path(done).is_file():
-                    chain = chain[-1:]
-            for step in chain:
-                if step.done not in steps and not Path(step.done).is_file():
-                    missing.append(step)
-                steps.setdefault(step.done, step)
-    return list(steps.values()), missing
-
-
-def choose_rows(table, wanted):
-    """The rows asked for, or all that can be run; a row that waits for the user is an InputError, or is left out."""
-    unknown = [row for row in wanted or () if row not in table.rows]
-    if unknown:
-        raise InputError(f"no row {', '.join(unknown)}: choose from {', '.join(table.rows)}")
-    rows = []
-    for row in wanted or table.rows:
-        missing = [step for step in table.rows[row] if not step.command and not Path(step.done).is_file()]
-        if missing and wanted:
-            raise InputError(f"row {row} needs {missing[0].done}: {missing[0].how}")
-        if missing:
-            print(f"left out: {row} needs {missing[0].done} ({missing[0].how})")
-        else:
-            rows.append(row)
-    return rows
-
-
-def check_options(args, table):
-    """Raises InputError for an option that would have no effect."""
-    for name in ("seeds", "num_gpus"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
-    if len(args.overrides) % 2:
-        raise InputError(f"--set takes KEY VALUE pairs, but {args.overrides[-1]!r} has no value")
-    given = {"--num-gpus": args.num_gpus != 1, "--accumulate": args.accumulate is not None,
-             "--protocol": args.protocol != "infomin", "--set": args.overrides}
-    fine_tunes = any("train_net" in step.command for row in table.rows.values() for step in row)
-    if any(given.values()) and not fine_tunes:
-        names = ", ".join(name for name, value in given.items() if value)
-        raise InputError(f"{names}: for fine-tuning, of which {args.table} has none; leave it out")
+    def missing(self):
+        """The steps to run: neither what is done nor what only led to it."""
+        needed = {step.done for step in self.steps.values()} - {step.needs for step in self.steps.values()}
+        missing = []
+        for step in reversed(self.steps.values()):
+            if step.done in needed and not step.done.is_file():
+                missing.insert(0, step)
+                needed.add(step.needs)
+        return missing
 
 
-def check_weights(row, path):
-    """Says so where the weights of a row will not stand beside what is published. Raises InputError for a file that is
-    none, or that is of another method."""
-    from transfer.convert import load_weights  # torch is slow to import, and a dry run seldom needs it
-
-    provenance = load_weights(path)[1]
-    method, step = provenance["method"], provenance["step"]
-    method = provenance.get("format", method) if method == "unknown" else method
-    if row == "rsa" and method != AUTHORS and (method, step) != ("rsa", RSA_STEPS):
-        print(f"warning: {path} holds {method}, step {step}, not RSA's {RSA_STEPS} steps on ImageNet-1K: the report will "
-              "not set its row beside the paper's")
-    elif row == "rsa" and method == AUTHORS:
-        print(f"{path} holds {method}, by its file's layout: that it is RSA's, of ImageNet-1K, is taken from you")
-    elif method not in ROW_FORMATS.get(row_of_folder(row), (method,)):
-        raise InputError(f"{path} holds weights of {method}, and row {row} takes {' or '.join(ROW_FORMATS[row_of_folder(row)])}"
-                         ": convert its authors' checkpoint")
-
-
-def check_results(step, overrides):
-    """Raises InputError where the results that a step would leave are there, but not of its command: a trial's, say."""
-    results = load_results(Path(step.done).parent)
-    words = shlex.split(step.command)
-    files = [ROOT / "configs" / words[words.index("--config-file") + 1]]
-    if (protocol := words[words.index("--protocol") + 1]) != "infomin":
-        files.append(CONFIGS / f"protocol_{protocol}.yaml")
-    wanted, found = recipe_settings(*files), settings(results["config"])
-    wanted = {key: value for key, value in wanted.items() if not FREE.fullmatch(key)}
-    wanted |= zip(overrides[::2], map(yaml_value, overrides[1::2]))
-    differ = [f"{key} {found.get(key)} and not {value}" for key, value in wanted.items() if found.get(key, value) != value]
-    if results["iterations"] != found["SOLVER.MAX_ITER"] or results["eval_only"]:
-        differ.insert(0, f"{results['iterations']} iterations")
-    if differ:
-        raise InputError(f"{step.done} is of a run with {differ[0]}: move it away, or give another --output-dir")
-
-
-def yaml_value(text):
-    """A VALUE of --set as it comes back from a run's config: yacs takes Python's literals."""
+def words(training, folder):
+    """In what the run in a folder is another than ``training``."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return json.loads(json.dumps(value)) if isinstance(value, (tuple, list)) else value  # lists, as in YAML
+        return paper.differences(training, read_run(folder))
+    except InputError as error:
+        return [str(error)]
+
+
+def check_what_is_done(plan):
+    """Raises InputError for a finished run that is not of its command."""
+    for step in plan.steps.values():
+        checked = step.training and step.done.is_file() and not plan.args.overrides
+        if checked and (found := words(step.training, step.done.parent)):
+            raise InputError(
+                f"{step.done.parent} holds another run ({'; '.join(found)}): move it away, or give another --output-dir"
+            )
+
+
+def choose(table, args):
+    """The cells of a table that were asked for. Raises InputError for a name that it does not have."""
+    cells = [cell for cell in paper.cells(table, args.betas) if cell.training]
+    if paper.shows(table) == "ap":
+        cells += [
+            paper.own_cell(table, name) for name, _ in args.weights if name not in [c.row for c in cells]
+        ]
+    for what, wanted in (("row", args.rows), ("column", args.columns)):
+        known = dict.fromkeys(getattr(cell, what) for cell in cells)
+        unknown = [name for name in wanted or () if name not in known]
+        if unknown:
+            raise InputError(f"{table} has no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
+        cells = [cell for cell in cells if not wanted or getattr(cell, what) in wanted]
+    return cells
 
 
 def main():
     args = parse()
-    table = TABLES[args.table]
-    check_options(args, table)
-    folder = Path(args.output_dir, args.table + f"_{args.protocol}" * (args.protocol != "infomin"))
-    runs = Path(args.output_dir, "pretrain")
-    options = f"--protocol {args.protocol}" + f" --accumulate {args.accumulate}" * bool(args.accumulate)
-    rows = choose_rows(table, args.rows)
-    steps, missing = plan(table, rows, args.seeds, out=folder, runs=runs, gpus=args.num_gpus, options=options,
-                          set=shlex.join(args.overrides))
-    for step in steps:
-        if step not in missing and step.done.endswith("/results.json"):
-            check_results(step, args.overrides)
-    for row in rows:
-        weights = [step.done for step in table.rows[row] if step.done.endswith(".pkl")]
-        if weights and Path(weights[0]).is_file():
-            check_weights(row, weights[0])
-    if CONVERT.done in [step.done for step in missing] and Path(OWN_RUN).is_file():
-        print(f"{OWN_RUN} is there: tools/convert_to_d2.py makes RSA's weights of it, and spares its pre-training")
-    for step in steps:
-        state = f"{step.gpu_hours:g} GPU-hours" if step in missing else "done"
-        print(f"[{state}] {step.command if step in missing else step.done}")
-    print(f"{len(missing)} of {len(steps)} to run, about {sum(step.gpu_hours for step in missing):g} GPU-hours of a "
-          "V100 (an estimate)", flush=True)
+    tables = list(paper.load()["tables"]) if args.table == "all" else [args.table]
+    small = _rehearsal.Rehearsal(args) if args.rehearse else None
+    plan, results = Plan(args, small), {}
+    for table in tables:
+        if paper.shows(table) == "pictures":
+            results[table] = plan.pictures(table)
+        elif args.short and paper.shows(table) == "hours":
+            results[table] = plan.short(table)
+        else:
+            results[table] = [
+                folder
+                for cell in choose(table, args)
+                for seed in range(1 if small else args.seeds or cell.training.seeds)
+                if (folder := plan.cell(cell, seed))
+            ]
+    if not small:
+        check_what_is_done(plan)
+    missing = plan.missing()
+    show(plan, missing)
     if args.dry_run:
-        return None
-    for step in missing:
-        words = shlex.split(step.command)
-        print(f"\n$ {shlex.join(words)}", flush=True)
-        status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
-        if status or not Path(step.done).is_file():
-            print(f"stopped with status {status}, {step.done} is not there; the same command goes on", file=sys.stderr)
-            return status or 1
-    if not table.report:
         return 0
-    folders = [str(Path(table.rows[row][-1].done.format(seed=seed, out=folder, runs=runs)).parent)
-            for row in rows for seed in range(args.seeds)]
-    report = shlex.split(table.report)
-    return subprocess.run([sys.executable, str(ROOT / report[0]), *report[1:], *folders,
-                           "--output", str(folder / "report")]).returncode
+    for number, step in enumerate(missing, start=1):
+        print(f"\n[{number} of {len(missing)}] $ {shlex.join(step.command)}", flush=True)
+        status = execute(step, small)
+        if status or not step.done.is_file():
+            print(
+                f"stopped with status {status}, without {step.done}: the same command goes on",
+                file=sys.stderr,
+            )
+            return status or 1
+    for table, found in results.items():
+        write(table, found, args, small)
+    return 0
+
+
+def execute(step, small):
+    """Run a step; returns its exit status. What a rehearsal's commands print goes to a file, but for an error's end."""
+    command = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
+    if not small:
+        return subprocess.run(command, check=False).returncode
+    with open(small.log, "a") as log:
+        log.write(f"$ {shlex.join(step.command)}\n")
+        log.flush()
+        status = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        print(
+            "\n".join(small.log.read_text().splitlines()[-5:]) + f"\nall of it: {small.log}", file=sys.stderr
+        )
+    return status
+
+
+def show(plan, missing):
+    for row in plan.left_out:
+        print(f"left out: {row}")
+    for step in plan.steps.values():
+        state = (
+            f"{step.hours:.3g} V100-hours"
+            if step in missing
+            else "done"
+            if step.done.is_file()
+            else "not needed"
+        )
+        print(f"[{state}] {shlex.join(step.command) if step in missing else step.done}")
+        print(f"    for {', '.join(step.rows)}")
+    hours = sum(step.hours for step in missing)
+    print(
+        f"{len(missing)} of {len(plan.steps)} to run"
+        + (", in a rehearsal" if plan.small else f", about {hours:.0f} V100-hours by configs/paper.yaml"),
+        flush=True,
+    )
+
+
+def write(table, found, args, small):
+    """The report of a table."""
+    folder = Path(args.output_dir, table)
+    if paper.shows(table) == "pictures":
+        print(found)
+    elif isinstance(found, dict):
+        report_top1.write_short(table, found, folder)
+    elif paper.shows(table) == "ap":
+        report.write(found, folder, tables=[table], note=small and small.note())
+    elif found:
+        report_top1.write(found, folder, tables=[table], note=small and small.note(), betas=args.betas)
+    if small and isinstance(found, list):
+        print(small.estimates(found))
+
+
+def weights_of(text):
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=FILE")
+    return name, path
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all whose weights are there or can be had")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=("all", *paper.load()["tables"]))
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all whose weights can be had")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="COLUMN", help="data sets (and lengths) of Tables 1-4, 7, 8"
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of each row (default: the paper's trials)"
+    )
+    parser.add_argument("--betas", nargs="+", type=float, metavar="BETA", help="Figure 3's grid")
+    parser.add_argument(
+        "--short", action="store_true", help="of Table 7: the seconds of an epoch, times the epochs"
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        type=weights_of,
+        default=[],
+        metavar="NAME=FILE",
+        help="of Tables 5 and 6: the checkpoint of a row, or of a row of its own",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="for fine-tuning; pre-training takes all")
     parser.add_argument("--accumulate", type=int, metavar="N", help="as in tools/train_net.py")
-    parser.add_argument("--protocol", choices=("infomin", "moco"), default="infomin")
-    parser.add_argument("--output-dir", default="output/reproduce", metavar="DIR", help="default %(default)s")
+    parser.add_argument(
+        "--engine", choices=("detectron2", "torchvision"), default="detectron2", help="for fine-tuning"
+    )
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="default output/reproduce, of a rehearsal output/rehearsal"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and their cost, and stop")
-    parser.add_argument("--set", nargs="+", dest="overrides", default=[], metavar="KEY VALUE",
-                        help="for every fine-tuning, e.g. SOLVER.AMP.ENABLED True")
-    return parser.parse_args()
+    parser.add_argument(
+        "--rehearse", action="store_true", help="each run once, with a few steps on a few images"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        dest="overrides",
+        default=[],
+        metavar="KEY VALUE",
+        help="for every fine-tuning, e.g. SOLVER.AMP.ENABLED True",
+    )
+    args = parser.parse_args()
+    args.output_dir = args.output_dir or ("output/rehearsal" if args.rehearse else "output/reproduce")
+    check_options(args)
+    return args
+
+
+def check_options(args):
+    """Raises InputError for an option that has no effect or no meaning."""
+    for name in ("seeds", "num_gpus"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if len(args.overrides) % 2:
+        raise InputError(f"--set takes KEY VALUE pairs, but {args.overrides[-1]!r} has no value")
+    given = {
+        "ap": {
+            "--num-gpus": args.num_gpus != 1,
+            "--accumulate": args.accumulate,
+            "--set": args.overrides,
+            "--weights": args.weights,
+            "--engine torchvision": args.engine != "detectron2",
+        },
+        "hours": {"--short": args.short},
+    }
+    for kind, options in given.items():
+        names = ", ".join(name for name, value in options.items() if value)
+        if names and args.table != "all" and paper.shows(args.table) != kind:
+            raise InputError(f"{names}: of no use for {args.table}; leave it out")
+    if args.betas and args.table not in ("all", "figure3"):
+        raise InputError(f"--betas: of no use for {args.table}; leave it out")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Show what the aggressive augmentation does to images and, given a backbone, where it shifts their meaning.
 
-    tools/show_views.py IMAGES                          # views.png: originals, weak and aggressive views (Figure 1)
+    tools/show_views.py IMAGES                          # views.png: originals, weak and aggressive views
+    tools/show_views.py IMAGENET CIFAR --noisy          # noisy.png: those that changed most, a panel each (Figure 1)
     tools/show_views.py IMAGES --checkpoint FILE        # and the pairs of a data set ranked by how far they drift
 
 With a checkpoint, of tools/pretrain.py or any other that tools/convert_to_d2.py reads: pairs.csv and pairs.png rank
@@ -30,7 +31,11 @@ def main():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-    images = open_images(args.images)
+    if len(args.images) > 1 and not args.noisy:
+        raise InputError("several IMAGES are for --noisy: give one of them")
+    if args.noisy:
+        return draw_noisy(args)
+    images = open_images(args.images[0])
     cfg, features = get_cfg(), None
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
@@ -53,9 +58,23 @@ def main():
     print(view_pictures.plot_operations(drifts, folder / "operations.png"))
 
 
+def draw_noisy(args):
+    """Figure 1, a panel for each of the IMAGES. Those of small images are seen at their own size, as in pre-training."""
+    panels, folder = {}, Path(args.output_dir)
+    if args.titles and len(args.titles) != len(args.images):
+        raise InputError(f"--titles are {len(args.titles)}: give one for each of the {len(args.images)} IMAGES")
+    for title, path in zip(args.titles or args.images, args.images):
+        images = open_images(path)
+        panels[title] = images, args.image_size or min(224, *images.read(0).shape[-2:])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(view_pictures.draw_noisy(panels, args.seed, folder / "noisy.png", args.limit))
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", help="folder of images, or a data set that tools/pretrain.py takes")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder of images, or a data set that tools/pretrain.py takes")
+    parser.add_argument("--noisy", action="store_true", help="draw the aggressive views that changed most")
+    parser.add_argument("--titles", nargs="+", metavar="TITLE", help="of the panels of --noisy (default: IMAGES)")
     parser.add_argument("--checkpoint", metavar="FILE")
     parser.add_argument("--branch", choices=("online", "target"),
                         help="of the checkpoint (default: online, or the one that a converted file holds)")

@@ -19,11 +19,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.files import locked  # noqa: E402
-from tools._cli import find_config, merge_config, run  # noqa: E402
+from tools._cli import find_config, merge_config, origin, run  # noqa: E402
 from transfer.annotations import dataset_name, load_dataset  # noqa: E402
-from transfer.config import (DEFAULT_WEIGHTS, InputError, classes_key, fitting_rate,  # noqa: E402
+from transfer.config import (DEFAULT_WEIGHTS, RECIPE_LENGTHS, InputError, classes_key, fitting_rate,  # noqa: E402
                              scale_schedule, torchvision_defaults)
-from transfer.report import SCHEDULES  # noqa: E402
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
@@ -85,7 +84,7 @@ def configure(cfg, args):
     keys, trains = set(args.overrides[::2]), not args.eval_only
     told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & keys
     # A config file's own schedule stays.
-    scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in SCHEDULES
+    scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in RECIPE_LENGTHS
     if scaled:
         images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
         print(scale_schedule(cfg.SOLVER, max(1, images)), flush=True)

@@ -104,6 +104,7 @@ def protocol_of(config):
 
 COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
 RECIPE_BATCH = 16  # images an iteration
+RECIPE_LENGTHS = (90000, 180000)  # iterations: 1x and 2x
 
 
 def scale_schedule(solver, images):

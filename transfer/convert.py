@@ -26,11 +26,16 @@ DEFAULT_INPUT = "output/pretrain/model_final.pth"
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
-def convert(source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False):
+def convert(
+    source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False, method=None
+):
     """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its
-    method's name, or the source's where the method is unknown; returns (path written, provenance). Raises
-    InputError."""
+    method's name, or the source's where the method is unknown; returns (path written, provenance).
+    ``method``: for a file that does not name its own. Raises InputError."""
     state, provenance = read_checkpoint(source, branch, pixels)
+    if method and provenance["method"] not in ("unknown", method):
+        raise InputError(f"{source} says that its method is {provenance['method']}: leave out --method {method}")
+    provenance["method"] = method or provenance["method"]
     if output is None:
         name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
         name = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")

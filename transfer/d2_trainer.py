@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from common import workers
 from common.errors import one_line
+from common.record import Origin
 from transfer.annotations import forget_datasets, load_datasets
 from transfer.checks import check_datasets
 from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
@@ -121,6 +122,16 @@ class Mapper(DatasetMapper):
                              "out of the annotation file") from error
 
 
+class Record(dict):
+    """The run's record, which its checkpoints hold as well."""
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, state):
+        self.update(state)
+
+
 class Onwards(torch.utils.data.Sampler):
     """A ``sampler`` without its first ``count`` indices."""
 
@@ -149,7 +160,8 @@ class Trainer(DefaultTrainer):
         self._trainer = AccumulatingTrainer(model, self.build_loader(cfg), optimizer, accumulate,
                                             cfg.SOLVER.AMP.ENABLED and on_gpu)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.about = Record()
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), run=self.about)
         self.register_hooks(self.build_hooks())
 
     def build_loader(self, cfg, start=0):
@@ -272,7 +284,7 @@ class ProgressBar(HookBase):
             self.bar.close()
 
 
-def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
+def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, origin=Origin()):
     """Fine-tune and evaluate in ``processes`` processes, one per GPU, or on the CPU; writes results.json.
 
     resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. accumulate: passes that an
@@ -331,7 +343,7 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None):
     if processes > 1:
         forget_datasets()  # they load their own
     try:
-        launch(train_process, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate))
+        launch(train_process, processes, dist_url="auto", args=(cfg, resume, eval_only, provenance, accumulate, origin))
     except (*ONE_LINE, torch.multiprocessing.ProcessRaisedException) as error:
         # An error of another process is a traceback, which ends in the exception's name and message.
         text = str(error) if isinstance(error, torch.multiprocessing.ProcessRaisedException) else (
@@ -388,7 +400,7 @@ def train_process(*arguments):
         raise InputError(one_line(error)) from None
 
 
-def _train(cfg, resume, eval_only, provenance, accumulate):
+def _train(cfg, resume, eval_only, provenance, accumulate, origin):
     start = time.perf_counter()
     logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # Detectron2 calls a deprecated function
@@ -402,7 +414,8 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
         forget_datasets()  # the trainer has its own, serialized
         trainer.resume_or_load(resume)
         if comm.is_main_process() and trainer.start_iter == 0:
-            begin_training(cfg, provenance, comm.get_world_size(), accumulate)
+            trainer.about.update(begin_training(cfg, provenance, comm.get_world_size(), accumulate, "detectron2", origin,
+                                                len(trainer.images)))
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
         comm.synchronize()  # only the main process writes the file that all read now
@@ -418,7 +431,7 @@ def _train(cfg, resume, eval_only, provenance, accumulate):
         own = own_training(cfg) if eval_only and resume else None  # then these are the training's results once more
         processes, accumulate = ((own["processes"], own["accumulate"]) if own else (comm.get_world_size(), accumulate))
         write_results(cfg, "detectron2", ap, training["weights"] if training else {"source": str(final)}, iterations,
-                      time.perf_counter() - start, eval_only and not own, processes, accumulate)
+                      time.perf_counter() - start, eval_only and not own, processes, accumulate, origin)
     comm.synchronize()  # nobody takes the group down while another still reads
 
 

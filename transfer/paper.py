@@ -1,17 +1,21 @@
 """The paper's tables, as ``configs/paper.yaml`` has them, and whether a run is one of their trainings.
 
-A run is known by its record (``common/record.py``): by its settings, data set and weights, never by the name of its
-folder.
+A run is known by its record (``common/record.py``): by its settings, data set and weights, never by the
+name of its folder.
 """
 
 import ast
 import functools
+import json
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
 from fvcore.common.config import CfgNode
+
+from common.record import flatten, plain
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -22,23 +26,27 @@ def load():
     return yaml.safe_load((CONFIGS / "paper.yaml").read_text(encoding="utf-8"))
 
 
+def shows(table):
+    """ "top1", "ap", "hours" or "pictures"."""
+    return load()["tables"][table]["shows"]
+
+
+def title(table):
+    """ "Table 1: Multi-stage augmentation ..."."""
+    return f"{table[:-1].capitalize()} {table[-1]}: {load()['tables'][table]['title']}"
+
+
 @functools.cache
 def recipe_settings(recipe):
     """{"SOLVER.EPOCHS": 200, ...}: what a file under ``configs/`` and the files that it inherits set."""
-    return flatten(CfgNode.load_yaml_with_base(str(CONFIGS / recipe)))
-
-
-def flatten(tree, prefix=""):
-    """Nested dicts of YAML -> {"A.B": value}, with Python's literals in strings read as yacs reads them."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: literal(value)}
-    return flat
+    tree = CfgNode.load_yaml_with_base(str(CONFIGS / recipe))
+    return {key: literal(value) for key, value in flatten(tree).items()}
 
 
 def literal(value):
+    """A value of YAML as yacs reads it: strings may hold Python's literals."""
     try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
+        return plain(ast.literal_eval(value)) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
         return value
 
@@ -67,15 +75,20 @@ class Training:
             words.append(f"{self.settings['SOLVER.EPOCHS']}ep")
         elif isinstance(self.weights, str) and self.weights not in ("none", "config"):
             words.append(self.weights.lower().replace(" ", "_"))
-        words += [f"{key.split('.')[-1].lower()}_{value}" for key, value in self.overrides if key != "SOLVER.EPOCHS"]
+        words += [
+            f"{key.split('.')[-1].lower()}_{value}" for key, value in self.overrides if key != "SOLVER.EPOCHS"
+        ]
         return "_".join(words)
 
     @property
     def hours(self):
         """V100-hours of one seed, over all GPUs, without the linear evaluation."""
         if self.kind == "finetune":
-            cost = next(table["cost"] for table in load()["tables"].values()
-                        if table["shows"] == "ap" and self.recipe in [row["recipe"] for row in table["rows"].values()])
+            cost = next(
+                table["cost"]
+                for table in load()["tables"].values()
+                if table["shows"] == "ap" and self.recipe in [row["recipe"] for row in table["rows"].values()]
+            )
             return cost["iterations"] * cost["seconds"] * cost["gpus"] / 3600
         datasets, times = load()["datasets"], load()["tables"]["table7"]
         known = datasets[self.dataset]["cost_of"]
@@ -83,12 +96,13 @@ class Training:
         column = times["columns"][known]
         hours = times["rows"][row]["published"][list(times["columns"]).index(known)]
         images = datasets[self.dataset]["images"][0] / datasets[known]["images"][0]
-        return hours * column["gpus"] * images * self.settings["SOLVER.EPOCHS"] / column["epochs"]
+        return hours * datasets[known]["gpus"] * images * self.settings["SOLVER.EPOCHS"] / column["epochs"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of a table in one of its columns; of Tables 5 and 6, which judge one run by six figures, the whole row."""
+    """A row of a table in one of its columns; of Tables 5 and 6, which judge one run by six figures, the
+    whole row."""
 
     table: str
     row: str
@@ -96,21 +110,26 @@ class Cell:
     title: str
     published: tuple  # (mean, standard deviation or None) of each figure, or None where the paper has none
     training: Training | None  # None: a quotation
-
-    @property
-    def quoted(self):
-        return self.training is None
+    extra: bool = False  # not a row of the paper
 
 
-def cells(table):
-    """The cells of a table, row by row."""
+def cells(table, betas=None):
+    """The cells of a table, row by row; ``betas``: of Figure 3, instead of its own grid."""
     content = load()["tables"][table]
-    columns, found = content["columns"], []
-    for key, row in content["rows"].items():
+    columns, rows, found = content["columns"], content["rows"], []
+    if betas:
+        rows = {"byol": rows["byol"]} | {
+            f"beta_{beta}": rows.get(
+                f"beta_{beta}",
+                {"title": f"β_base {beta}", "method": "rsa", "overrides": {"MODEL.BETA": beta}},
+            )
+            for beta in betas
+        }
+    for key, row in rows.items():
         if content["shows"] == "ap":
             training = fine_tuning(row, content["bn"])
             published = tuple(map(number, row.get("published", [None] * len(columns))))
-            found.append(Cell(table, key, "", row["title"], published, training))
+            found.append(Cell(table, key, "", row["title"], published, training, row.get("extra", False)))
             continue
         for index, (name, column) in enumerate(columns.items()):
             training = pre_training(row, column) if "method" in row else None
@@ -118,6 +137,15 @@ def cells(table):
             title = f"{row['title']}, {describe(content, row, column)}"
             found.append(Cell(table, key, name, title, published, training))
     return found
+
+
+def own_cell(table, name):
+    """A row of Table 5 or 6 for weights that the paper does not have."""
+    content = load()["tables"][table]
+    row = {"recipe": content["own"], "weights": name}
+    return Cell(
+        table, name, "", name, (None,) * len(content["columns"]), fine_tuning(row, content["bn"]), True
+    )
 
 
 def describe(table, row, column):
@@ -156,51 +184,124 @@ def number(text):
 
 # ---- is a run a training of the paper? ----
 
+COUNTS = {
+    "images": "{0} images instead of {1}",
+    "classes": "{0} classes instead of {1}",
+    "bn_batch_size": "BatchNorm over {0} images instead of {1}",
+    "val_images": "{0} validation images instead of {1}",
+    "protocol": "the {0} linear protocol instead of the {1} one",
+    "epochs": "linear evaluation of {0} epochs instead of {1}",
+}
+AUTHORS = "the authors' RSA or BYOL"  # the layout of their checkpoints, which say no more
+
+
 def differences(training, record):
-    """Words for everything in which a run, by its ``record``, is not ``training``; [] if it is exactly that."""
-    found = [] if record["kind"] == training.kind else [f"a {record['kind']} run"]
-    found += setting_differences(training, record)
+    """Words for everything in which a run, by its ``record``, is not ``training``; [] if it is exactly
+    that."""
+    found = setting_differences(training, record) + numbers_differ(record, {"bn_batch_size": training.bn})
     if training.kind == "pretrain":
         dataset = load()["datasets"][training.dataset]
-        found += numbers_differ(record["data"], {"images": dataset["images"][0], "classes": dataset["classes"]})
+        found += numbers_differ(
+            record["data"], {"images": dataset["images"][0], "classes": dataset["classes"]}
+        )
     else:
         found += [f"engine {record['engine']} instead of detectron2"] * (record["engine"] != "detectron2")
+        found += ["only evaluated with these settings"] * bool(record.get("eval_only"))
         found += weights_differ(training, record["weights"])
-        found += ["a model that was only evaluated"] * bool(record.get("eval_only"))
-    if record["step"] != record["steps"]:
-        found.append(f"stopped at step {record['step']} of {record['steps']}")
-    return found + numbers_differ(record, {"bn_batch_size": training.bn})
-
-
-def setting_differences(training, record):
-    free, expected = load()["free"][training.kind], training.settings
-    found = []
-    for key in (*expected, *(key for key in record["changed"] if key not in expected)):
-        if key not in record["settings"] or any(fnmatchcase(key, pattern) for pattern in free):
-            continue
-        value, wanted = record["settings"][key], expected.get(key, record["changed"].get(key))
-        if plain(key, value) != plain(key, wanted):
-            found.append(phrase(key, value, wanted))
+    done = record["iterations" if training.kind == "finetune" else "step"]
+    if done != record["steps"]:
+        found.append(f"step {done} of {record['steps']}")
     return found
 
 
-def plain(key, value):
-    """A setting as two machines can compare it: data sets by their files' names, SyncBN as BatchNorm."""
-    if key.startswith("DATASETS.") and isinstance(value, (tuple, list)):
+def setting_differences(training, record):
+    expected, found = record["changed"] | training.settings, []  # what no recipe sets is to have its default
+    for key, value in fixed(record).items():
+        wanted = comparable(key, expected.get(key, value))
+        if value != wanted:
+            words = load()["words"].get(key, key + " {0} instead of {1}")
+            found.append(words[value] if isinstance(words, dict) else words.format(value, wanted))
+    return found
+
+
+def fixed(record):
+    """The settings of a run that all runs of a row have in common."""
+    free = load()["free"][record["kind"]]
+    return {
+        key: comparable(key, value)
+        for key, value in record["settings"].items()
+        if not any(fnmatchcase(key, pattern) for pattern in free)
+    }
+
+
+def comparable(key, value):
+    """A setting as it is the same on any machine: data sets by the names of their files, SyncBN as
+    BatchNorm, since over how many images is compared by itself."""
+    if key.startswith("DATASETS.") and isinstance(value, list):
         return [str(name).split("::")[0].split("/")[-1] for name in value]
-    if key.endswith(".NORM"):
-        return value.replace("SyncBN", "BN")  # over how many images is compared by itself
-    return list(value) if isinstance(value, tuple) else value
-
-
-def phrase(key, value, wanted):
-    words = load()["words"].get(key, key + " {0} instead of {1}")
-    return words[value] if isinstance(words, dict) else words.format(value, wanted)
-
-
-COUNTS = {"images": "{0} images instead of {1}", "classes": "{0} classes instead of {1}",
-          "bn_batch_size": "BatchNorm over {0} images instead of {1}"}
+    return value.replace("SyncBN", "BN") if key.endswith(".NORM") else value
 
 
 def numbers_differ(found, wanted):
     return [COUNTS[name].format(found[name], value) for name, value in wanted.items() if found[name] != value]
+
+
+def weights_fit(training, provenance):
+    """Whether weights, by their ``provenance`` (None: random), are of the kind that a fine-tuning starts
+    from."""
+    wanted = training.weights
+    if wanted == "none" or provenance is None:
+        return wanted == "none" and provenance is None
+    if wanted == "config":
+        return provenance.get("source") == training.settings["MODEL.WEIGHTS"]
+    return word(provenance.get("method")) == ("rsa" if isinstance(wanted, Training) else word(wanted))
+
+
+def word(name):
+    """ "MoCo v2" -> "mocov2"."""
+    return re.sub("[^a-z0-9]", "", str(name).lower())
+
+
+def weights_differ(training, provenance):
+    if not weights_fit(training, provenance):
+        return ["other weights"]
+    if not isinstance(training.weights, Training):
+        return []
+    found = ["the target network's weights"] * (provenance.get("branch", "online") != "online")
+    if provenance.get("run"):
+        words = differences(training.weights, json.loads(provenance["run"]))
+        return found + [f"pre-training: {words}" for words in words]
+    return found + ["weights that do not say how they were pre-trained"] * (
+        provenance.get("format") != AUTHORS
+    )
+
+
+def evaluation_differences(training, result):
+    """The same for a result of linear evaluation."""
+    dataset = load()["datasets"][training.dataset]
+    protocol = dataset["linear"]
+    if "linear_top1_last" not in result:
+        return ["no linear evaluation"]
+    found = numbers_differ(result, {"protocol": protocol["protocol"], "epochs": protocol["epochs"]})
+    found += numbers_differ({"val_images": result["val"]["images"]}, {"val_images": dataset["images"][1]})
+    found += ["the target network"] * (result["branch"] != "online")
+    if protocol["train_bn"] and "train_bn_top1_best" not in result:
+        found.append("linear evaluation without --train-bn")
+    return found
+
+
+def hardware_differences(training, record):
+    """The same for the machine of a run whose time counts."""
+    gpus = load()["datasets"][training.dataset]["gpus"]
+    if "V100" in record["device"] and record["processes"] == gpus:
+        return []
+    return [f"{record['processes']} x {record['device']} instead of {gpus} x V100"]
+
+
+def nearest(candidates, words_of):
+    """(cell, words) of the cell that a run differs least from: ``words_of(training)`` are its
+    differences, or None where the run has nothing to do with it. Of several, the one that changes its
+    recipe least. (None, []) where there is none."""
+    found = [(cell, words_of(cell.training)) for cell in candidates if cell.training]
+    found = [(cell, words) for cell, words in found if words is not None]
+    return min(found, key=lambda pair: (len(pair[1]), len(pair[0].training.overrides)), default=(None, []))

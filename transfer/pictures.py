@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from transfer.coco_json import read_coco
 from transfer.config import InputError
 from transfer.masks import to_rle
-from transfer.report import PAPER_COLUMNS, table_cells
+from transfer.report import COLUMNS, difference_cell
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -162,36 +162,66 @@ def draw_panels(panels, num_runs, path):
 
 
 def plot_ap(rows, path):
-    """Rows of ``report.ap_table`` -> PNG: the six APs of each run, ± std over seeds, beside what is published, with the
-    difference as ``report.table_cells`` writes it."""
-    with literal_text(*(row["run"] for row in rows)):
+    """Rows of ``report.make_rows`` -> PNG: the six APs of what was run, ± std over seeds, beside what is published, with
+    the difference where there is one."""
+    rows = [row for row in rows if row.runs]
+    with literal_text(*(row.title for row in rows)):
         draw_ap(rows, path)
     return path
 
 
 def draw_ap(rows, path):
-    own = [row for row in rows if row.get("kind") is None]
-    beside = {(row["of"], row["kind"]): (row, cells) for row, cells in zip(rows, table_cells(rows)[1:]) if "of" in row}
-    figure = Figure(figsize=(11, 2 * (0.4 * len(own) + 1.1)), dpi=150, layout="constrained")
-    for i, (ax, column) in enumerate(zip(figure.subplots(2, 3, sharey=True).flat, PAPER_COLUMNS), start=1):
-        for place, row in enumerate(own):
-            if row[column]:
-                mean, std = row[column]
+    figure = Figure(figsize=(11, 2 * (0.4 * len(rows) + 1.1)), dpi=150, layout="constrained")
+    for ax, column in zip(figure.subplots(2, 3, sharey=True).flat, COLUMNS["ap"]):
+        for place, row in enumerate(rows):
+            if row.figures[column]:
+                mean, std = row.figures[column]
                 ax.errorbar(mean, place, xerr=std, capsize=3, color=PALETTE[0], marker="o", linestyle="")
-            published, _ = beside.get((row["run"], "published"), ({}, None))
-            if published.get(column):
-                ax.plot(published[column][0], place, color=PALETTE[1], marker="D", markerfacecolor="none", linestyle="")
-            if published.get(column) and row[column]:
-                ax.annotate(beside[row["run"], "difference"][1][i], (mean, place), (0, 7), textcoords="offset points",
+            if row.published.get(column):
+                ax.plot(row.published[column][0], place, color=PALETTE[1], marker="D", markerfacecolor="none", linestyle="")
+            if row.difference(column) is not None:
+                ax.annotate(difference_cell(row, column), (mean, place), (0, 7), textcoords="offset points",
                             ha="center", fontsize=8)
-        ax.set(title=column, xlabel="AP (%)", yticks=range(len(own)), yticklabels=[row["run"] for row in own])
-        ax.set_ylim(len(own) - 0.5, -0.5)
+        ax.set(title=column, xlabel="AP (%)", yticks=range(len(rows)), yticklabels=[row.title for row in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    if beside:
+    if any(row.published for row in rows):
         figure.suptitle("dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
                         "* where it exceeds what another seed may change", fontsize=9)
     figure.savefig(path)
+
+
+def plot_sweep(rows, titles, path):
+    """Rows of Figure 3 -> PNG: a panel for each column, {name: title}: top-1 over beta_base, with a dashed line for
+    beta_base 0 and a dotted one for BYOL. Filled: the paper's settings; hollow: other settings; diamonds: published."""
+    figure = Figure(figsize=(3.8 * len(titles), 3.4), dpi=150, layout="constrained")
+    for ax, (column, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
+        for row in (row for row in rows if row.place[1:] == (column,)):
+            name = next(iter(row.published), "best epoch" if row.figures.get("best epoch") else "")
+            name = "train BN, best" if row.figures.get("train BN, best") else name
+            ours, published = row.figures.get(name), row.published.get(name)
+            if row.place[0] == "byol":
+                level = ours or published
+                ax.axhline(level[0], color="0.5", ls=":", label="BYOL" + " (published)" * (not ours))
+                continue
+            beta = float(row.place[0].removeprefix("beta_"))
+            if beta == 0 and (ours or published):
+                ax.axhline((ours or published)[0], color=PALETTE[2], ls="--",
+                           label="β_base = 0" + " (published)" * (not ours))
+            if published:
+                ax.plot(beta, published[0], "D", color=PALETTE[1], mfc="none", label="published")
+            if ours:
+                ax.errorbar(beta, ours[0], ours[1], fmt="o", color=PALETTE[0], mfc="none" if row.words else PALETTE[0],
+                            label="other settings" if row.words else "these runs")
+        ax.set(title=title, xlabel="β_base", ylabel="top-1 (%)")
+        handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        if handles:
+            ax.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
 
 
 def draw_instances(ax, image, instances, names, colors):

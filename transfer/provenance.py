@@ -28,7 +28,7 @@ CLAIMS = {
     "step": lambda value: type(value) is int,
     **{
         key: lambda value: type(value) is str
-        for key in ("source", "sha256", "format", "method", "pixel_source")
+        for key in ("source", "sha256", "format", "method", "pixel_source", "run")
     },
     **{key: is_rgb for key in ("pixel_mean", "pixel_std")},
 }
@@ -52,7 +52,16 @@ def describe_source(contents, match, path, pixels=None):
         "input_format": "RGB",
         "stride_in_1x1": False,
         "architecture": match.architecture,
+        **({"run": record_of(contents, path)} if match.layout.name == OURS and "run" in contents else {}),
     }
+
+
+def record_of(contents, path):
+    """The record of the pre-training that left a checkpoint, as JSON text. Raises InputError."""
+    try:
+        return json.dumps(contents["run"], allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(f"{path} is damaged: its record of the run is not plain JSON") from None
 
 
 def find_pixels(contents, layout, path, given=None):

@@ -1,211 +1,311 @@
-"""Results of fine-tuning runs -> one table, beside what is published, and one page.
+"""Runs -> the rows of one table, each beside what the paper published, and one page.
 
-A run's results are what :func:`transfer.results.load_results` reads.
+A run is a dict: what fine-tuning leaves as results.json, tools/evaluate.py as linear.json, or
+pre-training as run.json. Each is, or holds, a record (common/record.py), by which transfer/paper.py knows
+whether it is a training of the paper.
 """
 
 import base64
 import csv
 import html
+import json
 import os
-import re
 import statistics
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
 
-from transfer.config import InputError, protocol_of, torchvision_defaults
-from transfer.results import AP_KEYS, normalised, set_names, settings
+from common import record
+from transfer import paper
+from transfer.config import InputError, protocol_of
+from transfer.results import AP_KEYS, set_names
 
-# Box AP and mask AP on COCO val2017 under the InfoMin protocol, by schedule and row. RSA's are the paper's (Tables 5
-# and 6). The others are what InfoMin's authors published with their code (github.com/HobbitLong/PyContrast, detection),
-# whose protocol it is. The paper's AP50 and AP75 are not known here.
-PUBLISHED = {
-    "1x": {"random": (32.8, 29.9), "msra": (39.7, 35.9), "instdis": (38.8, 35.2), "pirl": (38.6, 35.1),
-           "mocov1": (39.4, 35.6), "infomin": (40.6, 36.7), "rsa": (41.1, 37.3)},
-    "2x": {"random": (38.4, 34.7), "msra": (41.6, 37.6), "instdis": (41.3, 37.3), "pirl": (41.2, 37.4),
-           "mocov1": (41.7, 37.5), "mocov2": (41.7, 37.6), "infomin": (42.5, 38.4), "rsa": (42.7, 38.5)},
+AP = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
+TOP1 = {
+    "last epoch": "linear_top1_last",
+    "best epoch": "linear_top1_best",
+    "train BN, last": "train_bn_top1_last",
+    "train BN, best": "train_bn_top1_best",
+    "kNN": "knn_top1",
 }
-SCHEDULES = {90000: "1x", 180000: "2x"}  # iterations of 16 images
-RSA_STEPS = 200 * (1281167 // 2048)  # of the paper's 200 epochs of ImageNet-1K
-SEED_NOISE = 0.3  # AP by which two runs that differ in nothing but the seed may well differ
-COLUMNS = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
-PAPER_COLUMNS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75")
-# Settings in which runs of one row may differ, and which a published row does not fix.
-OF_ONE_ROW = re.compile(r"OUTPUT_DIR|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|DATALOADER\.NUM_WORKERS|SEED|"
-                        r"MODEL\.WEIGHTS")
-FREE = re.compile(OF_ONE_ROW.pattern + r"|SOLVER\.AMP\.ENABLED|INPUT\.MASK_FORMAT")
-# Defaults of what the embedded engine has no key for, and no recipe changes.
-DETECTRON2_ALONE = {
-    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR", "SOLVER.WARMUP_METHOD": "linear", "SOLVER.NESTEROV": False,
-    "SOLVER.CLIP_GRADIENTS.ENABLED": False, "SOLVER.BIAS_LR_FACTOR": 1.0, "INPUT.CROP.ENABLED": False,
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice", "DATALOADER.SAMPLER_TRAIN": "TrainingSampler",
-    "DATALOADER.ASPECT_RATIO_GROUPING": True, "TEST.AUG.ENABLED": False,
-    "MODEL.RESNETS.RES5_DILATION": 1, "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False] * 4, "MODEL.FPN.FUSE_TYPE": "sum",
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": "smooth_l1", "MODEL.RPN.SMOOTH_L1_BETA": 0.0, "MODEL.RPN.LOSS_WEIGHT": 1.0,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "smooth_l1", "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.0,
-    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False, "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
-    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": False, "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
+COLUMNS = {
+    "ap": ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75"),
+    "top1": tuple(TOP1),
+    "hours": ("hours",),
 }
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "transfer"
-# Which formats of transfer/readers.py a row's weights may come in, for a file of another method does not name itself.
-PYCONTRAST, AUTHORS = "InstDis, PIRL, InfoMin (PyContrast)", "the authors' RSA or BYOL"
-ROW_FORMATS = {"instdis": (PYCONTRAST,), "pirl": (PYCONTRAST,), "infomin": (PYCONTRAST,),
-               "mocov1": ("MoCo v1, v2", PYCONTRAST), "mocov2": ("MoCo v1, v2", PYCONTRAST), "rsa": ("rsa", AUTHORS)}
 
 
-def row_labels(results):
-    """{folder: results} -> {folder: label}: folder name, weights, and the engine where there are two.
+@dataclass
+class Row:
+    """Runs that differ in nothing but the seed, a row of the paper, or both."""
 
-    Runs that differ only in the seed share a label. Where runs of one name differ in more, or repeat a seed, theirs have
-    the whole path instead of the name.
+    title: str
+    table: str = ""  # of the paper
+    place: tuple = ()  # its row and column there
+    runs: list = field(default_factory=list)  # none: not run, or a quotation
+    figures: dict = field(default_factory=dict)  # name: (mean, standard deviation or None), or None
+    published: dict = field(default_factory=dict)  # the same, of the figures that the paper has
+    words: list = field(default_factory=list)  # what makes the runs other ones than the paper's
+    missing: list = field(default_factory=list)  # seeds of the paper's trials
+    extra: bool = True  # not a row of the paper
+
+    def difference(self, name):
+        """Of a figure from the published one; None where either is missing, or where the runs are other
+        ones."""
+        if self.words or not self.figures.get(name) or not self.published.get(name):
+            return None
+        return self.figures[name][0] - self.published[name][0]
+
+    def beyond_noise(self, name):
+        """Whether it differs by more than another seed may change."""
+        noise = max(paper.load()["seed_noise"][paper.shows(self.table)], 2 * (self.published[name][1] or 0))
+        return round(abs(self.difference(name)), 6) > noise
+
+
+def read_run(folder, name=record.FILE):
+    """A run's file in its folder -> dict. Raises InputError."""
+    path = Path(folder, name)
+    try:
+        run = json.loads(path.read_text())
+        if not isinstance(run, dict):
+            raise ValueError("it is no JSON object")
+        return run
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise InputError(
+            f"{path} does not say what the run was ({reason}): run it again with this version"
+        ) from None
+
+
+def make_rows(kind, runs, tables=None, betas=None):
+    """The rows of a table of ``kind`` ("ap", "top1" or "hours") for ``runs``, {name: run}, such as name
+    their folders.
+
+    tables: of the paper, all of whose rows are wanted; without, only those that the runs belong to. Rows
+    that the paper does not have come last.
     """
-    mixed = len({result["engine"] for result in results.values()}) > 1
-    marks = {folder: f"({weights_label(result)}" + f", {result['engine']}" * mixed + ")"
-             for folder, result in results.items()}
-    names = {folder: f"{Path(folder).resolve().name} {mark}" for folder, mark in marks.items()}
-    kinds, seeds = {}, {}
-    for folder, name in names.items():
-        result = results[folder]
-        kind = [result["engine"], result["iterations"], result["eval_only"], normalised_images(result),
-                {key: set_names(value) if key in ("DATASETS.TRAIN", "DATASETS.TEST") else value
-                 for key, value in settings(result["config"]).items() if not OF_ONE_ROW.fullmatch(key)},
-                *((result["weights"] or {}).get(key) for key in ("format", "branch"))]
-        if kind not in kinds.setdefault(name, []):
-            kinds[name].append(kind)
-        if result["seed"] >= 0:  # -1 is another one each time
-            seeds.setdefault(name, []).append(result["seed"])
-    apart = {name for name, found in kinds.items() if len(found) > 1}
-    apart |= {name for name, found in seeds.items() if len(set(found)) < len(found)}
-    return {folder: f"{folder} {marks[folder]}" if name in apart else name for folder, name in names.items()}
+    known = [
+        cell
+        for table in tables or paper.load()["tables"]
+        if paper.shows(table) == kind
+        for cell in paper.cells(table, betas if table == "figure3" else None)
+    ]
+    groups = {}  # (training, words): {name: run}; without a training, (None, what the runs have in common)
+    for name, run in runs.items():
+        cell, words = paper.nearest(known, partial(words_of, kind, run))
+        key = (cell.training, tuple(words)) if cell else (None, signature(kind, run))
+        groups.setdefault(key, {})[name] = run
+    rows, shown = [], set()
+    for cell in known:
+        keys = [key for key in groups if key[0] and key[0] == cell.training and (tables or key not in shown)]
+        shown.update(keys)
+        for key in keys:
+            rows += [filled(cell, kind, part, list(key[1])) for part in apart(kind, groups[key])]
+        if tables and not keys and not cell.extra:
+            rows.append(filled(cell, kind, {}, []))
+    rows.sort(key=lambda row: row.extra)
+    for (training, _), group in groups.items():
+        if not training:
+            rows += [own_row(kind, title_of(kind, part), part) for part in apart(kind, group)]
+    return rows
 
 
-def weights_label(results):
-    """What a run started from, in words: "rsa, step 500", or "random"."""
-    weights = results["weights"]
+def own_row(kind, title, runs):
+    """A Row of runs that are nothing of the paper's."""
+    return Row(title, runs=list(runs.values()), figures=average(kind, runs))
+
+
+def words_of(kind, run, training):
+    """Words for what makes a run another than ``training``; None where it has nothing to do with it: it
+    is neither exactly that nor of its recipe."""
+    about = record_of(kind, run)
+    if (
+        about is None
+        or about["kind"] != training.kind
+        or kind == "ap"
+        and not paper.weights_fit(training, run["weights"])
+    ):
+        return None
+    words = paper.differences(training, about)
+    if kind == "top1":
+        words += paper.evaluation_differences(training, run)
+    elif kind == "hours":
+        words += paper.hardware_differences(training, run)
+    return words if not words or about["recipe"] == training.recipe else None
+
+
+def record_of(kind, run):
+    """The record of a run's training; None where it does not say."""
+    return run.get("pretrain") if kind == "top1" else run
+
+
+def signature(kind, run):
+    """Text that is the same for runs which differ in nothing but the seed and what is free."""
+    about = record_of(kind, run)
+    if about is None:
+        return json.dumps(run)
+    weights = {key: (run.get("weights") or {}).get(key) for key in ("method", "format", "branch", "step")}
+    facts = {
+        key: about.get(key)
+        for key in ("method", "engine", "step", "iterations", "bn_batch_size", "eval_only")
+    }
+    return json.dumps([paper.fixed(about), weights, facts, about.get("data")])
+
+
+def apart(kind, runs):
+    """{name: run} split so that no part holds a seed twice."""
+    parts = []
+    for name, run in runs.items():
+        seed = (record_of(kind, run) or {}).get("seed", -1)
+        seed = seed if seed >= 0 else name  # -1 is another one each time
+        part = next((part for part in parts if seed not in part), None)
+        if part is None:
+            parts.append(part := {})
+        part[seed] = (name, run)
+    return [dict(part.values()) for part in parts]
+
+
+def filled(cell, kind, runs, words):
+    """The Row of a cell and the runs in it."""
+    names = [compared(cell)] if kind == "top1" else COLUMNS[kind]
+    published = {name: figure for name, figure in zip(names, cell.published) if figure}
+    row = Row(
+        cell.title,
+        cell.table,
+        (cell.row, cell.column),
+        list(runs.values()),
+        average(kind, runs) if runs else {},
+        published,
+        words,
+        extra=cell.extra,
+    )
+    if runs and not words and len(runs) < cell.training.seeds:
+        seeds = {record_of(kind, run)["seed"] for run in runs.values()}
+        row.missing = sorted(set(range(cell.training.seeds)) - seeds)
+    return row
+
+
+def compared(cell):
+    """The figure of linear evaluation that the published one is compared with: of the best epoch, as its
+    authors' code reports, and on the small data sets with BatchNorm in train mode, as it trains."""
+    linear = (
+        paper.load()["datasets"][cell.training.dataset]["linear"] if cell.training else {"train_bn": False}
+    )
+    return "train BN, best" if linear["train_bn"] else "best epoch"
+
+
+def average(kind, runs):
+    return {
+        name: mean_std([figure(kind, name, run) for run in runs.values()])
+        for name in (AP if kind == "ap" else COLUMNS[kind])
+    }
+
+
+def figure(kind, name, run):
+    if kind == "ap":
+        task, key = AP[name]
+        return run["ap"][task].get(key)
+    return run["seconds"] / 3600 if kind == "hours" else run.get(TOP1[name])
+
+
+def title_of(kind, runs):
+    """What stands for runs that are no row of the paper: the first one's folder, and what it says of
+    itself."""
+    name, run = next(iter(runs.items()))
+    about = record_of(kind, run)
+    if kind == "ap":
+        return f"{Path(name).resolve().name if len(runs) > 1 else name} ({weights_label(run)})"
+    if about is None:
+        return f"{run.get('source', name)} (no record of its pre-training)"
+    return f"{about['method']}, {about['data']['name']}, {about['settings']['SOLVER.EPOCHS']} epochs ({name})"
+
+
+def weights_label(run):
+    """What a fine-tuning started from, in words: "rsa, step 500", or "random"."""
+    weights = run["weights"]
     if weights is None:
         return "random"
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
-    method = weights.get("format", method) if method == "unknown" else method  # then its layout is all that is known
-    return f"{method}, step {step}" if step >= 0 else method  # the converter writes -1 where a file names no step
-
-
-def normalised_images(results):
-    """Images that BatchNorm saw at once in a run."""
-    return normalised(yaml.safe_load(results["config"]), results.get("processes", 1), results.get("accumulate", 1))
-
-
-def table_row(results):
-    """A run's results -> (schedule, row) of :data:`PUBLISHED`, or None where it is no full run of one of its recipes.
-
-    Other methods' rows, and the authors' own RSA, are known by the name of the run's folder and the format of their file,
-    which names no method.
-    """
-    config, weights = yaml.safe_load(results["config"]), results["weights"]
-    schedule = SCHEDULES.get(results["iterations"])
-    if schedule is None or results["eval_only"] or results["engine"] != "detectron2":
-        return None
-    if weights is None:
-        row = "random"
-    elif weights.get("method") == "supervised":
-        row = "msra" if weights.get("stride_in_1x1") else "supervised"
-    elif weights.get("method") == "rsa":
-        row = "rsa" if weights.get("step") == RSA_STEPS else None
-    else:
-        row = row_of_folder(Path(config["OUTPUT_DIR"]).name)
-        row = row if {weights.get("method"), weights.get("format")} & set(ROW_FORMATS.get(row, ())) else None
-    if row not in PUBLISHED[schedule] or (weights or {}).get("branch", "online") != "online":
-        return None
-    suffix = {"rsa": "", "random": "_random", "msra": "_msra"}.get(row, "_ssl")
-    recipe = recipe_settings(CONFIGS / f"mask_rcnn_R50_FPN_{schedule}{suffix}.yaml")
-    own = settings(results["config"])
-    same = all(FREE.fullmatch(key) or own.get(key, value) == value for key, value in recipe.items())
-    return (schedule, row) if same else None
-
-
-def row_of_folder(name):
-    """"moco_v2" -> "mocov2"."""
-    return re.sub("[^a-z0-9]", "", name.lower())
-
-
-def recipe_settings(*files):
-    """The settings of a fine-tuning with these config files, one on top of the other, as far as a result depends on
-    them."""
-    cfg = torchvision_defaults()
-    for file in files:
-        cfg.merge_from_file(str(file))
-    return DETECTRON2_ALONE | settings(cfg.dump())
+    return (
+        f"{method}, step {step}" if step >= 0 else method
+    )  # the converter writes -1 where a file names no step
 
 
 def check_comparable(runs):
-    """{name: results} -> their protocol and the name of their test set. Raises InputError where either differs: one table
-    holds one."""
+    """{name: results} -> their protocol and the name of their test set. Raises InputError where either
+    differs: one table holds one."""
+
     def alike(words, kind_of):
         kinds = {}
         for name, results in runs.items():
             kinds.setdefault(kind_of(yaml.safe_load(results["config"])), name)
         if len(kinds) > 1:
-            raise InputError(f"runs of different {words} are not comparable: "
-                             + ", ".join(f"{name} is {kind}" for kind, name in kinds.items()) + "; make a report of each")
+            raise InputError(
+                f"runs of different {words} are not comparable: "
+                + ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
+                + "; make a report of each"
+            )
         return next(iter(kinds))
 
     return alike("protocols", protocol_of), alike(
-        "test sets", lambda config: ", ".join(set_names(config["DATASETS"]["TEST"])))
+        "test sets", lambda config: ", ".join(set_names(config["DATASETS"]["TEST"]))
+    )
 
 
-def ap_table(runs, published=False):
-    """{name: results of its seeds} -> rows {"run", "seeds", and for each of COLUMNS (mean, std) or None}.
-
-    AP in percent; std is the sample standard deviation over seeds, None for a single run. A number that any
-    seed lacks is None. ``published`` adds, under each run that is a row of :data:`PUBLISHED`, those numbers and the
-    differences from them, as rows that also have "kind": "published" or "difference", and "of": the run.
-    """
-    rows = []
-    for name, seeds in runs.items():
-        row = {"run": name, "seeds": len(seeds)}
-        for column, (task, key) in COLUMNS.items():
-            row[column] = mean_std([seed["ap"][task].get(key) for seed in seeds])
-        rows.append(row)
-        known = table_row(seeds[0]) if published else None
-        if known:
-            schedule, key = known
-            values = dict(zip(("box AP", "mask AP"), PUBLISHED[schedule][key]))
-            source = "paper" if key == "rsa" else "InfoMin's authors"
-            rows.append({"run": f"published {schedule} ({source})", "seeds": 1, "kind": "published", "of": name,
-                         **{column: (values[column], None) if column in values else None for column in COLUMNS}})
-            rows.append({"run": "difference", "seeds": len(seeds), "kind": "difference", "of": name, **{
-                column: (row[column][0] - values[column], None) if column in values and row[column] else None
-                for column in COLUMNS}})
-    return rows
-
-
-def table_cells(rows):
-    """Rows of :func:`ap_table` -> header and cells, all strings: the six columns of the paper's Tables 5 and 6.
-
-    A difference of more than :data:`SEED_NOISE` carries a ``*``.
-    """
-    return [["", *PAPER_COLUMNS]] + [
-        [row["run"], *(cell(row[column], row.get("kind")) for column in PAPER_COLUMNS)] for row in rows]
+def table_cells(kind, rows):
+    """Rows -> header and cells, all strings. Below each that was run stand the published numbers and the
+    difference, with a ``*`` beyond what another seed may change, or else a line that says in what the
+    runs are other ones."""
+    columns = [
+        name
+        for name in COLUMNS[kind]
+        if any(row.figures.get(name) or row.published.get(name) for row in rows)
+    ]
+    lines, empty, line = [["", "seeds", *columns]], [""] * (1 + len(columns)), False
+    for row in rows:
+        if row.extra and not line and not rows[0].extra:
+            line = True
+            lines.append(["not in the paper:", *empty])
+        if row.runs:
+            lines.append([row.title, str(len(row.runs)), *(cell(row.figures.get(name)) for name in columns)])
+        if row.published:
+            title = "  paper" if row.runs else f"{row.title} (paper)"
+            lines.append([title, "", *(cell(row.published.get(name)) for name in columns)])
+        elif not row.runs:
+            lines.append([f"{row.title} (not run)", *empty])
+        if row.runs and row.published and not row.words:
+            lines.append(["  difference", "", *(difference_cell(row, name) for name in columns)])
+        if row.words:
+            lines.append([f"  {'; '.join(row.words)}", *empty])
+        if row.missing:
+            lines.append([f"  seed {', '.join(map(str, row.missing))} is missing", *empty])
+    return lines
 
 
 def mean_std(values):
-    """Mean and sample standard deviation (None of a single one) over seeds; None where a seed lacks the figure."""
+    """Mean and sample standard deviation (None of a single one) over seeds; None where a seed lacks the
+    figure."""
     if None in values:
         return None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def cell(value, kind=None):
-    """(mean, std) of :func:`mean_std` -> "41.1 ± 0.2"; with ``kind`` "difference" -> "+0.4 *"."""
+def cell(value):
+    """(mean, std) of :func:`mean_std` as text, to one decimal."""
     if value is None:
         return "–"
     mean, std = value
-    if kind == "difference":
-        return f"{round(mean, 1) + 0:+.1f}" + " *" * beyond_noise(mean)  # + 0: no -0.0
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
-def beyond_noise(difference):
-    return round(abs(difference), 6) > SEED_NOISE
+def difference_cell(row, name):
+    """ "+0.4 *"."""
+    difference = row.difference(name)
+    if difference is None:
+        return "–"
+    return f"{round(difference, 1) + 0:+.1f}" + " *" * row.beyond_noise(name)  # + 0: no -0.0
 
 
 def to_markdown(cells):
@@ -217,18 +317,46 @@ def to_markdown(cells):
     return "\n".join(lines) + "\n"
 
 
-def write_csv(rows, path):
-    """Rows of :func:`ap_table` -> CSV: run, the run that a published row or a difference belongs to, seeds, mean and std
-    of all twelve APs, empty where unknown, and for a difference the APs by which it exceeds :data:`SEED_NOISE`."""
+def write_csv(kind, rows, path):
+    """Rows -> CSV: for each figure mean, deviation, the published mean and deviation, and the difference;
+    empty where unknown."""
+    names = AP if kind == "ap" else COLUMNS[kind]
+    parts = ("", " std", " published", " published std", " difference")
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "of", "seeds", *(name for column in COLUMNS for name in (column, f"{column} std")),
-                         "beyond seed noise"])
+        writer.writerow(
+            [
+                "row",
+                "table",
+                "seeds",
+                "differs in",
+                "beyond seed noise",
+                *(name + part for name in names for part in parts),
+            ]
+        )
         for row in rows:
-            marked = [column for column in COLUMNS
-                      if row.get("kind") == "difference" and row[column] and beyond_noise(row[column][0])]
-            writer.writerow([row["run"], row.get("of"), row["seeds"],
-                             *(x for column in COLUMNS for x in row[column] or (None, None)), ", ".join(marked)])
+            differences = {name: row.difference(name) for name in names}
+            marked = [
+                name for name, value in differences.items() if value is not None and row.beyond_noise(name)
+            ]
+            writer.writerow(
+                [
+                    row.title,
+                    row.table,
+                    len(row.runs),
+                    "; ".join(row.words),
+                    ", ".join(marked),
+                    *(
+                        value
+                        for name in names
+                        for value in (
+                            *(row.figures.get(name) or (None, None)),
+                            *(row.published.get(name) or (None, None)),
+                            differences[name],
+                        )
+                    ),
+                ]
+            )
 
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
@@ -237,9 +365,11 @@ thead { border-block: 1px solid } tbody { border-bottom: 1px solid } img { max-w
 
 
 def write_report(folder, title, sections):
-    """Write ``report.md`` and ``report.html`` (one file that can be mailed: pictures are embedded) into ``folder``.
+    """Write ``report.md`` and ``report.html`` (one file that can be mailed: pictures are embedded) into
+    ``folder``.
 
-    sections: (heading, body) pairs; a body is text, a table as header and rows of strings, or the Path of a PNG.
+    sections: (heading, body) pairs; a body is text, a table as header and rows of strings, or the Path of
+    a PNG.
     """
     folder = Path(folder)
     md, page = [f"# {title}\n"], [f"<h1>{html.escape(title)}</h1>"]
@@ -253,12 +383,17 @@ def write_report(folder, title, sections):
         else:
             md_body = to_markdown(body)
             head, *rows = [[html.escape(cell) for cell in row] for row in body]
-            html_body = f"<table><thead><tr><th>{'<th>'.join(head)}</tr></thead><tbody>" + "".join(
-                f"<tr><td>{'<td>'.join(row)}</tr>" for row in rows) + "</tbody></table>"
+            html_body = (
+                f"<table><thead><tr><th>{'<th>'.join(head)}</tr></thead><tbody>"
+                + "".join(f"<tr><td>{'<td>'.join(row)}</tr>" for row in rows)
+                + "</tbody></table>"
+            )
         md += [f"## {heading}\n", md_body]
         page += [f"<h2>{html.escape(heading)}</h2>", html_body]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text("\n".join(md), encoding="utf-8")
     (folder / "report.html").write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style>\n" + "\n".join(page) + "\n</html>\n", encoding="utf-8")
+        f"<style>{STYLE}</style>\n" + "\n".join(page) + "\n</html>\n",
+        encoding="utf-8",
+    )

@@ -1,20 +1,18 @@
 """What a fine-tuning run leaves in its folder besides Detectron2's own files, from either engine.
 
-``training.json`` says from the first iteration on with which weights and config the run began, ``results.json`` at its
-end what came out.
+``training.json`` is the run's record (common/record.py) from the first iteration on, ``results.json`` at its end the same
+with what came out.
 """
 
 import json
 import math
 import os
-import platform
 import re
-from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-from common.files import write_atomically
+from common import record
 from transfer.annotations import locate_dataset
 from transfer.config import InputError, protocol_of
 from transfer.provenance import sha256
@@ -23,42 +21,45 @@ from transfer.run_folder import RESULTS, TRAINING
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False, processes=1, accumulate=1):
+def describe(cfg, engine, weights, processes=1, accumulate=1, origin=record.Origin()):
+    """The record of a run with ``cfg``, which came from ``origin``.
+
+    engine: "detectron2" or "torchvision"; weights: provenance of the converted file, None for random initialization;
+    processes, accumulate: GPUs (or CPU processes), and passes that each splits its images of an iteration into.
+    """
+    import torch  # here, because reports read results without it
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu" else "CPU"
+    return record.describe(
+        "finetune", cfg, origin, engine=engine, seed=cfg.SEED, weights=weights, method=(weights or {}).get("method"),
+        steps=cfg.SOLVER.MAX_ITER, processes=processes, accumulate=accumulate, device=device, config=cfg.dump(),
+        bn_batch_size=normalised(yaml.safe_load(cfg.dump()), processes, accumulate))
+
+
+def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False, processes=1, accumulate=1,
+                  origin=record.Origin()):
     """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs of a training also end
     its ``metrics.json``.
 
-    engine: "detectron2" or "torchvision"; ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a
-    model that has them, where a missing or non-finite number becomes null; weights: provenance of the converted file, None for random initialisation;
-    iterations: that the model which was judged has been trained for; eval_only: it may have been trained with another
-    config; seconds: wall time of the command that ended the run; processes, accumulate: GPUs (or CPU processes), and passes
-    that each split its images of an iteration into.
+    ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a model that has them, where a missing or
+    non-finite number becomes null; iterations: that the model which was judged has been trained for; eval_only: it may
+    have been trained with another config; seconds: wall time of the command that ended the run; the others as in
+    :func:`describe`.
     """
     def percent(task, key):
         value = ap.get(task, {}).get(key)
         return float(value) if value is not None and math.isfinite(value) else None
 
-    def version(package):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
     results = {
-        "engine": engine,
+        **describe(cfg, engine, weights, processes, accumulate, origin),
         "ap": {task: {key: percent(task, key) for key in AP_KEYS}
                for task in ("bbox", "segm", *ap.keys() & {"keypoints"})},
         "iterations": iterations,
         "eval_only": eval_only,
-        "seed": cfg.SEED,
-        "weights": weights,
-        "config": cfg.dump(),
-        "processes": processes,
-        "accumulate": accumulate,
-        "versions": {"python": platform.python_version(),
-                     **{package: version(package) for package in ("torch", "torchvision", "detectron2")}},
         "seconds": float(seconds),
+        "data": (read_training(cfg.OUTPUT_DIR) or {}).get("data"),
     }
-    _write_json(Path(cfg.OUTPUT_DIR, RESULTS), results)
+    record.write(cfg.OUTPUT_DIR, results, RESULTS)
     if not eval_only:
         last = {f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()}
         with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
@@ -66,15 +67,10 @@ def write_results(cfg, engine, ap, weights, iterations, seconds, eval_only=False
     return results
 
 
-def _write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 NUMBER, NOTHING = (int, float), type(None)
 CONTENT = {"engine": str, "ap": dict, "iterations": int, "eval_only": bool, "seed": int, "weights": (dict, NOTHING),
-           "config": str, "seconds": NUMBER}
+           "config": str, "seconds": NUMBER, "kind": str, "recipe": str, "settings": dict, "changed": dict,
+           "processes": int, "accumulate": int, "bn_batch_size": int, "steps": int}
 
 
 def load_results(folder):
@@ -92,7 +88,7 @@ def load_results(folder):
             raise ValueError(f"{wrong[0]} is of another kind")
         config = yaml.safe_load(results["config"])
         protocol_of(config)
-        config["DATASETS"]["TEST"], config["SOLVER"]["IMS_PER_BATCH"]
+        config["DATASETS"]["TEST"], config["SOLVER"]["IMS_PER_BATCH"], results["settings"]["DATASETS.TEST"]
         return results
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = ("no such file" if isinstance(error, FileNotFoundError) else
@@ -108,16 +104,20 @@ EVALUATION = re.compile(r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOL
 NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
 
-def begin_training(cfg, weights, processes=1, accumulate=1):
-    """Write what a run begins with: the provenance of its ``weights`` (None: random), config, processes and passes.
+def begin_training(cfg, weights, processes=1, accumulate=1, engine="torchvision", origin=record.Origin(),
+                   num_images=None):
+    """Write the record of a run that begins, as in :func:`describe`, and return it. num_images: that it trains on.
 
     The metrics.json of a run that came to no checkpoint is emptied.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / "metrics.json").is_file():
         os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
-    _write_json(folder / TRAINING, {"weights": weights, "config": cfg.dump(), "processes": processes,
-                                    "accumulate": accumulate, "annotations": annotation_digests(cfg)})
+    about = describe(cfg, engine, weights, processes, accumulate, origin)
+    about["annotations"] = annotation_digests(cfg)
+    about["data"] = {"name": ", ".join(set_names(cfg.DATASETS.TRAIN)), "images": num_images, "sha256": about["annotations"]}
+    record.write(folder, about, TRAINING)
+    return about
 
 
 def annotation_digests(cfg):
@@ -134,7 +134,8 @@ def read_training(folder):
         training = json.loads(path.read_text())
         settings(training["config"])
         training.setdefault("annotations", None)  # an older version's
-        return {key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")}
+        return {key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")
+                } | {"data": training.get("data")}
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise InputError(f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "
                          "OUTPUT_DIR") from None

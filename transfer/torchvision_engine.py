@@ -26,6 +26,7 @@ from torchvision.models.detection import roi_heads, transform
 from tqdm import tqdm
 
 from common import workers
+from common.record import Origin
 from transfer.annotations import load_datasets
 from transfer.checks import check_datasets
 from transfer.coco import CocoInstances, coco_ap
@@ -84,7 +85,7 @@ def load_checkpoint(path, model):
                          f"({type(error).__name__})") from None
 
 
-def fit(cfg, model, dataset, checkpoint=None):
+def fit(cfg, model, dataset, checkpoint=None, origin=Origin()):
     """Train to MAX_ITER and write model_final.pth; from ``checkpoint`` on, if given. Raises InputError."""
     solver, folder, device = cfg.SOLVER, Path(cfg.OUTPUT_DIR), next(model.parameters()).device
     norms = [p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
@@ -94,13 +95,14 @@ def fit(cfg, model, dataset, checkpoint=None):
 
     def save(name, i):
         save_checkpoint(folder, name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "iteration": i, "weights": provenance})
+                                       "iteration": i, "weights": provenance, "run": about})
 
-    start, provenance = 0, None
+    start, provenance, about = 0, None, None
     if checkpoint:
         saved = load_checkpoint(checkpoint, model)
         optimizer.load_state_dict(saved["optimizer"])
         start, provenance = saved["iteration"] + 1, saved["weights"]
+        about = saved.get("run")  # a checkpoint without it is of an older version
         log.info("%s: resuming at iteration %d of %d", checkpoint.name, start, solver.MAX_ITER)
         if checkpoint.name == FINAL:
             return
@@ -115,7 +117,7 @@ def fit(cfg, model, dataset, checkpoint=None):
     else:
         log.info("MODEL.WEIGHTS is empty: training starts from random weights")
     if not start:
-        begin_training(cfg, provenance)
+        about = begin_training(cfg, provenance, origin=origin, num_images=len(dataset.ids))
 
     model.train()
     recent = []
@@ -180,7 +182,7 @@ def detect(cfg, model, dataset):
     return detections
 
 
-def train(cfg, resume=False, eval_only=False):
+def train(cfg, resume=False, eval_only=False, origin=Origin()):
     """Fine-tune and evaluate; returns the content of OUTPUT_DIR/results.json. Raises InputError.
 
     resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. eval_only: evaluate
@@ -213,7 +215,7 @@ def train(cfg, resume=False, eval_only=False):
     (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
         try:
-            fit(cfg, model, train_set, start)
+            fit(cfg, model, train_set, start, origin)
         except torch.OutOfMemoryError:
             raise InputError(f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
                              "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR") from None
@@ -226,4 +228,4 @@ def train(cfg, resume=False, eval_only=False):
     ap = coco_ap(val_set.dataset, detections, ("bbox", "segm") if masks else ("bbox",))
     return write_results(cfg, engine="torchvision", ap=ap,
                          weights=weights, iterations=iterations, seconds=time.time() - began,
-                         eval_only=eval_only and not (resume and own_training(cfg)))
+                         eval_only=eval_only and not (resume and own_training(cfg)), origin=origin)

@@ -1,0 +1,77 @@
+"""What a run says of itself, from its start: in its folder (``run.json``) and in its checkpoints.
+
+Reports look a run up by this record alone: not by the name of a folder, nor by a number of steps.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from common.files import write_atomically
+
+FILE = "run.json"
+PACKAGES = ("torch", "torchvision", "timm", "detectron2")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a configuration came from."""
+
+    recipe: str = ""  # a file below configs/, else the path that was given
+    overrides: tuple = ()  # KEY, VALUE, ... on top of it
+    defaults: dict = field(default_factory=dict)  # {KEY: value}, what the engine has without them
+
+
+def describe(kind, cfg, origin, **facts):
+    """The record of a run, made of what JSON holds.
+
+    kind: "pretrain" or "finetune"; cfg: the resolved configuration, which came from ``origin``; facts:
+    what it does not say (data set, method, steps, weights, processes, ...). ``changed`` has the defaults
+    of the settings that differ.
+    """
+    settings, before = flatten(cfg), origin.defaults
+    changed = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
+    return {
+        "kind": kind,
+        "recipe": origin.recipe,
+        "overrides": list(map(str, origin.overrides)),
+        "settings": settings,
+        "changed": changed,
+        "versions": versions(),
+        **facts,
+    }
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts -> {"SOLVER.EPOCHS": 200, ...}, tuples as lists."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = plain(value)
+    return flat
+
+
+def plain(value):
+    return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def versions():
+    """{package: version}, None for one that is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write(folder, content, name=FILE):
+    """Write a dict as JSON to a file of ``folder``, whole or not at all. Raises OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(Path(folder, name), lambda file: file.write(text.encode()))

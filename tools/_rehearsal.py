@@ -1,0 +1,258 @@
+"""A rehearsal: the commands of tools/reproduce.py with a few steps on a few images, and what full runs
+would take.
+
+Recipe, readers, networks, evaluation and report are those of the full run. On a CPU batch and images are
+smaller, too.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pretrain import micro_batch, standins
+from pretrain.config import get_cfg
+from pretrain.distributed import amp_dtype
+from pretrain.networks import build_backbone, build_networks
+from pretrain.objectives import METHODS
+from tools._cli import ROOT
+from transfer import paper, shapes
+from transfer.annotations import COCO_2017, locate_dataset
+from transfer.config import InputError, RGB_IMAGENET
+from transfer.convert import ENCODERS
+from transfer.report import read_run, to_markdown
+from transfer.results import load_results
+
+# Overrides of the full run, by the machine. Images of ImageNet stay above 64 pixels, for up to those
+# tools/evaluate.py takes the small data sets' protocol.
+PRETRAIN = {"cpu": "SOLVER.BATCH_SIZE 8 SOLVER.MICRO_BATCH 8 DATA.NUM_WORKERS 1", "gpu": "DATA.NUM_WORKERS 4"}
+LARGE = {"cpu": "DATA.IMAGE_SIZE 72 DATA.EVAL_RESIZE 72", "gpu": ""}
+FINETUNE = {
+    "cpu": "SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 1 "
+    "MODEL.RPN.PRE_NMS_TOPK_TEST 100 MODEL.RPN.POST_NMS_TOPK_TEST 30 DATALOADER.NUM_WORKERS 0",
+    "gpu": "TEST.PRECISE_BN.NUM_ITER 2",
+}
+STEPS = 2
+# Where a method's authors keep their backbone: a key of the file, and a prefix in it.
+LAYOUTS = {
+    "InstDis": ("model", "module.encoder."),
+    "PIRL": ("model", "module.encoder."),
+    "InfoMin": ("model", "module.encoder."),
+    "MoCo v1": ("state_dict", "module.encoder_q."),
+    "MoCo v2": ("state_dict", "module.encoder_q."),
+}
+
+
+class Rehearsal:
+    """What makes the commands of a plan small; data sets and weights that are not there are drawn into
+    its folder."""
+
+    def __init__(self, args):
+        self.machine = "gpu" if torch.cuda.is_available() else "cpu"
+        self.folder = Path(args.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log, self.drawn = self.folder / "log.txt", []
+
+    def data(self, name):
+        """The path of a data set: the user's, or that of a stand-in."""
+        path = Path(paper.load()["datasets"][name]["path"])
+        if path.is_dir():
+            return path
+        kind = "imagenet" if name == "imagenet100" else name
+        folder = self.folder / "drawn" / kind
+        place = folder / "train" if kind == "imagenet" else folder
+        if not (folder / standins.STANDIN).is_file():
+            standins.draw(kind, folder, 2 * STEPS * self.batch_size(name))
+        self.drawn.append(paper.load()["datasets"][name]["title"])
+        return place
+
+    def batch_size(self, name):
+        if self.machine == "cpu":
+            return 8
+        recipe = paper.load()["datasets"][name]["recipe"].format(method="rsa")
+        return paper.recipe_settings(recipe).get("SOLVER.BATCH_SIZE", get_cfg().SOLVER.BATCH_SIZE)
+
+    def pretrain(self, training):
+        limit = STEPS * self.batch_size(training.dataset)
+        large = LARGE[self.machine] if training.dataset.startswith("imagenet") else ""
+        return [
+            "--data",
+            self.data(training.dataset),
+            *PRETRAIN[self.machine].split(),
+            *large.split(),
+            "DATA.LIMIT",
+            limit,
+            "SOLVER.EPOCHS",
+            1,
+            "SOLVER.WARMUP_EPOCHS",
+            0,
+            "KNN.PERIOD",
+            0,
+        ]
+
+    def linear(self):
+        return ["--epochs", 1]
+
+    def finetune(self, training):
+        """Data, overrides, and weights in place of those that Detectron2 would fetch."""
+        coco = self.coco()
+        words = [
+            "--train",
+            coco / "train.json",
+            coco / "images",
+            "--val",
+            coco / "val.json",
+            coco / "images",
+            "SOLVER.MAX_ITER",
+            STEPS,
+            "SOLVER.STEPS",
+            f"({STEPS - 1},)",
+            "SOLVER.WARMUP_ITERS",
+            1,
+            *FINETUNE[self.machine].split(),
+        ]
+        return words + (["MODEL.WEIGHTS", self.fetched(training)] if training.weights == "config" else [])
+
+    def coco(self):
+        """A small COCO-format data set of the user's photographs, or drawn: train.json, val.json, images/."""
+        folder = self.folder / "drawn" / "coco"
+        if (folder / "val.json").is_file():
+            return folder
+        try:
+            for part, name in zip(("train", "val"), COCO_2017):
+                cut(*locate_dataset(name), folder, part, 8 * STEPS)
+        except InputError:
+            self.drawn.append("COCO")
+            for seed, part in enumerate(("train", "val")):
+                shapes.write_coco(folder, part, 8 * STEPS, 160, seed)
+        return folder
+
+    def fetched(self, training):
+        """A stand-in for weights of Detectron2's: a ResNet-50 of random weights, with their pixels and
+        stride."""
+        settings = training.settings
+        path = self.folder / "drawn" / f"{training.name}.pkl"
+        facts = {
+            "source": "drawn",
+            "sha256": "0" * 64,
+            "format": "drawn",
+            "branch": "online",
+            "method": "supervised",
+            "step": -1,
+            **RGB_IMAGENET,
+            "architecture": "resnet50",
+            "pixel_mean": settings["MODEL.PIXEL_MEAN"],
+            "pixel_std": settings["MODEL.PIXEL_STD"],
+            "input_format": settings["INPUT.FORMAT"],
+            "stride_in_1x1": settings["MODEL.RESNETS.STRIDE_IN_1X1"],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ENCODERS["detectron2"](random_resnet50(), facts))
+        return path
+
+    def weights(self, method):
+        """A stand-in for the checkpoint of a method's authors, in their layout."""
+        key, prefix = LAYOUTS.get(method, ("state_dict", ""))
+        path = self.folder / "drawn" / f"{paper.word(method)}.pth"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({key: {prefix + name: tensor for name, tensor in random_resnet50().items()}}, path)
+        return path
+
+    def note(self):
+        smaller = (
+            "batch 8, images of ImageNet at 72 pixels, of COCO at 96"
+            if self.machine == "cpu"
+            else "full batches"
+        )
+        drawn = f"; drawn: {', '.join(dict.fromkeys(self.drawn))}" if self.drawn else ""
+        return f"REHEARSAL: {STEPS} steps of each run, {smaller}{drawn}. No number here is a result."
+
+    def estimates(self, folders):
+        """Markdown: memory of a GPU and hours on this machine that the full runs would take."""
+        lines, known = [["full run", "GPU memory (GiB)", f"hours on this {self.machine.upper()}"]], {}
+        for folder in map(Path, dict.fromkeys(folders)):
+            if (folder / "linear.json").is_file() or not (folder / "results.json").is_file():
+                run, training = read_run(folder), find(folder.name)
+                hours, memory = (
+                    of_pretraining(run, training),
+                    known.get(training.recipe) or gigabytes(training),
+                )
+                known[training.recipe] = memory
+                lines.append([folder.name, f"{memory:.1f}", f"{hours:.3g}"])
+            else:
+                lines.append(
+                    [folder.name, "–", f"{of_fine_tuning(load_results(folder), find(folder.name)):.3g}"]
+                )
+        return to_markdown(lines)
+
+
+def find(name):
+    """The training of the paper that has this name."""
+    return next(
+        cell.training
+        for table in paper.load()["tables"]
+        if paper.shows(table) != "pictures"
+        for cell in paper.cells(table)
+        if cell.training and cell.training.name == name
+    )
+
+
+def full_config(training):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
+    cfg.merge_from_list([item for pair in training.overrides for item in pair])
+    return cfg
+
+
+def of_pretraining(run, training):
+    """Hours that the full run would take at the rehearsal's time for a pixel of a view."""
+    cfg, seen = full_config(training), run["settings"]
+    images = run["step"] * seen["SOLVER.BATCH_SIZE"]
+    scale = (cfg.DATA.IMAGE_SIZE / seen["DATA.IMAGE_SIZE"]) ** 2
+    total = paper.load()["datasets"][training.dataset]["images"][0] * cfg.SOLVER.EPOCHS
+    return run["seconds"] / images * scale * total / 3600
+
+
+def of_fine_tuning(run, training):
+    """The same of a fine-tuning, by its iterations: evaluation is counted among them."""
+    full, seen = training.settings, run["settings"]
+    scale = (max(full["INPUT.MIN_SIZE_TRAIN"]) / max(seen["INPUT.MIN_SIZE_TRAIN"])) ** 2
+    images = full["SOLVER.IMS_PER_BATCH"] * full["SOLVER.MAX_ITER"]
+    return run["seconds"] / (run["iterations"] * seen["SOLVER.IMS_PER_BATCH"]) * scale * images / 3600
+
+
+def gigabytes(training):
+    """GiB that each of the paper's GPUs needs free for the full run, counted as tools/pretrain.py chooses
+    a micro-batch."""
+    cfg = full_config(training)
+    gpus = paper.load()["datasets"][training.dataset]["gpus"]
+    networks = build_networks(cfg, METHODS[cfg.METHOD])
+    count = cfg.SOLVER.MICRO_BATCH or cfg.SOLVER.BATCH_SIZE // gpus
+    return micro_batch.needed(networks, cfg.DATA.IMAGE_SIZE, amp_dtype(cfg.SOLVER.AMP), count) / 2**30
+
+
+def random_resnet50():
+    """{torchvision's name: tensor} of an untrained ResNet-50 with statistics that are not the initial
+    ones."""
+    state = {}
+    for name, tensor in build_backbone("resnet50").state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            state[name] = tensor + 0.01 if "running" in name else tensor
+    return state
+
+
+def cut(annotations, images, folder, part, count):
+    """The first ``count`` annotated images of a COCO-format data set, as one of its own beside the same
+    images."""
+    content = json.loads(Path(annotations).read_text())
+    annotated = {annotation["image_id"] for annotation in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in annotated][:count]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for image in content["images"]:
+        place = folder / "images" / image["file_name"]
+        if not place.exists():
+            place.symlink_to(Path(images, image["file_name"]).resolve())
+    (folder / f"{part}.json").write_text(json.dumps(content))
