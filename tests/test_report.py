@@ -66,6 +66,7 @@ def test_weights_label():
     assert report.weights_label({"weights": {"method": "rsa", "step": 500}}) == "rsa, step 500"
     assert report.weights_label({"weights": None}) == "random"
     assert report.weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
+    assert report.weights_label({"weights": {"method": "unknown", "format": "SimSiam", "step": -1}}) == "SimSiam"
 
 
 def test_table_mean_std_and_missing_cells(tmp_path):

@@ -72,7 +72,7 @@ def test_all_tables_share_their_runs(here, monkeypatch, capsys):
     assert call(monkeypatch, "all", "--dry-run", *(f"--weights={text}" for text in WEIGHTS)) == 0
     said = capsys.readouterr().out
     runs = [line for line in said.splitlines() if "tools/pretrain.py" in line]
-    assert len(runs) == len(set(runs)) == 84 + 2 * 28  # distinct trainings; 28 of them with two seeds more
+    assert len(runs) == len(set(runs)) == 84 + 2 * 34  # distinct trainings; 34 of them with two more seeds
     once = said[said.index("imagenet100_byol_R50_100ep") :].splitlines()[1]
     assert once == "    for table1 byol_aa imagenet100, table3 byol imagenet100, figure3 byol imagenet100"
     assert "table4 rsa_200 imagenet, table5 rsa, table6 rsa" in said and "left out" not in said
@@ -249,7 +249,7 @@ def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
     folder = here / "output/reproduce/seed0" / CIFAR.training.name
     ran = []
 
-    def run(command):
+    def run(command, check):
         ran.append(command[1:])
         if len(ran) == 1:
             return subprocess.CompletedProcess(command, 75)

@@ -33,14 +33,10 @@ FINETUNE = {
     "gpu": "TEST.PRECISE_BN.NUM_ITER 2",
 }
 STEPS = 2
-# Where a method's authors keep their backbone: a key of the file, and a prefix in it.
-LAYOUTS = {
-    "InstDis": ("model", "module.encoder."),
-    "PIRL": ("model", "module.encoder."),
-    "InfoMin": ("model", "module.encoder."),
-    "MoCo v1": ("state_dict", "module.encoder_q."),
-    "MoCo v2": ("state_dict", "module.encoder_q."),
-}
+# Where a method's authors keep their backbone: a key of the file, a prefix in it, and a tensor of the head beside it.
+PYCONTRAST = ("model", "module.encoder.", "module.head.0.weight")
+MOCO = ("state_dict", "module.encoder_q.", "module.encoder_q.fc.0.weight")
+LAYOUTS = {"InstDis": PYCONTRAST, "PIRL": PYCONTRAST, "InfoMin": PYCONTRAST, "MoCo v1": MOCO, "MoCo v2": MOCO}
 
 
 class Rehearsal:
@@ -152,11 +148,12 @@ class Rehearsal:
 
     def weights(self, method):
         """A stand-in for the checkpoint of a method's authors, in their layout."""
-        key, prefix = LAYOUTS.get(method, ("state_dict", ""))
+        key, prefix, head = LAYOUTS.get(method, ("state_dict", "", "fc.weight"))
         path = self.folder / "drawn" / f"{paper.word(method)}.pth"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({key: {prefix + name: tensor for name, tensor in random_resnet50().items()}}, path)
+            state = {prefix + name: tensor for name, tensor in random_resnet50().items()}
+            torch.save({key: {**state, head: torch.zeros(128, 2048)}}, path)
         return path
 
     def note(self):

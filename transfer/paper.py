@@ -239,7 +239,7 @@ def comparable(key, value):
     BatchNorm, since over how many images is compared by itself."""
     if key.startswith("DATASETS.") and isinstance(value, list):
         return [str(name).split("::")[0].split("/")[-1] for name in value]
-    return value.replace("SyncBN", "BN") if key.endswith(".NORM") else value
+    return value.replace("SyncBN", "BN") if key.endswith(".NORM") and isinstance(value, str) else value
 
 
 def numbers_differ(found, wanted):

@@ -228,6 +228,7 @@ def weights_label(run):
     if weights is None:
         return "random"
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
+    method = weights.get("format", method) if method == "unknown" else method  # its layout is all that is known
     return (
         f"{method}, step {step}" if step >= 0 else method
     )  # the converter writes -1 where a file names no step
