@@ -15,6 +15,12 @@ FILE = "run.json"
 PACKAGES = ("torch", "torchvision", "timm", "detectron2")
 
 
+KEYS = {  # of each kind of record, which reports need
+    "pretrain": ("recipe", "settings", "changed", "method", "seed", "data", "step", "steps", "bn_batch_size"),
+    "finetune": ("recipe", "settings", "changed", "seed", "weights", "engine", "steps", "bn_batch_size"),
+}
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a configuration came from."""
@@ -42,6 +48,16 @@ def describe(kind, cfg, origin, **facts):
         "versions": versions(),
         **facts,
     }
+
+
+def is_sound(about):
+    """Whether a value read from a file has what a record holds."""
+    return (
+        isinstance(about, dict)
+        and all(key in about for key in KEYS.get(about.get("kind"), ("kind of its own",)))
+        and isinstance(about["settings"], dict)
+        and isinstance(about["changed"], dict)
+    )
 
 
 def flatten(tree, prefix=""):

@@ -271,8 +271,10 @@ def test_tool_writes_the_table_and_figure3(tool, tmp_path):
 def test_what_is_missing(tool, tmp_path):
     for name, content, text in (
         ("empty", None, "holds no linear.json"),
-        ("broken", "[]", "is no JSON object"),
+        ("broken", "[]", "holds no JSON object"),
         ("foreign", "{}", "is not what tools/evaluate.py"),
+        ("record", '{"knn_top1": 1.0, "pretrain": {"kind": "pretrain"}}', "is not what tools/evaluate.py"),
+        ("text", '{"linear_top1_last": "high"}', "is not what tools/evaluate.py"),
     ):
         (tmp_path / name).mkdir()
         if content:

@@ -9,6 +9,7 @@ import pytest
 
 from common import record
 from tests.conftest import ROOT
+from tests.test_report import full_run
 from tests.test_report_top1 import CIFAR, cell_of, make_run
 from tools import reproduce
 from transfer import paper
@@ -194,8 +195,17 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_done(here, monkeypatc
     ):
         planned(monkeypatch, *arguments)
     (folder / record.FILE).unlink()
-    with pytest.raises(InputError, match="run.json does not say what the run was"):
+    with pytest.raises(InputError, match="run.json cannot be read .no such file.: it says what the run was"):
         planned(monkeypatch, *arguments)
+
+
+def test_a_finished_fine_tuning_is_checked_as_well(here, monkeypatch):
+    folder = full_run(here / "output/reproduce/seed0/mask_rcnn_R50_FPN_1x_random", 32.0, 29.0, None)
+    _, missing = planned(monkeypatch, "table5", "--rows", "random")
+    assert missing == []
+    full_run(folder, 32.0, 29.0, None, keys={"SOLVER.MAX_ITER": 10})
+    with pytest.raises(InputError, match=r"holds another run \(10 iterations instead of 90000\): move it away"):
+        planned(monkeypatch, "table5", "--rows", "random")
 
 
 def test_the_run_of_the_three_commands_serves(here, monkeypatch):

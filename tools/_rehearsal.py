@@ -86,6 +86,10 @@ class Rehearsal:
             0,
         ]
 
+    def benchmark(self, name):
+        size = ["--size", 72] if name.startswith("imagenet") else []
+        return ["--batch-size", 8, *size, "--steps", 1, "--repeats", 1] if self.machine == "cpu" else []
+
     def linear(self):
         return ["--epochs", 1]
 
@@ -129,7 +133,7 @@ class Rehearsal:
         settings = training.settings
         path = self.folder / "drawn" / f"{training.name}.pkl"
         facts = {
-            "source": "drawn",
+            "source": settings["MODEL.WEIGHTS"],
             "sha256": "0" * 64,
             "format": "drawn",
             "branch": "online",

@@ -17,11 +17,21 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common import record  # noqa: E402
 from tools._cli import run  # noqa: E402
 from transfer import paper  # noqa: E402
 from transfer.config import InputError  # noqa: E402
 from transfer.pictures import plot_sweep  # noqa: E402
-from transfer.report import make_rows, read_run, table_cells, to_markdown, write_csv, write_report  # noqa: E402
+from transfer.report import (  # noqa: E402
+    TOP1,
+    make_rows,
+    read_json,
+    read_run,
+    table_cells,
+    to_markdown,
+    write_csv,
+    write_report,
+)
 
 
 def main():
@@ -60,17 +70,22 @@ def write(runs, output, tables=None, note=None, betas=None):
 
 
 def read_top1(folder):
-    """What tools/evaluate.py left in a run's folder. Raises InputError where there is nothing."""
+    """What tools/evaluate.py left in a run's folder. Raises InputError where there is nothing, or something
+    else."""
     found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
     if not found:
         raise InputError(
             f"{folder} holds no linear.json or knn.json: write them with tools/evaluate.py --output FILE"
         )
-    result = {key: value for name in found for key, value in read_run(folder, name).items()}
-    if "checkpoint" not in result:
-        raise InputError(
-            f"{Path(folder, found[-1])} is not what tools/evaluate.py --output writes: run it again"
-        )
+    result = {key: value for name in found for key, value in read_json(Path(folder, name)).items()}
+    about = result.get("pretrain")
+    figures = [result[key] for key in TOP1.values() if key in result]
+    if (
+        not figures
+        or not all(isinstance(value, (int, float)) for value in figures)
+        or (about is not None and not record.is_sound(about))
+    ):
+        raise InputError(f"{Path(folder, found[-1])} is not what tools/evaluate.py writes: run it again")
     return result
 
 

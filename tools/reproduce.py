@@ -27,6 +27,7 @@ from tools._cli import ROOT, run  # noqa: E402
 from transfer import paper  # noqa: E402
 from transfer.config import InputError  # noqa: E402
 from transfer.report import read_run  # noqa: E402
+from transfer.results import load_results  # noqa: E402
 
 OWN_RUN = Path("output/pretrain")  # where tools/pretrain.py leaves the ImageNet-1K recipe's run by itself
 
@@ -161,23 +162,13 @@ class Plan:
         """Add Table 7's short form: seconds of an epoch with the loader; returns the files by column."""
         found = {}
         for name, column in paper.load()["tables"][table]["columns"].items():
-            data = paper.load()["datasets"][column["dataset"]]
+            dataset = paper.load()["datasets"][column["dataset"]]
+            recipe = dataset["recipe"].format(method="rsa")
+            data = self.small.data(column["dataset"]) if self.small else dataset["path"]
             done = self.folder / table / f"{name}.json"
-            command = [
-                "tools/benchmark.py",
-                "step",
-                "--methods",
-                "byol",
-                "rsa",
-                "--config-file",
-                data["recipe"].format(method="rsa"),
-                "--data",
-                data["path"],
-                "--epoch-images",
-                data["images"][0],
-                "--output",
-                done,
-            ]
+            command = ["tools/benchmark.py", "step", "--methods", "byol", "rsa", "--config-file", recipe]
+            command += ["--data", data, "--epoch-images", dataset["images"][0], "--output", done]
+            command += self.small.benchmark(column["dataset"]) if self.small else []
             found[name] = self.add(f"{table} {name}", done, command, hours=0.2)
         return found
 
@@ -195,7 +186,8 @@ class Plan:
 def words(training, folder):
     """In what the run in a folder is another than ``training``."""
     try:
-        return paper.differences(training, read_run(folder))
+        read = load_results if training.kind == "finetune" else read_run
+        return paper.differences(training, read(folder))
     except InputError as error:
         return [str(error)]
 
@@ -280,24 +272,17 @@ def execute(step, small):
 
 
 def show(plan, missing):
+    """Print what would run, for which rows, and what it costs."""
     for row in plan.left_out:
         print(f"left out: {row}")
     for step in plan.steps.values():
-        state = (
-            f"{step.hours:.3g} V100-hours"
-            if step in missing
-            else "done"
-            if step.done.is_file()
-            else "not needed"
-        )
+        cost = "to run" if plan.small else f"{step.hours:.3g} V100-hours"
+        state = cost if step in missing else "done" if step.done.is_file() else "not needed"
         print(f"[{state}] {shlex.join(step.command) if step in missing else step.done}")
         print(f"    for {', '.join(step.rows)}")
     hours = sum(step.hours for step in missing)
-    print(
-        f"{len(missing)} of {len(plan.steps)} to run"
-        + (", in a rehearsal" if plan.small else f", about {hours:.0f} V100-hours by configs/paper.yaml"),
-        flush=True,
-    )
+    total = "in a rehearsal" if plan.small else f"about {hours:.0f} V100-hours by configs/paper.yaml"
+    print(f"{len(missing)} of {len(plan.steps)} to run, {total}", flush=True)
 
 
 def write(table, found, args, small):

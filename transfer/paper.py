@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from fvcore.common.config import CfgNode
 
-from common.record import flatten, plain
+from common.record import flatten, is_sound, plain
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -269,8 +269,10 @@ def weights_differ(training, provenance):
         return []
     found = ["the target network's weights"] * (provenance.get("branch", "online") != "online")
     if provenance.get("run"):
-        words = differences(training.weights, json.loads(provenance["run"]))
-        return found + [f"pre-training: {words}" for words in words]
+        about = json.loads(provenance["run"])
+        if not is_sound(about):
+            return [*found, "weights whose record cannot be read"]
+        return found + [f"pre-training: {words}" for words in differences(training.weights, about)]
     return found + ["weights that do not say how they were pre-trained"] * (
         provenance.get("format") != AUTHORS
     )

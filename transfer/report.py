@@ -64,19 +64,25 @@ class Row:
         return round(abs(self.difference(name)), 6) > noise
 
 
-def read_run(folder, name=record.FILE):
-    """A run's file in its folder -> dict. Raises InputError."""
-    path = Path(folder, name)
+def read_json(path):
+    """A JSON object of a run's folder -> dict. Raises InputError."""
     try:
-        run = json.loads(path.read_text())
-        if not isinstance(run, dict):
-            raise ValueError("it is no JSON object")
-        return run
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise InputError(
-            f"{path} does not say what the run was ({reason}): run it again with this version"
-        ) from None
+        raise InputError(f"{path} cannot be read ({reason}): it says what the run was") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: run its command again")
+    return content
+
+
+def read_run(folder):
+    """The record of the pre-training in a folder. Raises InputError."""
+    path = Path(folder, record.FILE)
+    about = read_json(path)
+    if not record.is_sound(about) or about["kind"] != "pretrain":
+        raise InputError(f"{path} is not what tools/pretrain.py writes: run it again")
+    return about
 
 
 def make_rows(kind, runs, tables=None, betas=None):
@@ -228,7 +234,9 @@ def weights_label(run):
     if weights is None:
         return "random"
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
-    method = weights.get("format", method) if method == "unknown" else method  # its layout is all that is known
+    method = (
+        weights.get("format", method) if method == "unknown" else method
+    )  # its layout is all that is known
     return (
         f"{method}, step {step}" if step >= 0 else method
     )  # the converter writes -1 where a file names no step
