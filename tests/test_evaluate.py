@@ -235,6 +235,9 @@ def test_centre_crop_of_one_line_of_pixels():
     assert crop.shape == (3, 224, 224) and torch.equal(crop, center_crop(image.mT, 256, 224).mT)
     middle = image[:, 0, 9999:10001].float()  # the centre lies between these two pixels
     assert (crop[:, 0, 111:113].float() - middle.mean(1, keepdim=True)).abs().max() < 2
+    odd = torch.cat([image, image[..., :1]], -1)
+    symmetric = torch.maximum(odd, odd.flip(-1))  # its crop is symmetric only if the centre has stayed
+    assert torch.equal(center_crop(symmetric, 256, 224), center_crop(symmetric, 256, 224).flip(-1))
 
 
 # ---- what is kept beside a checkpoint ----

@@ -115,9 +115,11 @@ def test_folders_without_named_parts(tmp_path):
         find_labelled(cfg, images)
 
 
-def test_several_configurations_are_listed(tmp_path):
-    for config in ("large", "small"):
-        write(tmp_path / "set" / config / "train-00000-of-00001.parquet", image=structs())
+@pytest.mark.parametrize("files", [["train-00000-of-00001.parquet"], ["train/0000.parquet", "test/0000.parquet"]])
+def test_several_configurations_are_listed(tmp_path, files):
+    for file in files:
+        write(tmp_path / "set/large" / file, image=structs())
+        write(tmp_path / "set/small" / file, image=structs())
     with pytest.raises(InputError, match="set holds several configurations, large, small: give the folder of one, such as "
                                          ".*set/small"):
         open_images(tmp_path / "set")
