@@ -15,7 +15,7 @@ setup(
         "torchvision>=0.21,<0.30",
         "timm>=1.0.20,<1.1",
         "fvcore>=0.1.5.post20221221",
-        "pycocotools>=2.0.7,!=2.0.9,!=2.0.10,<2.1",  # those two fail on files without "info", after training
+        "pycocotools>=2.0.8,!=2.0.9,!=2.0.10,<2.1",  # those two fail on files without "info", after training
         "safetensors",
         "numpy",
         "pillow",
