@@ -18,6 +18,7 @@ from transfer.architectures import tensor_shapes
 from transfer.config import InputError
 from transfer import convert as converter
 from transfer.convert import SUFFIXES, convert, detectron2_name, load_weights
+from transfer.metadata import parse_pixels
 from transfer.provenance import checksum
 from transfer.readers import read_checkpoint
 from transfer.safe_load import open_checkpoint
@@ -183,6 +184,18 @@ def test_what_was_converted_is_read_back_with_its_provenance(resnet50_checkpoint
     other = {"online": "target", "target": "online"}[branch]
     with pytest.raises(InputError, match=f"converted from the {branch} branch and holds no other.*own.pth.*--branch {other}"):
         read_checkpoint(source, other)
+
+
+def test_assumed_pixels_of_a_converted_file_can_be_stated_once(checkpoint, tmp_path):
+    bare = {name.removeprefix("online.backbone."): t for name, t in checkpoint["model"].items() if "online.backbone" in name}
+    torch.save(bare, tmp_path / "bare.pth")
+    path, provenance = convert(tmp_path / "bare.pth", tmp_path / "a.pth", "torchvision")
+    assert provenance["pixel_source"] == "assumed"
+    path, provenance = convert(path, tmp_path / "b.pkl", pixels=parse_pixels("unscaled"))
+    assert provenance["pixel_source"] == "given" and provenance["pixel_std"] == [255] * 3
+    assert convert(path, tmp_path / "c.pth", "torchvision", pixels=parse_pixels("unscaled"))[1] == provenance
+    with pytest.raises(InputError, match=r"says that it was trained on mean \[0.0, 0.0, 0.0\].*: leave --pixels out"):
+        convert(path, tmp_path / "d.pth", "torchvision", pixels=parse_pixels("imagenet"))
 
 
 @pytest.mark.parametrize("to", SUFFIXES)

@@ -120,21 +120,24 @@ def remarks(provenance):
 
 def complete(provenance, path, branch=None, pixels=None):
     """A converted file's provenance, with what older files lack; ``pixels`` replace those that were assumed.
-    Raises InputError if it is of another branch, or knows its pixels."""
+    Raises InputError if it is of another branch, or has other pixels."""
     held = provenance.get("branch", "online")
     if branch not in (None, held):
         raise InputError(
             f"{path} was converted from the {held} branch and holds no other: convert the checkpoint "
             f"({provenance.get('source', 'its source')}) again with --branch {branch}"
         )
-    if pixels and provenance.get("pixel_source") not in (ASSUMED, "given"):
-        raise InputError(
-            f"{path} says that it was trained on mean {provenance.get('pixel_mean')} and std "
-            f"{provenance.get('pixel_std')}: leave --pixels out"
-        )
     if pixels:
-        mean, std = ([round(255 * value, 3) for value in values] for values in pixels)
-        provenance = provenance | {"pixel_mean": mean, "pixel_std": std, "pixel_source": "given"}
+        known = {**RGB_IMAGENET, **provenance}
+        stated = [[value / 255 for value in known[key]] for key in ("pixel_mean", "pixel_std")]
+        if provenance.get("pixel_source") == ASSUMED:
+            mean, std = ([round(255 * value, 3) for value in values] for values in pixels)
+            provenance = provenance | {"pixel_mean": mean, "pixel_std": std, "pixel_source": "given"}
+        elif not same_pixels(stated, pixels):
+            raise InputError(
+                f"{path} says that it was trained on mean {known['pixel_mean']} and std {known['pixel_std']}: "
+                "leave --pixels out"
+            )
     return {
         "source": Path(path).name,
         "format": "unknown",
