@@ -405,14 +405,14 @@ FORMATS = (
         drops=(
             "backbone.base_ema_coefficient backbone.final_ema_coefficient backbone.ema_coefficient "
             "backbone.student.fc. backbone.teacher.fc. "
-            "projector predictor prototypes. queue callbacks_modules. callbacks_metrics."
+            "projector predictor prototypes. queue callbacks_"
         ),
         must="backbone.student.",
     ),
     Format(
         "stable-pretraining",
         "backbone.",
-        drops="backbone.fc. projector predictor proj_ prototypes. queue callbacks_modules. callbacks_metrics.",
+        drops="backbone.fc. projector predictor proj_ prototypes. queue callbacks_",
         must="callbacks_modules.|callbacks_metrics.",
     ),
     Format(

@@ -133,7 +133,8 @@ def check_network(contents, architecture, path):
     for pattern, what in OTHER_STRIDES:
         if re.search(pattern, said(contents, "config") or ""):
             raise InputError(
-                f"{path} says in its configuration that the ResNet {what}, which torchvision's and timm's do not"
+                f"{path} says in its configuration that the ResNet {what}, which torchvision's and timm's "
+                "do not"
             )
     if name and is_other_network(name, architecture):
         raise InputError(

@@ -135,8 +135,8 @@ def complete(provenance, path, branch=None, pixels=None):
             provenance = provenance | {"pixel_mean": mean, "pixel_std": std, "pixel_source": "given"}
         elif not same_pixels(stated, pixels):
             raise InputError(
-                f"{path} says that it was trained on mean {known['pixel_mean']} and std {known['pixel_std']}: "
-                "leave --pixels out"
+                f"{path} says that it was trained on mean {known['pixel_mean']} and std "
+                f"{known['pixel_std']}: leave --pixels out"
             )
     return {
         "source": Path(path).name,
