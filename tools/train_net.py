@@ -47,6 +47,7 @@ def main():
         if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
             raise InputError("--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
                              "the torchvision engine trains on one device, all images at once")
+    defaults = cfg.clone()
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
     try:
         configure(cfg, args)
@@ -55,8 +56,9 @@ def main():
             raise InputError(f"{error}, which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
                              "leave the key out, or use --engine detectron2") from None
         raise
+    came_from = origin(find_config(args.config_file, InputError), args.overrides, defaults)
     with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
-        engine.train(cfg, resume=args.resume, eval_only=args.eval_only, **options)
+        engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
 
 
