@@ -234,7 +234,7 @@ def pretrained(**changes):
     cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
     cfg.merge_from_list([item for pair in changes.items() for item in pair])
     run = describe("pretrain", cfg, Origin(training.recipe, (), flatten(pretrain.config.get_cfg())), step=9, steps=9,
-                   bn_batch_size=2048, data={"images": 1281167, "classes": 1000})
+                   bn_batch_size=2048, method="rsa", seed=0, data={"images": 1281167, "classes": 1000})
     return {"method": "rsa", "step": 9, "branch": "online", "run": json.dumps(run)}
 
 
