@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import write_json
 from transfer import pictures
 from transfer.dataset import Dataset
+from transfer.report import COLUMNS, Row
 
 PRICE, CAR = "$_{$ 5", "汽车"  # as a formula, an error
 
@@ -71,7 +72,7 @@ def make_run(folder, names):
 
 def draw_all(folder, path, name):
     """Curves, APs and detections of runs with this name, into ``folder``."""
-    rows = [{"run": name, "seeds": 1, **dict.fromkeys(pictures.PAPER_COLUMNS, (30.0, None))}]
+    rows = [Row(name, runs=[folder], figures=dict.fromkeys(COLUMNS["ap"], (30.0, None)))]
     runs = {name: folder, f"other {name}": folder}
     return [
         pictures.plot_curves(None, runs, folder / "c.png"),
