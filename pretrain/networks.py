@@ -39,6 +39,12 @@ def build_backbone(name, small_stem=False):
     return backbone
 
 
+def check_backbone(name, small_stem=False):
+    """Raises the InputError of :func:`build_backbone`, without the memory and the random numbers of building it."""
+    with torch.device("meta"):
+        build_backbone(name, small_stem)
+
+
 def mlp(in_dim, hidden_dim, out_dim, bias=False):
     """[B, in_dim] -> [B, out_dim]; ``bias`` is the last layer's."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),

@@ -105,7 +105,7 @@ COMMANDS = {
     "no value": (["pretrain", "SOLVER.EPOCHS"], "'SOLVER.EPOCHS' has no value"),
     "no recipe": (["pretrain", "--method", "byol_aw"], "byol_aw has no ImageNet-1K recipe: give --config-file"),
     "short": (["pretrain", "--epochs", "5"], "warm-up of 10 epochs"),
-    "no backbone": (["pretrain", "MODEL.BACKBONE", "resnet999", "--data", "IMAGES", "--batch-size", "8"], "resnet999"),
+    "no backbone": (["pretrain", "MODEL.BACKBONE", "resnet999", "--data", "none"], "resnet999' is not a model that timm knows"),
     "micro-batch": (["pretrain", "--data", "IMAGES", "--batch-size", "24", "--micro-batch", "5", "--amp", "off"],
                     "5 does not divide the 24 images .* --micro-batch 4 or 6"),
     "one image at a time": (["pretrain", "--data", "IMAGES", "--batch-size", "8", "--micro-batch", "1"],

@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import config
-from pretrain.networks import KeyQueue, Networks, build_backbone, build_networks
+from pretrain.networks import KeyQueue, Networks, build_backbone, build_networks, check_backbone
 from pretrain.objectives import METHODS
 
 
@@ -222,7 +222,7 @@ def test_networks_by_hand_are_byols():
     ("", False, "not a model that timm knows")])
 def test_other_backbones_are_refused_in_one_line(name, small_stem, message):
     with pytest.raises(config.InputError, match=message) as error:
-        build_backbone(name, small_stem)
+        check_backbone(name, small_stem)
     assert f"MODEL.BACKBONE {name!r}" in str(error.value) or name in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -35,8 +35,9 @@ def main():
     cfg = merge_config(get_cfg(), file, overrides, InputError)
     check(cfg)
     expand_paths(cfg)
-    from pretrain import distributed, train_loop  # after the options are known to be right: torch is slow to import
+    from pretrain import distributed, networks, train_loop  # after the options are known to be right: torch is slow to import
 
+    networks.check_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)  # before the images are listed
     distributed.adopt_slurm(os.environ)
     if distributed.is_first_process():
         print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
