@@ -1,4 +1,4 @@
-"""The ResNets that are converted: names and shapes of their tensors, and the Detectron2 keys that build them."""
+"""The ResNets that are converted: names and shapes of their tensors, Detectron2's keys for them."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -34,7 +34,8 @@ def convert(
     ``method``: for a file that does not name its own. Raises InputError."""
     state, provenance = read_checkpoint(source, branch, pixels)
     if method and provenance["method"] not in ("unknown", method):
-        raise InputError(f"{source} says that its method is {provenance['method']}: leave out --method {method}")
+        held = provenance["method"]
+        raise InputError(f"{source} says that its method is {held}: leave out --method {method}")
     provenance["method"] = method or provenance["method"]
     if output is None:
         name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
