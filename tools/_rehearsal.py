@@ -180,12 +180,16 @@ class Rehearsal:
                     known.get(training.recipe) or gigabytes(training),
                 )
                 known[training.recipe] = memory
-                lines.append([folder.name, f"{memory:.1f}", f"{hours:.3g}"])
+                lines.append([folder.name, f"{memory:.1f}", duration(hours)])
             else:
                 lines.append(
-                    [folder.name, "–", f"{of_fine_tuning(load_results(folder), find(folder.name)):.3g}"]
+                    [folder.name, "–", duration(of_fine_tuning(load_results(folder), find(folder.name)))]
                 )
         return to_markdown(lines)
+
+
+def duration(hours):
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
 def find(name):

@@ -318,9 +318,11 @@ def difference_cell(row, name):
 
 
 def to_markdown(cells):
-    """Header and rows of strings -> a Markdown table, columns padded so that it also reads as plain text."""
+    """Header and rows of strings -> a Markdown table, columns padded so that it also reads as plain text.
+    A row of words alone may be wider than the table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    full = [row for row in cells if any(row[1:])]
+    widths = [max(3, *map(len, column)) for column in zip(*(full or cells))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
