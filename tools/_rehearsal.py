@@ -28,12 +28,16 @@ from transfer.results import load_results
 PRETRAIN = {"cpu": "SOLVER.BATCH_SIZE 8 SOLVER.MICRO_BATCH 8 DATA.NUM_WORKERS 1", "gpu": "DATA.NUM_WORKERS 4"}
 LARGE = {"cpu": "DATA.IMAGE_SIZE 72 DATA.EVAL_RESIZE 72", "gpu": ""}
 FINETUNE = {
-    "cpu": "SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 1 "
-    "MODEL.RPN.PRE_NMS_TOPK_TEST 100 MODEL.RPN.POST_NMS_TOPK_TEST 30 DATALOADER.NUM_WORKERS 0",
+    "cpu": "SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 "
+    "TEST.PRECISE_BN.NUM_ITER 1 "
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN 100 MODEL.RPN.POST_NMS_TOPK_TEST 30 "
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 DATALOADER.NUM_WORKERS 0",
     "gpu": "TEST.PRECISE_BN.NUM_ITER 2",
 }
 STEPS = 2
-# Where a method's authors keep their backbone: a key of the file, a prefix in it, and a tensor of the head beside it.
+COCO_IMAGES = {"train": 32, "val": 4}
+# Where a method's authors keep their backbone: a key of the file, a prefix in it, and a tensor of the head
+# beside it.
 PYCONTRAST = ("model", "module.encoder.", "module.head.0.weight")
 MOCO = ("state_dict", "module.encoder_q.", "module.encoder_q.fc.0.weight")
 LAYOUTS = {"InstDis": PYCONTRAST, "PIRL": PYCONTRAST, "InfoMin": PYCONTRAST, "MoCo v1": MOCO, "MoCo v2": MOCO}
@@ -119,12 +123,12 @@ class Rehearsal:
         if (folder / "val.json").is_file():
             return folder
         try:
-            for part, name in zip(("train", "val"), COCO_2017):
-                cut(*locate_dataset(name), folder, part, 8 * STEPS)
+            for (part, count), name in zip(COCO_IMAGES.items(), COCO_2017):
+                cut(*locate_dataset(name), folder, part, count)
         except InputError:
             self.drawn.append("COCO")
-            for seed, part in enumerate(("train", "val")):
-                shapes.write_coco(folder, part, 8 * STEPS, 160, seed)
+            for seed, (part, count) in enumerate(COCO_IMAGES.items()):
+                shapes.write_coco(folder, part, count, 160, seed)
         return folder
 
     def fetched(self, training):
