@@ -110,7 +110,5 @@ def test_a_small_part_of_the_users_coco(rehearsal, tmp_path, monkeypatch):
     assert locate_dataset("coco_2017_train")
     folder = rehearsal.coco()
     found = json.loads((folder / "train.json").read_text())
-    assert [image["id"] for image in found["images"]] == list(range(1, 17)) and len(
-        found["annotations"]
-    ) == 16
+    assert [image["id"] for image in found["images"]] == list(range(1, 33)) and len(found["annotations"]) == 32
     assert Image.open(folder / "images" / "5.jpg").size == (8, 8) and rehearsal.drawn == []
