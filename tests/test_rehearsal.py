@@ -72,6 +72,12 @@ def test_memory_grows_with_the_images_at_once():
     assert 3 < large / small < 4.2  # four times the pixels, beside weights
 
 
+def test_memory_of_a_fine_tuning_is_the_model_zoos():
+    """7.2 GB for the two images that a GPU has."""
+    training = next(cell.training for cell in paper.cells("table5") if cell.row == "rsa")
+    assert _rehearsal.memory_of_fine_tuning(training) == pytest.approx(7.2e9 / 2**30)
+
+
 def test_the_users_data_are_taken_where_they_are(rehearsal, tmp_path):
     (tmp_path / "datasets/cifar10").mkdir(parents=True)
     assert str(rehearsal.data("cifar10")) == "datasets/cifar10" and rehearsal.drawn == []

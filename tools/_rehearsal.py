@@ -18,7 +18,7 @@ from pretrain.objectives import METHODS
 from tools._cli import ROOT
 from transfer import paper, shapes
 from transfer.annotations import COCO_2017, locate_dataset
-from transfer.config import InputError, RGB_IMAGENET
+from transfer.config import BYTES_PER_IMAGE, REFERENCE_GPUS, InputError, RGB_IMAGENET
 from transfer.convert import ENCODERS
 from transfer.report import read_run, to_markdown
 from transfer.results import load_results
@@ -186,9 +186,9 @@ class Rehearsal:
                 known[training.recipe] = memory
                 lines.append([folder.name, f"{memory:.1f}", duration(hours)])
             else:
-                lines.append(
-                    [folder.name, "–", duration(of_fine_tuning(load_results(folder), find(folder.name)))]
-                )
+                training = find(folder.name)
+                hours = of_fine_tuning(load_results(folder), training)
+                lines.append([folder.name, f"{memory_of_fine_tuning(training):.1f}", duration(hours)])
         return to_markdown(lines)
 
 
@@ -229,6 +229,11 @@ def of_fine_tuning(run, training):
     scale = (max(full["INPUT.MIN_SIZE_TRAIN"]) / max(seen["INPUT.MIN_SIZE_TRAIN"])) ** 2
     images = full["SOLVER.IMS_PER_BATCH"] * full["SOLVER.MAX_ITER"]
     return run["seconds"] / (run["iterations"] * seen["SOLVER.IMS_PER_BATCH"]) * scale * images / 3600
+
+
+def memory_of_fine_tuning(training):
+    """GiB that each of the recipe's GPUs needs, by what Detectron2's model zoo states of the network."""
+    return training.settings["SOLVER.IMS_PER_BATCH"] / REFERENCE_GPUS * BYTES_PER_IMAGE / 2**30
 
 
 def gigabytes(training):

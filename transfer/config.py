@@ -104,6 +104,10 @@ def protocol_of(config):
 
 COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
 RECIPE_BATCH = 16  # images an iteration
+REFERENCE_GPUS = 8  # of the recipes: two images each
+# What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for
+# two images of scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
+BYTES_PER_IMAGE = 3.6e9
 RECIPE_LENGTHS = (90000, 180000)  # iterations: 1x and 2x
 
 

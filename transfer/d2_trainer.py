@@ -41,7 +41,8 @@ from common.errors import one_line
 from common.record import Origin
 from transfer.annotations import forget_datasets, load_datasets
 from transfer.checks import check_datasets
-from transfer.config import CLASSES_KEYS, InputError, check_possible, check_weights
+from transfer.config import (BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, InputError, check_possible,
+                             check_weights)
 from transfer.convert import load_model
 from transfer.d2_weights import (ZOO, Checkpointer, assert_backbone_arrived, load_backbone, read_provenance, unwrap)
 from transfer.keypoints import check_keypoints, keypoint_metadata
@@ -58,10 +59,6 @@ POSSIBLE = {  # key: what can be trained on boxes, masks and keypoints, from a p
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
 }
 ONE_LINE = (InputError, FloatingPointError, torch.OutOfMemoryError)  # errors that end as one line
-REFERENCE_GPUS = 8  # of the recipes: two images each
-# What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for two images of
-# scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
-BYTES_PER_IMAGE = 3.6e9
 
 
 if not hasattr(SimpleTrainer, "_data_loader_iter"):
