@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common import files, record
+from common.distributed import OWN_BUFFERS
 from pretrain import checkpoint, distributed, identity, micro_batch, schedules
 from pretrain.augment import aggressive, normalize, to_float
 from pretrain.bad_images import BadImages
@@ -247,7 +248,7 @@ def build(cfg, amp, share, kept, saved):
     model = networks
     if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
         model = DistributedDataParallel(networks, device_ids=[device.index] if device.type == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+                                        gradient_as_bucket_view=True, **OWN_BUFFERS)
         settle_buckets(model)
     return networks, model, optimizer, scaler, normalised
 

@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import workers
+from common.distributed import OWN_BUFFERS
 from common.errors import one_line
 from common.record import Origin
 from transfer.annotations import forget_datasets, load_datasets
@@ -152,7 +153,7 @@ class Trainer(DefaultTrainer):
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0), copy=False)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        model = create_ddp_model(model, broadcast_buffers=False,
+        model = create_ddp_model(model, **OWN_BUFFERS,
                                  device_ids=[comm.get_local_rank()] if on_gpu else None)
         self._trainer = AccumulatingTrainer(model, self.build_loader(cfg), optimizer, accumulate,
                                             cfg.SOLVER.AMP.ENABLED and on_gpu)
