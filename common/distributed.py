@@ -1,7 +1,13 @@
-"""What both halves ask of DistributedDataParallel."""
+"""This process among the others: its rank, its device, and what the processes agree on.
+
+Everything here also works in a single process.
+"""
 
 import inspect
+import os
 
+import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 # Each process keeps BatchNorm's running statistics of its own between steps. torch 2.14 renamed the option,
@@ -10,3 +16,86 @@ SYNC_OPTION = "forward_sync_buffers"
 if SYNC_OPTION not in inspect.signature(DistributedDataParallel).parameters:
     SYNC_OPTION = "broadcast_buffers"
 OWN_BUFFERS = {SYNC_OPTION: False}
+
+
+def launched():
+    """Whether a launcher has started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def is_first_process():
+    """True in the process that should print, also before and after the process group lives."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cores():
+    """How many cores of this machine are this process's own. srun may have bound the task to its share already."""
+    mine = len(os.sched_getaffinity(0))
+    by_srun = (
+        "TORCHELASTIC_RUN_ID" not in os.environ
+    )  # else torchrun is the task, and its processes share the cores
+    bound = by_srun and mine < int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) * local_world_size()
+    return mine if bound else max(1, mine // local_world_size())
+
+
+def device():
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def device_name():
+    """The GPU's, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def amp_dtype(name):
+    """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
+    if name == "off":
+        return None
+    return torch.float16 if name == "fp16" and torch.cuda.is_available() else torch.bfloat16
+
+
+def any_rank(flag):
+    """True on every rank if ``flag`` is true on one of them; also a barrier."""
+    return -least(-int(flag)) > 0
+
+
+def least(number):
+    """The smallest of the ranks' integers, on every rank."""
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return numbers.item()
+
+
+def mean(values):
+    """Mean over the ranks of a tensor on the device, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def from_first(value):
+    """Rank 0's ``value`` (anything that pickles) on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]

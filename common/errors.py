@@ -5,6 +5,12 @@ class InputError(ValueError):
     """Something the user can mend: one line that names the file or key and the fix."""
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything up to the last step is saved."""
+
+
 def one_line(error):
     """The message of an exception, on one line."""
-    return " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    return " ".join(str(error).split()) or (
+        "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    )

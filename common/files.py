@@ -7,7 +7,7 @@ import socket
 import zipfile
 from pathlib import Path
 
-from common.errors import InputError
+from rsa_detectron2.common.errors import InputError
 
 
 def write_atomically(path, write, previous=None):
@@ -78,8 +78,10 @@ def locked(folder, option):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(f"another run is at work in {folder} ({file.read().strip()}): wait for it, "
-                             f"stop it, or give another {option}") from None
+            raise InputError(
+                f"another run is at work in {folder} ({file.read().strip()}): wait for it, "
+                f"stop it, or give another {option}"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

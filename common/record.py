@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from common.files import write_atomically
+from rsa_detectron2.common.files import write_atomically
 
 FILE = "run.json"
 PACKAGES = ("torch", "torchvision", "timm", "detectron2")

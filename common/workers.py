@@ -22,9 +22,9 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig as signal_when_parent_
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.errors import InputError, one_line
-from common.progress import say
-from common.signals import held_back
+from rsa_detectron2.common.errors import InputError, one_line
+from rsa_detectron2.common.progress import say
+from rsa_detectron2.common.signals import held_back
 
 MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
 
@@ -36,12 +36,19 @@ def load(dataset, batches, num_workers, setting, collate=None):
     worker these are InputError and OSError; any other exception, or the death of a worker, becomes an InputError.
     """
     collate = collate or default_collate
-    return Loader(DataLoader(Batches(dataset, Sender(collate, setting)) if num_workers else dataset,
-                             batch_sampler=batches, collate_fn=as_it_is if num_workers else collate,
-                             num_workers=num_workers, worker_init_fn=prepare_worker,
-                             pin_memory=torch.cuda.is_available(),
-                             # Workers of a fork server, Python 3.14's default, outlive a process that was killed.
-                             multiprocessing_context="fork" if num_workers else None), setting)
+    return Loader(
+        DataLoader(
+            Batches(dataset, Sender(collate, setting)) if num_workers else dataset,
+            batch_sampler=batches,
+            collate_fn=as_it_is if num_workers else collate,
+            num_workers=num_workers,
+            worker_init_fn=prepare_worker,
+            pin_memory=torch.cuda.is_available(),
+            # Workers of a fork server, Python 3.14's default, outlive a process that was killed.
+            multiprocessing_context="fork" if num_workers else None,
+        ),
+        setting,
+    )
 
 
 class Loader:
@@ -62,7 +69,11 @@ class Loader:
         try:
             workers.start(self.loader)
             while (answer := workers.next()) is not None:
-                yield [workers.opened(part) for part in answer] if isinstance(answer, list) else workers.opened(answer)
+                yield (
+                    [workers.opened(part) for part in answer]
+                    if isinstance(answer, list)
+                    else workers.opened(answer)
+                )
         except GeneratorExit:
             workers.iterator = None  # torch ends the workers in order
             raise
@@ -71,7 +82,6 @@ class Loader:
             raise
         finally:
             end()
-
 
 
 # To take down its iterator, torch may wait for a lock that a killed worker held. So it is left as it is.
@@ -95,9 +105,14 @@ class Workers:
                 self.iterator = iter(loader)
         except OSError as error:
             abandoned.append(error)  # with what there is of the iterator, which torch could not take down
-            fix = (f"/dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0" if error.errno == errno.ENOSPC
-                   else f"give {self.setting} {loader.num_workers // 2}")
-            raise InputError(f"{loader.num_workers} worker processes cannot be started ({error.strerror}): {fix}") from None
+            fix = (
+                f"/dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
+                if error.errno == errno.ENOSPC
+                else f"give {self.setting} {loader.num_workers // 2}"
+            )
+            raise InputError(
+                f"{loader.num_workers} worker processes cannot be started ({error.strerror}): {fix}"
+            ) from None
         finally:
             self.processes += set(multiprocessing.active_children()) - before
             # torch's handler raises wherever the program is; this one where it waits for a batch.
@@ -115,8 +130,10 @@ class Workers:
             raise answer
         if not answer.shared and not Workers.warned:
             Workers.warned = True
-            say("warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
-                + MORE_SHARED_MEMORY)
+            say(
+                "warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
+                + MORE_SHARED_MEMORY
+            )
         with self.watched():
             return answer.open()
 
@@ -144,14 +161,18 @@ class Workers:
         at_work = not self.iterator._shutdown
         for process in self.processes:
             if process.exitcode or at_work and process.exitcode is not None:
-                raise InputError(f"a worker process that loads images {self.cause(process.exitcode)}") from None
+                raise InputError(
+                    f"a worker process that loads images {self.cause(process.exitcode)}"
+                ) from None
 
     def cause(self, status):
         """What a worker died of, by its exit status, and what to do."""
         fewer = len(self.processes) // 2
         if status == -signal.SIGKILL:
-            return ("was killed (SIGKILL), most likely because memory ran out: close other programs, "
-                    f"or give {self.setting} {fewer}")
+            return (
+                "was killed (SIGKILL), most likely because memory ran out: close other programs, "
+                f"or give {self.setting} {fewer}"
+            )
         if status == -signal.SIGBUS:
             return f"died of SIGBUS, most likely because /dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
@@ -219,10 +240,14 @@ class Sender:
                 pass  # one whose arguments do not pickle, or not those that it is made with
         if isinstance(error, MemoryError):
             fewer = get_worker_info().num_workers // 2
-            return InputError("a worker process that loads images ran out of memory: close other programs, "
-                              f"or give {self.setting} {fewer}")
-        return InputError(f"a worker process that loads images failed ({type(error).__name__}: {one_line(error)}): "
-                          f"the same command with {self.setting} 0 shows where")
+            return InputError(
+                "a worker process that loads images ran out of memory: close other programs, "
+                f"or give {self.setting} {fewer}"
+            )
+        return InputError(
+            f"a worker process that loads images failed ({type(error).__name__}: {one_line(error)}): "
+            f"the same command with {self.setting} 0 shows where"
+        )
 
 
 class Reader:

@@ -5,21 +5,29 @@ import os
 import yaml
 from fvcore.common.config import CfgNode as CN
 
-from common.errors import InputError
+from rsa_detectron2.common.errors import InputError
 
 METHODS = ("rsa", "byol", "byol_aw", "simsiam", "simsiam_rsa", "simclr", "moco")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Keys that change how fast or where a run goes, not what it computes: they may differ when it is resumed.
 # SOLVER.MICRO_BATCH does move BatchNorm's statistics, but must follow the GPUs at hand: the loop warns of it.
-FREE_KEYS = ("OUTPUT_DIR", "DATA.NUM_WORKERS", "DATA.VAL", "DATA.MAX_BAD", "LOG_PERIOD",
-             "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP_PERIOD", "KNN.PERIOD", "KNN.BANK", "SOLVER.MICRO_BATCH", "ALARM.NONFINITE_STEPS", "ALARM.FEATURE_STD",
-             "ALARM.COLLAPSE_STEPS")
+FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATA.NUM_WORKERS",
+    "DATA.VAL",
+    "DATA.MAX_BAD",
+    "LOG_PERIOD",
+    "CHECKPOINT.PERIOD",
+    "CHECKPOINT.KEEP_PERIOD",
+    "KNN.PERIOD",
+    "KNN.BANK",
+    "SOLVER.MICRO_BATCH",
+    "ALARM.NONFINITE_STEPS",
+    "ALARM.FEATURE_STD",
+    "ALARM.COLLAPSE_STEPS",
+)
 DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ too where identity.py knows the images
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to the last step is saved."""
 
 
 def get_cfg():
@@ -62,12 +70,16 @@ def get_cfg():
     cfg.SOLVER.WEIGHT_DECAY = 1e-6
     cfg.SOLVER.TRUST_COEFFICIENT = 0.001
     cfg.SOLVER.BATCH_SIZE = 2048  # global
-    cfg.SOLVER.MICRO_BATCH = 0  # images of a process that go through at once; 0: as many as its free memory takes
+    cfg.SOLVER.MICRO_BATCH = (
+        0  # images of a process that go through at once; 0: as many as its free memory takes
+    )
     cfg.SOLVER.EPOCHS = 200
     cfg.SOLVER.WARMUP_EPOCHS = 10
     cfg.SOLVER.AMP = "fp16"  # fp16, bf16 or off; on CPU fp16 becomes bf16
     cfg.SOLVER.COMPILE = False  # torch.compile the backbones
-    cfg.SOLVER.DETERMINISTIC = False  # on a GPU: only deterministic kernels, so that resuming is exact to the bit
+    cfg.SOLVER.DETERMINISTIC = (
+        False  # on a GPU: only deterministic kernels, so that resuming is exact to the bit
+    )
 
     cfg.CHECKPOINT = CN()
     cfg.CHECKPOINT.PERIOD = 1  # epochs between two writes of checkpoint_last.pth
@@ -93,51 +105,76 @@ def expand_paths(cfg):
 
 def check(cfg):
     """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
-    for key, value, choices in (("METHOD", cfg.METHOD, METHODS),
-                                ("MODEL.BETA_SCHEDULE", cfg.MODEL.BETA_SCHEDULE, ("cosine", "fixed")),
-                                ("MODEL.TAU_SCHEDULE", cfg.MODEL.TAU_SCHEDULE, ("cosine", "fixed")),
-                                ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
-                                ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off"))):
+    for key, value, choices in (
+        ("METHOD", cfg.METHOD, METHODS),
+        ("MODEL.BETA_SCHEDULE", cfg.MODEL.BETA_SCHEDULE, ("cosine", "fixed")),
+        ("MODEL.TAU_SCHEDULE", cfg.MODEL.TAU_SCHEDULE, ("cosine", "fixed")),
+        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
+        ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off")),
+    ):
         if value not in choices:
             raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
-    for key, value, least in (("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1), ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
-                              ("SOLVER.MICRO_BATCH", cfg.SOLVER.MICRO_BATCH, 0),
-                              ("DATA.IMAGE_SIZE", cfg.DATA.IMAGE_SIZE, 7),  # the blur reflects 6 pixels
-                              ("DATA.EVAL_RESIZE", cfg.DATA.EVAL_RESIZE, cfg.DATA.IMAGE_SIZE),
-                              ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
-                              ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
-                              ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
-                              ("KNN.PERIOD", cfg.KNN.PERIOD, 0), ("KNN.BANK", cfg.KNN.BANK, 0),
-                              ("SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, 0),
-                              ("SOLVER.WEIGHT_DECAY", cfg.SOLVER.WEIGHT_DECAY, 0),
-                              ("MODEL.HIDDEN_DIM", cfg.MODEL.HIDDEN_DIM, 1), ("MODEL.OUT_DIM", cfg.MODEL.OUT_DIM, 2),
-                              ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1), ("DATA.LIMIT", cfg.DATA.LIMIT, 0), ("SEED", cfg.SEED, 0)):
+    for key, value, least in (
+        ("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1),
+        ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
+        ("SOLVER.MICRO_BATCH", cfg.SOLVER.MICRO_BATCH, 0),
+        ("DATA.IMAGE_SIZE", cfg.DATA.IMAGE_SIZE, 7),  # the blur reflects 6 pixels
+        ("DATA.EVAL_RESIZE", cfg.DATA.EVAL_RESIZE, cfg.DATA.IMAGE_SIZE),
+        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
+        ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
+        ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
+        ("KNN.PERIOD", cfg.KNN.PERIOD, 0),
+        ("KNN.BANK", cfg.KNN.BANK, 0),
+        ("SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, 0),
+        ("SOLVER.WEIGHT_DECAY", cfg.SOLVER.WEIGHT_DECAY, 0),
+        ("MODEL.HIDDEN_DIM", cfg.MODEL.HIDDEN_DIM, 1),
+        ("MODEL.OUT_DIM", cfg.MODEL.OUT_DIM, 2),
+        ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1),
+        ("DATA.LIMIT", cfg.DATA.LIMIT, 0),
+        ("SEED", cfg.SEED, 0),
+    ):
         if value < least:
             raise InputError(f"{key} is {value}: it must be at least {least}")
-    for key, value in (("MODEL.BETA", cfg.MODEL.BETA), ("MODEL.TAU", cfg.MODEL.TAU),
-                       ("DATA.MAX_BAD", cfg.DATA.MAX_BAD),
-                       ("SOLVER.MOMENTUM", cfg.SOLVER.MOMENTUM)):
+    for key, value in (
+        ("MODEL.BETA", cfg.MODEL.BETA),
+        ("MODEL.TAU", cfg.MODEL.TAU),
+        ("DATA.MAX_BAD", cfg.DATA.MAX_BAD),
+        ("SOLVER.MOMENTUM", cfg.SOLVER.MOMENTUM),
+    ):
         if not 0 <= value <= 1:
             raise InputError(f"{key} is {value}: it must lie between 0 and 1")
-    for key, value in (("MODEL.TEMPERATURE", cfg.MODEL.TEMPERATURE), ("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR),
-                       ("SOLVER.TRUST_COEFFICIENT", cfg.SOLVER.TRUST_COEFFICIENT)):
+    for key, value in (
+        ("MODEL.TEMPERATURE", cfg.MODEL.TEMPERATURE),
+        ("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR),
+        ("SOLVER.TRUST_COEFFICIENT", cfg.SOLVER.TRUST_COEFFICIENT),
+    ):
         if not value > 0:
             raise InputError(f"{key} is {value}: it must be positive")
     for key, values, least in (("DATA.MEAN", cfg.DATA.MEAN, -1), ("DATA.STD", cfg.DATA.STD, 0)):
         if len(values) != 3 or not all(value > least for value in values):
-            raise InputError(f"{key} is {tuple(values)}: it takes three numbers, of red, green and blue"
-                             + ", each above 0" * (least == 0))
+            raise InputError(
+                f"{key} is {tuple(values)}: it takes three numbers, of red, green and blue"
+                + ", each above 0" * (least == 0)
+            )
     if len(cfg.DATA.RANGE) not in (0, 2) or tuple(cfg.DATA.RANGE) != tuple(sorted(set(cfg.DATA.RANGE))):
-        raise InputError(f"DATA.RANGE is {cfg.DATA.RANGE}: it takes the values that become black and white, as in "
-                         "(0, 4095), the smaller first, or ()")
+        raise InputError(
+            f"DATA.RANGE is {cfg.DATA.RANGE}: it takes the values that become black and white, as in "
+            "(0, 4095), the smaller first, or ()"
+        )
     if any("\udc80" <= letter <= "\udcff" for letter in cfg.OUTPUT_DIR):
-        raise InputError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!a}: TensorBoard takes names in UTF-8 only, give another")
+        raise InputError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR!a}: TensorBoard takes names in UTF-8 only, give another"
+        )
     if cfg.METHOD == "moco" and cfg.MODEL.QUEUE < 2 * cfg.SOLVER.BATCH_SIZE:
-        raise InputError(f"MODEL.QUEUE is {cfg.MODEL.QUEUE}: it must hold the {2 * cfg.SOLVER.BATCH_SIZE} keys of a "
-                         "step, two for each image of the global batch")
+        raise InputError(
+            f"MODEL.QUEUE is {cfg.MODEL.QUEUE}: it must hold the {2 * cfg.SOLVER.BATCH_SIZE} keys of a "
+            "step, two for each image of the global batch"
+        )
     if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS:
-        raise InputError(f"the warm-up of {cfg.SOLVER.WARMUP_EPOCHS} epochs leaves nothing of {cfg.SOLVER.EPOCHS}: "
-                         "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer")
+        raise InputError(
+            f"the warm-up of {cfg.SOLVER.WARMUP_EPOCHS} epochs leaves nothing of {cfg.SOLVER.EPOCHS}: "
+            "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer"
+        )
 
 
 def differences(saved_yaml, cfg, source, free=FREE_KEYS):
@@ -146,11 +183,15 @@ def differences(saved_yaml, cfg, source, free=FREE_KEYS):
     try:
         saved = {**_flatten(get_cfg()), **_flatten(yaml.safe_load(saved_yaml))}
     except (yaml.YAMLError, AttributeError):
-        raise InputError(f"{source} cannot be read as a configuration: restore it, "
-                         "or give another --output-dir") from None
+        raise InputError(
+            f"{source} cannot be read as a configuration: restore it, or give another --output-dir"
+        ) from None
     now = _flatten(cfg)
-    return saved, [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in sorted({*saved, *now})
-                   if key not in free and _plain(saved.get(key)) != _plain(now.get(key))]
+    return saved, [
+        f"{key}: {saved.get(key)} -> {now.get(key)}"
+        for key in sorted({*saved, *now})
+        if key not in free and _plain(saved.get(key)) != _plain(now.get(key))
+    ]
 
 
 def _plain(value):

@@ -17,13 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.config import get_cfg
+from rsa_detectron2.pretrain.config import get_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run of a second: timm's smallest ResNet, 32 px, the 24 images of ``image_folder`` in batches of 8, three epochs.
-TINY = ("DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 "
-        "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
-        "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0").split()
+TINY = (
+    "DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 "
+    "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
+    "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0"
+).split()
 
 # Processes of tests are children of a server that has imported torch already: a start costs that of a run, not of Python.
 processes = multiprocessing.get_context("forkserver")
@@ -32,15 +34,19 @@ processes.set_forkserver_preload(["tests.preload"])
 # Small tensors: more threads only wait for one another. And runs are compared to the bit, wherever they ran.
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes of tests
 # Activations in huge pages that are kept: on some virtual machines half of a step on CPU is page faults (glibc >= 2.35).
-os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{option}" for option in (
-    "hugetlb=1", f"mmap_threshold={1 << 32}", f"trim_threshold={1 << 33}"))
+os.environ["GLIBC_TUNABLES"] = ":".join(
+    f"glibc.malloc.{option}"
+    for option in ("hugetlb=1", f"mmap_threshold={1 << 32}", f"trim_threshold={1 << 33}")
+)
 torch.set_num_threads(1)
 
 
 def tiny_cfg(image_folder, folder, *overrides):
     """The configuration of :data:`TINY` on ``image_folder``, with its output in ``folder``/run."""
     cfg = get_cfg()
-    cfg.merge_from_list(["DATA.PATH", str(image_folder), "OUTPUT_DIR", str(folder / "run"), *TINY, *overrides])
+    cfg.merge_from_list(
+        ["DATA.PATH", str(image_folder), "OUTPUT_DIR", str(folder / "run"), *TINY, *overrides]
+    )
     return cfg
 
 
@@ -67,14 +73,19 @@ class Program:
     def __init__(self, folder, name, *arguments, cwd=ROOT, environment=None):
         self.command = [str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
         self.streams = [Path(tempfile.mkstemp(dir=folder)[1]) for _ in range(2)]
-        self.process = processes.Process(target=run_program,
-                                         args=(self.command, cwd, environment or {}, self.streams))
+        self.process = processes.Process(
+            target=run_program, args=(self.command, cwd, environment or {}, self.streams)
+        )
         self.process.start()
 
     def wait_for(self, path, text=""):
         """Until the file holds the text, or the program has ended."""
         until = time.monotonic() + 900
-        while self.process.is_alive() and time.monotonic() < until and not (path.is_file() and text.encode() in path.read_bytes()):
+        while (
+            self.process.is_alive()
+            and time.monotonic() < until
+            and not (path.is_file() and text.encode() in path.read_bytes())
+        ):
             time.sleep(0.01)
 
     def finish(self):
@@ -83,8 +94,9 @@ class Program:
         if self.process.is_alive():
             self.process.kill()
             raise TimeoutError(" ".join(self.command))
-        return subprocess.CompletedProcess(self.command, self.process.exitcode,
-                                           *(stream.read_text() for stream in self.streams))
+        return subprocess.CompletedProcess(
+            self.command, self.process.exitcode, *(stream.read_text() for stream in self.streams)
+        )
 
 
 def run_program(command, cwd, environment, streams):
@@ -113,7 +125,9 @@ def image_folder(tmp_path_factory):
     for split in ("train", "val"):
         for i in range(24):
             height, width = rng.integers(40, 90, 2)
-            pixels = rng.integers(0, 256, (height, width) if i % 5 == 0 else (height, width, 3), dtype=np.uint8)
+            pixels = rng.integers(
+                0, 256, (height, width) if i % 5 == 0 else (height, width, 3), dtype=np.uint8
+            )
             path = root / split / ("a" if i % 2 else "b") / f"{i:02d}.{'png' if i % 3 else 'jpg'}"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
@@ -123,8 +137,8 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def resnet50_checkpoint(tmp_path_factory):
     """model_final.pth of an untrained ResNet-50 whose BatchNorm statistics are not the initial ones."""
-    from pretrain.networks import Networks, build_backbone
-    from pretrain.objectives import rsa
+    from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
+    from rsa_detectron2.pretrain.method.objectives import rsa
 
     torch.manual_seed(0)
     networks = Networks(build_backbone("resnet50"), 64, 16, rsa)
@@ -132,10 +146,21 @@ def resnet50_checkpoint(tmp_path_factory):
         for name, tensor in networks.state_dict().items():
             if "running_mean" in name or name.endswith("bias"):
                 tensor.normal_(0, 0.1)
-            elif "running_var" in name or name.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight")):
+            elif "running_var" in name or name.endswith(
+                ("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight")
+            ):
                 tensor.uniform_(0.5, 1.5)
     path = tmp_path_factory.mktemp("checkpoint") / "model_final.pth"
-    torch.save({"format": "rsa-pretraining", "method": "rsa", "step": 7, "config": "", "model": networks.state_dict()}, path)
+    torch.save(
+        {
+            "format": "rsa-pretraining",
+            "method": "rsa",
+            "step": 7,
+            "config": "",
+            "model": networks.state_dict(),
+        },
+        path,
+    )
     return path
 
 
@@ -144,17 +169,42 @@ def tiny_coco(tmp_path):
     """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""
     square = [1, 1, 5, 1, 5, 5, 1, 5]
     annotations = [
-        {"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0,
-         "segmentation": [square]},
-        {"id": 2, "image_id": 4, "category_id": 90, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 0,
-         "segmentation": {"size": [6, 8], "counts": [0, 48]}},
-        {"id": 3, "image_id": 9, "category_id": 3, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 1,
-         "segmentation": {"size": [6, 8], "counts": [0, 48]}}]
+        {
+            "id": 1,
+            "image_id": 4,
+            "category_id": 3,
+            "bbox": [1, 1, 4, 4],
+            "area": 16,
+            "iscrowd": 0,
+            "segmentation": [square],
+        },
+        {
+            "id": 2,
+            "image_id": 4,
+            "category_id": 90,
+            "bbox": [0, 0, 8, 6],
+            "area": 48,
+            "iscrowd": 0,
+            "segmentation": {"size": [6, 8], "counts": [0, 48]},
+        },
+        {
+            "id": 3,
+            "image_id": 9,
+            "category_id": 3,
+            "bbox": [0, 0, 8, 6],
+            "area": 48,
+            "iscrowd": 1,
+            "segmentation": {"size": [6, 8], "counts": [0, 48]},
+        },
+    ]
     images = [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (4, 9, 11)]
     for image in images:
         Image.new("RGB", (8, 6)).save(tmp_path / image["file_name"])
-    return {"images": images, "annotations": annotations,
-            "categories": [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 90, "name": "b"}, {"id": 3, "name": "a"}],
+    }
 
 
 def write_json(content, folder, name="a.json"):

@@ -4,5 +4,3 @@ import matplotlib.figure  # noqa: F401
 import pycocotools.mask  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import torchvision.models.detection  # noqa: F401
-
-import pretrain.train_loop  # noqa: F401

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import torch
 
-from pretrain import micro_batch, standins
-from pretrain.config import get_cfg
-from pretrain.distributed import amp_dtype
-from pretrain.networks import build_backbone, build_networks
-from pretrain.objectives import METHODS
-from tools._cli import ROOT
-from transfer import paper, shapes
-from transfer.annotations import COCO_2017, locate_dataset
-from transfer.config import BYTES_PER_IMAGE, REFERENCE_GPUS, InputError, RGB_IMAGENET
-from transfer.convert import ENCODERS
-from transfer.report import read_run, to_markdown
-from transfer.results import load_results
+from rsa_detectron2.common.config import CONFIGS
+from rsa_detectron2.common.distributed import amp_dtype
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.data import standins
+from rsa_detectron2.pretrain.engine import memory as micro_batch
+from rsa_detectron2.pretrain.method.networks import build_backbone, build_networks
+from rsa_detectron2.pretrain.method.objectives import METHODS
+from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, REFERENCE_GPUS, RGB_IMAGENET
+from rsa_detectron2.transfer.convert.writers import ENCODERS
+from rsa_detectron2.transfer.data import shapes
+from rsa_detectron2.transfer.data.annotations import COCO_2017, locate_dataset
+from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.runs import load_results
+from rsa_detectron2.transfer.report.tables import read_run, to_markdown
 
 # Overrides of the full run, by the machine. Images of ImageNet stay above 64 pixels, for up to those
 # tools/evaluate.py takes the small data sets' protocol.
@@ -209,7 +212,7 @@ def find(name):
 
 def full_config(training):
     cfg = get_cfg()
-    cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
+    cfg.merge_from_file(str(CONFIGS / training.recipe))
     cfg.merge_from_list([item for pair in training.overrides for item in pair])
     return cfg
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import yaml
 from fvcore.common.config import CfgNode
 
-from pretrain import checkpoint, networks
-from pretrain.config import InputError, get_cfg
-from pretrain.distributed import amp_dtype, device
-from pretrain.evaluate import Features
-from pretrain.feature_cache import FeatureCache
-from transfer import readers
-from transfer.provenance import sha256
-from transfer.safe_load import local_file, open_checkpoint
+from rsa_detectron2.common.distributed import amp_dtype, device
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.engine import checkpoint
+from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
+from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.method import networks
+from rsa_detectron2.transfer.convert import readers
+from rsa_detectron2.transfer.convert.inert import local_file, open_checkpoint
+from rsa_detectron2.transfer.convert.provenance import sha256
 
 
 def load_features(path, branch=None):
@@ -30,27 +32,45 @@ def load_features(path, branch=None):
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
         branch, cfg.MODEL.BACKBONE = provenance["branch"], provenance["architecture"]
-        cfg.DATA.MEAN, cfg.DATA.STD = (tuple(value / 255 for value in provenance[key])
-                                       for key in ("pixel_mean", "pixel_std"))
+        cfg.DATA.MEAN, cfg.DATA.STD = (
+            tuple(value / 255 for value in provenance[key]) for key in ("pixel_mean", "pixel_std")
+        )
     else:
         branch = branch or "online"
         saved = checkpoint.load(path)
         cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
         prefix = f"{branch}.backbone."
-        state = {name.removeprefix(prefix): tensor for name, tensor in saved["model"].items()
-                 if name.startswith(prefix)}
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in saved["model"].items()
+            if name.startswith(prefix)
+        }
         if not state:
-            raise InputError(f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out")
-        provenance = {"source": Path(path).name, "sha256": sha256(path), "branch": branch,
-                      "method": saved["method"], "step": saved["step"], "pretrain": saved.get("run")}
+            raise InputError(
+                f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out"
+            )
+        provenance = {
+            "source": Path(path).name,
+            "sha256": sha256(path),
+            "branch": branch,
+            "method": saved["method"],
+            "step": saved["step"],
+            "pretrain": saved.get("run"),
+        }
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # of no use in eval mode
     if missing or unexpected:
-        raise InputError(f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "
-                         f"{len(unexpected)} left over")
+        raise InputError(
+            f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "
+            f"{len(unexpected)} left over"
+        )
     after = os.stat(path)
-    if (before.st_ino, before.st_mtime_ns, before.st_size) != (after.st_ino, after.st_mtime_ns, after.st_size):
+    if (before.st_ino, before.st_mtime_ns, before.st_size) != (
+        after.st_ino,
+        after.st_mtime_ns,
+        after.st_size,
+    ):
         raise InputError(f"{path} was replaced while it was read: run the same command again")
     cache = FeatureCache(path, provenance["sha256"] + branch)
     return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance

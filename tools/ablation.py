@@ -23,41 +23,59 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.config import CONFIGS
+from rsa_detectron2.common.distributed import device
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.engine.checkpoint import FINAL
+from rsa_detectron2.pretrain.evaluate import features as evaluate
+from rsa_detectron2.pretrain.evaluate import linear
+from rsa_detectron2.pretrain.method import networks
+from rsa_detectron2.tools._weights import load_features
+from rsa_detectron2.transfer.data import shapes
+from rsa_detectron2.transfer.report.tables import cell, mean_std, to_markdown
 
-import transfer.config  # noqa: E402
-from pretrain import evaluate, linear, networks  # noqa: E402
-from pretrain.checkpoint import FINAL, write_atomically  # noqa: E402
-from pretrain.config import InputError, get_cfg  # noqa: E402
-from pretrain.datasets import open_images  # noqa: E402
-from pretrain.distributed import device  # noqa: E402
-from tools._cli import ROOT, run  # noqa: E402
-from tools._weights import load_features  # noqa: E402
-from transfer import shapes  # noqa: E402
-from transfer.report import cell, mean_std, to_markdown  # noqa: E402
-
-METHODS = {"rsa": "RSA, β fades out", "rsa_fixed_beta": "RSA, β fixed", "rsa_beta_0": "RSA, β = 0", "byol": "BYOL AA",
-           "byol_aw": "BYOL AW", "simsiam": "SimSiam", "simsiam_rsa": "SimSiam with RSA"}
+METHODS = {
+    "rsa": "RSA, β fades out",
+    "rsa_fixed_beta": "RSA, β fixed",
+    "rsa_beta_0": "RSA, β = 0",
+    "byol": "BYOL AA",
+    "byol_aw": "BYOL AW",
+    "simsiam": "SimSiam",
+    "simsiam_rsa": "SimSiam with RSA",
+}
 UNTRAINED = "untrained"
 IMAGES = {"train": (80, 0), "val": (40, 1)}  # per class, and the seed that they are drawn with
 SIZE = 48  # pixels; the recipes' crops are scaled to 32
 PARTS = {"pair": "form and colour", "form": "form", "colour": "colour"}
-CHANCE = {"pair": 100 / len(shapes.COLOUR_CLASSES), "form": 100 / len(shapes.COLOUR_FORMS),
-          "colour": 100 / len(shapes.HUES)}
-FIGURES = {f"{judge}_{part}": f"{name}, {words}" for judge, name in (("linear", "linear"), ("knn", "kNN"))
-           for part, words in PARTS.items()}
+CHANCE = {
+    "pair": 100 / len(shapes.COLOUR_CLASSES),
+    "form": 100 / len(shapes.COLOUR_FORMS),
+    "colour": 100 / len(shapes.HUES),
+}
+FIGURES = {
+    f"{judge}_{part}": f"{name}, {words}"
+    for judge, name in (("linear", "linear"), ("knn", "kNN"))
+    for part, words in PARTS.items()
+}
 RESULT = "top1.json"
 
 
 def main():
     args = parse()
     folder = Path(args.output_dir)
-    runs = {folder / f"seed{seed}" / method: (method, seed) for seed in range(args.seeds)
-            for method in (UNTRAINED, *args.methods)}
+    runs = {
+        folder / f"seed{seed}" / method: (method, seed)
+        for seed in range(args.seeds)
+        for method in (UNTRAINED, *args.methods)
+    }
     missing = [path for path in runs if not (path / RESULT).is_file()]
     for path in runs:
         print(f"[{'to run' if path in missing else 'done'}] {path}")
@@ -88,14 +106,20 @@ def run_all(runs, images, jobs, overrides):
             if stopping.is_set():
                 process.terminate()
             if process.wait() and not stopping.is_set():
-                raise InputError(f"{path} ended with status {process.returncode}: see {path / 'log.txt'}; "
-                                 "the same command goes on")
+                raise InputError(
+                    f"{path} ended with status {process.returncode}: see {path / 'log.txt'}; "
+                    "the same command goes on"
+                )
         if not stopping.is_set():
             with judging:  # one at a time: the classifiers share torch's generator
                 result = judge(path, method, seed, images)
-                write_atomically(path / RESULT, lambda file: file.write(json.dumps(result, indent=2).encode()))
+                write_atomically(
+                    path / RESULT, lambda file: file.write(json.dumps(result, indent=2).encode())
+                )
 
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of the except below
+    handler = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # by way of the except below
     torch.set_num_threads(1 if device().type == "cpu" else torch.get_num_threads())
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="runs", dynamic_ncols=True) as progress:
         try:
@@ -115,18 +139,34 @@ def run_all(runs, images, jobs, overrides):
 def pretraining(path, method, seed, images, overrides):
     """The command of one run."""
     workers = [] if device().type == "cuda" else ["DATA.NUM_WORKERS", "0"]
-    return [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--config-file", recipe(method), "--data",
-            str(images / "train"), "--output-dir", str(path), "--seed", str(seed),
-            "--num-processes", "1", *workers, *overrides]  # BatchNorm sees the same images on any machine
+    return [
+        sys.executable,
+        str(Path(__file__).with_name("pretrain.py")),
+        "--config-file",
+        recipe(method),
+        "--data",
+        str(images / "train"),
+        "--output-dir",
+        str(path),
+        "--seed",
+        str(seed),
+        "--num-processes",
+        "1",
+        *workers,
+        *overrides,
+    ]  # BatchNorm sees the same images on any machine
 
 
 def recipe(method):
-    return str(ROOT / "configs" / "pretrain" / f"shapes_colour_{method}_R18.yaml")
+    return str(CONFIGS / "pretrain" / f"shapes_colour_{method}_R18.yaml")
 
 
 def environment():
     """One thread for each of the runs that share a CPU."""
-    return {**os.environ, **({} if device().type == "cuda" else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})}
+    return {
+        **os.environ,
+        **({} if device().type == "cuda" else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
+    }
 
 
 def judge(path, method, seed, images):
@@ -135,8 +175,9 @@ def judge(path, method, seed, images):
         cfg = get_cfg()
         cfg.merge_from_file(recipe("rsa"))
         torch.manual_seed(seed)
-        features = evaluate.Features(networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM).to(device()),
-                                     cfg.DATA, None)
+        features = evaluate.Features(
+            networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM).to(device()), cfg.DATA, None
+        )
     else:
         features, cfg, _ = load_features(path / FINAL)
         features.amp = None  # exact features: these are few
@@ -147,8 +188,9 @@ def judge(path, method, seed, images):
     for part in PARTS:
         index = torch.tensor(part_of(sources[0].classes, part), device=labels.device)
         result[f"knn_{part}"] = evaluate.knn_top1(bank, index[labels], queries, index[query_labels], k=20)
-        result[f"linear_{part}"] = linear.evaluate_linear_on(bank, index[labels], queries, index[query_labels],
-                                                             linear.LINEAR["small"], seed)[-1]
+        result[f"linear_{part}"] = linear.evaluate_linear_on(
+            bank, index[labels], queries, index[query_labels], linear.LINEAR["small"], seed
+        )[-1]
     return result
 
 
@@ -164,7 +206,9 @@ def write_report(folder, results):
     table = [["top-1 (%)", *FIGURES.values()]]
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "seeds", *(column for name in FIGURES for column in (name, f"{name} std"))])
+        writer.writerow(
+            ["method", "seeds", *(column for name in FIGURES for column in (name, f"{name} std"))]
+        )
         for method, seeds in results.items():
             figures = [mean_std([seed[name] for seed in seeds]) for name in FIGURES]
             writer.writerow([method, len(seeds), *(value for pair in figures for value in pair)])
@@ -176,7 +220,9 @@ def write_report(folder, results):
     (folder / "report.md").write_text(
         f"# The controlled test\n\n{count} seed{'s' * (count > 1)}, mean ± sample standard deviation. "
         f"{len(shapes.COLOUR_FORMS)} forms, {len(shapes.HUES)} colours: chance is {chance}.\n\n{markdown}\n"
-        "![top-1 by method](ablation.png)\n", encoding="utf-8")
+        "![top-1 by method](ablation.png)\n",
+        encoding="utf-8",
+    )
     return markdown
 
 
@@ -184,15 +230,35 @@ def plot(results, names, path):
     """A panel for each part of the label: every seed a point, their mean a bar across, chance a dashed line."""
     figure = Figure(figsize=(11, 0.42 * len(results) + 1.3), dpi=150, layout="constrained")
     for ax, (part, words) in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS.items()):
-        for offset, judge_name, color, label in ((-0.13, "linear", "#0072b2", "linear"),
-                                                 (0.13, "knn", "#d55e00", "kNN")):
+        for offset, judge_name, color, label in (
+            (-0.13, "linear", "#0072b2", "linear"),
+            (0.13, "knn", "#d55e00", "kNN"),
+        ):
             for row, seeds in enumerate(results.values()):
                 values = [seed[f"{judge_name}_{part}"] for seed in seeds]
-                ax.plot(values, [row + offset] * len(values), "o", ms=4, color=color, alpha=0.5, mec="none",
-                        label=label if not row else None)
-                ax.plot([statistics.fmean(values)] * 2, [row + offset - 0.1, row + offset + 0.1], color=color, lw=2)
+                ax.plot(
+                    values,
+                    [row + offset] * len(values),
+                    "o",
+                    ms=4,
+                    color=color,
+                    alpha=0.5,
+                    mec="none",
+                    label=label if not row else None,
+                )
+                ax.plot(
+                    [statistics.fmean(values)] * 2,
+                    [row + offset - 0.1, row + offset + 0.1],
+                    color=color,
+                    lw=2,
+                )
         ax.axvline(CHANCE[part], color="0.5", lw=1, ls="--", label="chance")
-        ax.set(title=words, xlabel="top-1 (%)", yticks=range(len(results)), yticklabels=[names[m] for m in results])
+        ax.set(
+            title=words,
+            xlabel="top-1 (%)",
+            yticks=range(len(results)),
+            yticklabels=[names[m] for m in results],
+        )
         ax.grid(axis="x", alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
@@ -201,16 +267,37 @@ def plot(results, names, path):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
-                        help=f"of {', '.join(METHODS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
-    parser.add_argument("--jobs", type=int, metavar="N", default=min(4, len(os.sched_getaffinity(0))),
-                        help="runs at a time (default: the number of cores, 4 at most)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: all)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        default=min(4, len(os.sched_getaffinity(0))),
+        help="runs at a time (default: the number of cores, 4 at most)",
+    )
     parser.add_argument("--output-dir", default="output/ablation", metavar="DIR", help="default %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    parser.add_argument("--set", nargs="+", dest="overrides", default=[], metavar="KEY VALUE",
-                        help="for every run, e.g. SOLVER.EPOCHS 2; give another --output-dir with it")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        dest="overrides",
+        default=[],
+        metavar="KEY VALUE",
+        help="for every run, e.g. SOLVER.EPOCHS 2; give another --output-dir with it",
+    )
     args = parser.parse_args()
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
@@ -219,4 +306,4 @@ def parse():
 
 
 if __name__ == "__main__":
-    run(main, InputError, transfer.config.InputError)
+    run(main)

@@ -7,18 +7,13 @@ tools/convert_to_d2.py --inspect checkpoint.pth         # what is in it; writes 
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from tools._cli import run  # noqa: E402
-from transfer.architectures import ARCHITECTURES, tensor_shapes  # noqa: E402
-from transfer.config import InputError  # noqa: E402
-from transfer.convert import DEFAULT_INPUT, SUFFIXES, convert  # noqa: E402
-from transfer.inspect import inspect  # noqa: E402
-from transfer.metadata import parse_pixels  # noqa: E402
-from transfer.provenance import BRANCHES, method_of, remarks  # noqa: E402
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_shapes
+from rsa_detectron2.transfer.convert.inspect import inspect
+from rsa_detectron2.transfer.convert.metadata import parse_pixels
+from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, remarks
+from rsa_detectron2.transfer.convert.writers import DEFAULT_INPUT, SUFFIXES, convert
 
 
 def main():
@@ -27,7 +22,9 @@ def main():
     if args.inspect:
         print("\n".join(inspect(args.input, args.branch, pixels)))
         return
-    output, provenance = convert(args.input, args.output, args.to, args.branch, pixels, args.overwrite, args.method)
+    output, provenance = convert(
+        args.input, args.output, args.to, args.branch, pixels, args.overwrite, args.method
+    )
     network = provenance["architecture"]
     step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
     print(
@@ -75,4 +72,4 @@ def parse():
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

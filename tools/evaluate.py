@@ -15,28 +15,33 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import transfer.config  # noqa: E402
-from common import record  # noqa: E402
-from pretrain import evaluate, identity, linear  # noqa: E402
-from pretrain.checkpoint import write_atomically  # noqa: E402
-from pretrain.config import InputError  # noqa: E402
-from pretrain.datasets import open_images  # noqa: E402
-from pretrain.pixels import check_pixels  # noqa: E402
-from tools._cli import run  # noqa: E402
-from tools._weights import load_features  # noqa: E402
+from rsa_detectron2.common import record
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.pretrain.data import identity
+from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.pixels import check_pixels
+from rsa_detectron2.pretrain.evaluate import features as evaluate
+from rsa_detectron2.pretrain.evaluate import linear
+from rsa_detectron2.tools._weights import load_features
 
 
 def main():
     args = parse()
-    for name, value, least in (("epochs", args.epochs, 1), ("bank", args.bank, 0),
-                               ("workers", args.workers, -1)):
+    for name, value, least in (
+        ("epochs", args.epochs, 1),
+        ("bank", args.bank, 0),
+        ("workers", args.workers, -1),
+    ):
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}: it must be at least {least}")
 
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
-    cfg.DATA.PATH, cfg.DATA.VAL = args.train or cfg.DATA.PATH, args.val or ("" if args.train else cfg.DATA.VAL)
+    cfg.DATA.PATH, cfg.DATA.VAL = (
+        args.train or cfg.DATA.PATH,
+        args.val or ("" if args.train else cfg.DATA.VAL),
+    )
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
@@ -50,8 +55,14 @@ def main():
     for source in (train, val):
         for note in check_pixels(source, "--range {} {}"):
             print(f"warning: {note}", file=sys.stderr)
-    result = {"kind": args.protocol, "checkpoint": args.checkpoint, **provenance, "versions": record.versions(),
-              "train": identity.summary(train), "val": identity.summary(val)}
+    result = {
+        "kind": args.protocol,
+        "checkpoint": args.checkpoint,
+        **provenance,
+        "versions": record.versions(),
+        "train": identity.summary(train),
+        "val": identity.summary(val),
+    }
     if args.protocol == "knn":
         result["bank"] = min(args.bank or len(train), len(train))
         result["knn_top1"] = evaluate.evaluate_knn(features, train, val, args.bank)
@@ -59,13 +70,25 @@ def main():
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
         protocol = linear.shorten(linear.LINEAR[name], args.epochs)
         features.amp = None  # float32 features, whatever it was trained with
-        result |= {"protocol": name, "settings": asdict(protocol), "seed": args.seed, "epochs": protocol.epochs}
+        result |= {
+            "protocol": name,
+            "settings": asdict(protocol),
+            "seed": args.seed,
+            "epochs": protocol.epochs,
+        }
         top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
-        result |= {"linear_top1_last": top1[-1], "linear_top1_best": max(top1), "best_epoch": 1 + top1.index(max(top1))}
+        result |= {
+            "linear_top1_last": top1[-1],
+            "linear_top1_best": max(top1),
+            "best_epoch": 1 + top1.index(max(top1)),
+        }
         if args.train_bn:
             top1 = linear.evaluate_linear(features, train, val, protocol, args.seed, train_bn=True)
-            result |= {"train_bn_top1_last": top1[-1], "train_bn_top1_best": max(top1),
-                       "train_bn_best_epoch": 1 + top1.index(max(top1))}
+            result |= {
+                "train_bn_top1_last": top1[-1],
+                "train_bn_top1_best": max(top1),
+                "train_bn_best_epoch": 1 + top1.index(max(top1)),
+            }
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, lambda file: file.write(json.dumps(result).encode()))
@@ -73,29 +96,59 @@ def main():
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("protocol", choices=("knn", "linear"))
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
-    parser.add_argument("--train", metavar="DIR", help="labelled training images (default: what it was pre-trained on)")
-    parser.add_argument("--classes", metavar="FILE",
-                        help="class folders to keep (default: all of --train, or those of pre-training)")
-    parser.add_argument("--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)")
-    parser.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="values of channels with more than 8 bits that become black and white (default: as in "
-                             "pre-training)")
-    parser.add_argument("--branch", choices=("online", "target"),
-                        help="of the checkpoint (default: online, or the one that a converted file holds)")
+    parser.add_argument(
+        "--train", metavar="DIR", help="labelled training images (default: what it was pre-trained on)"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class folders to keep (default: all of --train, or those of pre-training)",
+    )
+    parser.add_argument(
+        "--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)"
+    )
+    parser.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of channels with more than 8 bits that become black and white (default: as in "
+        "pre-training)",
+    )
+    parser.add_argument(
+        "--branch",
+        choices=("online", "target"),
+        help="of the checkpoint (default: online, or the one that a converted file holds)",
+    )
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
-    parser.add_argument("--train-bn", action="store_true", help="linear evaluation once more, with the frozen backbone's "
-                        "BatchNorm in train mode, as in the authors' code on small data sets")
-    parser.add_argument("--bank", type=int, default=0, metavar="N",
-                        help="of kNN: at most N training images, evenly spaced (default: all)")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes that load images (default: the pre-training's number)")
+    parser.add_argument(
+        "--train-bn",
+        action="store_true",
+        help="linear evaluation once more, with the frozen backbone's "
+        "BatchNorm in train mode, as in the authors' code on small data sets",
+    )
+    parser.add_argument(
+        "--bank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of kNN: at most N training images, evenly spaced (default: all)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that load images (default: the pre-training's number)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="FILE", help="write the result there, too")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run(main, InputError, transfer.config.InputError)
+    run(main)

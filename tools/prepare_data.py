@@ -17,62 +17,90 @@ import sys
 from operator import itemgetter
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler, Dataset, SequentialSampler
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.utils.data import BatchSampler, Dataset, SequentialSampler  # noqa: E402
-from torchvision.transforms.v2 import InterpolationMode, functional as TF  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from common import workers  # noqa: E402
-from pretrain.config import InputError  # noqa: E402
-from pretrain.datasets import ImageFolder  # noqa: E402
-from pretrain.images import UnreadableImage  # noqa: E402
-from pretrain.pixels import check_pixels  # noqa: E402
-from tools._cli import run  # noqa: E402
+from rsa_detectron2.common import workers
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.data.datasets import ImageFolder
+from rsa_detectron2.pretrain.data.images import UnreadableImage
+from rsa_detectron2.pretrain.data.pixels import check_pixels
 
 WRITTEN, COPIED, THERE, UNREADABLE = range(4)
 MARKER = "prepared.json"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="folder of images, in whatever folders below")
     parser.add_argument("destination", help="new folder")
     parser.add_argument("--size", type=int, default=288, help="of the short side in pixels (default 288)")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEG files, 1-100 (default 92)")
-    parser.add_argument("--range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"),
-                        help="values of channels with more than 8 bits that become black and white (default: the range "
-                             "of their format)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                        help="processes (default: one per core)")
+    parser.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        default=[],
+        metavar=("LOW", "HIGH"),
+        help="values of channels with more than 8 bits that become black and white (default: the range "
+        "of their format)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
+    )
     args = parser.parse_args()
-    for name, value, least, most in (("--size", args.size, 1, 65500), ("--quality", args.quality, 1, 100),
-                                     ("--workers", args.workers, 0, 4096)):
+    for name, value, least, most in (
+        ("--size", args.size, 1, 65500),
+        ("--quality", args.quality, 1, 100),
+        ("--workers", args.workers, 0, 4096),
+    ):
         if not least <= value <= most:
             raise InputError(f"{name} {value}: it must lie between {least} and {most}")
     source, destination = Path(args.source), Path(args.destination)
     if not source.is_dir():
         raise InputError(f"no image folder {source}: give the one to rewrite")
     if source.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise InputError(f"{destination} lies in {source}: give a folder outside, the originals stay as they are")
+        raise InputError(
+            f"{destination} lies in {source}: give a folder outside, the originals stay as they are"
+        )
     images = ImageFolder(source)
     images.value_range = tuple(args.range)
     for note in check_pixels(images, "--range {} {}"):
         print(f"warning: {note}", file=sys.stderr)
-    claim(destination, {"size": args.size, "quality": args.quality} | ({"range": args.range} if args.range else {}))
+    claim(
+        destination,
+        {"size": args.size, "quality": args.quality} | ({"range": args.range} if args.range else {}),
+    )
 
     counts = [0, 0, 0, 0]
-    outcomes = workers.load(Preparation(images, destination, args.size, args.quality),
-                            BatchSampler(SequentialSampler(images), 1, False), args.workers, "--workers", itemgetter(0))
-    for outcome, message in tqdm(outcomes, desc="preparing", unit="image", dynamic_ncols=True,
-                                 mininterval=0.1 if sys.stderr.isatty() else 10):
+    outcomes = workers.load(
+        Preparation(images, destination, args.size, args.quality),
+        BatchSampler(SequentialSampler(images), 1, False),
+        args.workers,
+        "--workers",
+        itemgetter(0),
+    )
+    for outcome, message in tqdm(
+        outcomes,
+        desc="preparing",
+        unit="image",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ):
         counts[outcome] += 1
         if message:
             tqdm.write(message, file=sys.stderr)
-    print(f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, {counts[THERE]} were there"
-          + (f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else ""))
+    print(
+        f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, {counts[THERE]} were there"
+        + (f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else "")
+    )
     if sum(counts[:3]) == 0:
         raise InputError(f"not one image of {source} can be read")
 
@@ -138,8 +166,10 @@ def write(path, data):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room, then run the same command again, "
-                         "which goes on from there") from None
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room, then run the same command again, "
+            "which goes on from there"
+        ) from None
 
 
 def is_whole(path):
@@ -149,4 +179,4 @@ def is_whole(path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the workers take a core each
-    run(main, InputError)
+    run(main)

@@ -10,42 +10,58 @@ Run again it goes on from its last checkpoint. KEY VALUE pairs at the end overri
 
 import argparse
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from pretrain.config import METHODS, InputError, Interrupted, check, expand_paths, get_cfg  # noqa: E402
-from tools._cli import find_config, merge_config, origin, run, say_last  # noqa: E402
-from transfer import paper  # noqa: E402
+from rsa_detectron2.common.cli import run, say_last
+from rsa_detectron2.common.config import find_config, merge_config, origin
+from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.pretrain.config import METHODS, check, expand_paths, get_cfg
+from rsa_detectron2.transfer.report import paper
 
 
 def main():
     args = parse()
     recipe, lr = args.config_file, None
     if recipe is None:
-        recipe, lr = imagenet_recipe(args.method or "rsa", args.epochs or 200, "SOLVER.BASE_LR" in args.overrides)
-    options = {"SOLVER.BASE_LR": lr, "SOLVER.EPOCHS": args.epochs, "SOLVER.BATCH_SIZE": args.batch_size, "DATA.PATH": args.data,
-               "OUTPUT_DIR": args.output_dir, "METHOD": args.method, "SOLVER.AMP": args.amp, "SEED": args.seed,
-               "DATA.NUM_WORKERS": args.workers,
-               "SOLVER.MICRO_BATCH": args.micro_batch, "SOLVER.COMPILE": args.compile or None}
+        recipe, lr = imagenet_recipe(
+            args.method or "rsa", args.epochs or 200, "SOLVER.BASE_LR" in args.overrides
+        )
+    options = {
+        "SOLVER.BASE_LR": lr,
+        "SOLVER.EPOCHS": args.epochs,
+        "SOLVER.BATCH_SIZE": args.batch_size,
+        "DATA.PATH": args.data,
+        "OUTPUT_DIR": args.output_dir,
+        "METHOD": args.method,
+        "SOLVER.AMP": args.amp,
+        "SEED": args.seed,
+        "DATA.NUM_WORKERS": args.workers,
+        "SOLVER.MICRO_BATCH": args.micro_batch,
+        "SOLVER.COMPILE": args.compile or None,
+    }
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
-    file, overrides = find_config(recipe, InputError), given + args.overrides
-    cfg = merge_config(get_cfg(), file, overrides, InputError)
+    file, overrides = find_config(recipe), given + args.overrides
+    cfg = merge_config(get_cfg(), file, overrides)
     check(cfg)
     expand_paths(cfg)
-    from pretrain import distributed, networks, train_loop  # after the options are known to be right: torch is slow to import
+    from rsa_detectron2.common import distributed
+    from rsa_detectron2.pretrain.engine import launch
+    from rsa_detectron2.pretrain.engine import (
+        trainer as train_loop,  # after the options are known to be right: torch is slow to import
+    )
+    from rsa_detectron2.pretrain.method import networks
 
     networks.check_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)  # before the images are listed
-    distributed.adopt_slurm(os.environ)
+    launch.adopt_slurm(os.environ)
     if distributed.is_first_process():
-        print(f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
-              f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
-              flush=True)
+        print(
+            f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
+            f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
+            flush=True,
+        )
     try:
         train = partial(train_loop.train, origin=origin(file, overrides, get_cfg()))
-        final = distributed.launch(train, cfg, distributed.num_processes(args.num_processes))
+        final = launch.launch(train, cfg, launch.num_processes(args.num_processes))
     except Interrupted as interruption:
         if distributed.is_first_process():
             say_last(interruption)
@@ -56,7 +72,7 @@ def main():
 
 def next_tool(model):
     """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that others have, too."""
-    from transfer.architectures import ARCHITECTURES
+    from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 
     convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM
     return "tools/convert_to_d2.py" if convertible else "tools/evaluate.py knn"
@@ -70,36 +86,59 @@ def imagenet_recipe(method, epochs, lr_is_given):
     runs = [cell.training for cell in paper.cells("table4") if cell.training]
     runs = [run.settings for run in runs if run.recipe == f"pretrain/imagenet_{method}_R50.yaml"]
     if not runs:
-        raise InputError(f"--method {method} has no ImageNet-1K recipe: give --config-file, one of configs/pretrain")
+        raise InputError(
+            f"--method {method} has no ImageNet-1K recipe: give --config-file, one of configs/pretrain"
+        )
     nearest = min(runs, key=lambda settings: abs(settings["SOLVER.EPOCHS"] - epochs))
     if epochs != nearest["SOLVER.EPOCHS"] and not lr_is_given:
         known = ", ".join(f"{run['SOLVER.BASE_LR']} for {run['SOLVER.EPOCHS']}" for run in runs)
-        print(f"no learning rate is published for {epochs} epochs ({known}): taking {nearest['SOLVER.BASE_LR']}; "
-              "SOLVER.BASE_LR sets another")
+        print(
+            f"no learning rate is published for {epochs} epochs ({known}): taking {nearest['SOLVER.BASE_LR']}; "
+            "SOLVER.BASE_LR sets another"
+        )
     return f"pretrain/imagenet_{method}_R50.yaml", nearest["SOLVER.BASE_LR"]
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", help="recipe, looked up here and under configs/ (default: the method's on "
-                                              "ImageNet-1K, of that many epochs)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file",
+        help="recipe, looked up here and under configs/ (default: the method's on "
+        "ImageNet-1K, of that many epochs)",
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="global batch, over all GPUs")
     parser.add_argument("--data", help="folder of training images")
     parser.add_argument("--output-dir")
     parser.add_argument("--method", choices=METHODS)
-    parser.add_argument("--micro-batch", type=int, metavar="N",
-                        help="images at once in a process, the rest of its share is accumulated (default: by free memory)")
-    parser.add_argument("--num-processes", type=int, metavar="N",
-                        help="default: one per GPU of this machine; without a GPU, one on the CPU")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes that load images, for each that trains (default: by the number of cores)")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="images at once in a process, the rest of its share is accumulated (default: by free memory)",
+    )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="default: one per GPU of this machine; without a GPU, one on the CPU",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that load images, for each that trains (default: by the number of cores)",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))
     parser.add_argument("--seed", type=int)
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. SOLVER.BASE_LR 0.3")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="config keys, e.g. SOLVER.BASE_LR 0.3"
+    )
     return parser.parse_intermixed_args()  # KEY VALUE pairs may stand between options
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

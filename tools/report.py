@@ -16,15 +16,20 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from tools._cli import run  # noqa: E402
-from transfer import paper  # noqa: E402
-from transfer.annotations import locate_dataset  # noqa: E402
-from transfer.config import InputError  # noqa: E402
-from transfer.pictures import draw_detections, plot_ap, plot_curves  # noqa: E402
-from transfer.report import check_comparable, make_rows, table_cells, to_markdown, write_csv, write_report  # noqa: E402
-from transfer.results import load_results  # noqa: E402
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.data.annotations import locate_dataset
+from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.pictures import draw_detections, plot_ap, plot_curves
+from rsa_detectron2.transfer.report.runs import load_results
+from rsa_detectron2.transfer.report.tables import (
+    check_comparable,
+    make_rows,
+    table_cells,
+    to_markdown,
+    write_csv,
+    write_report,
+)
 
 
 def main():
@@ -145,4 +150,4 @@ def settings_table(folders, results, protocol, test_set):
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

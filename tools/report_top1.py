@@ -12,17 +12,14 @@ of Figure 3 a picture, too.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from common import record  # noqa: E402
-from tools._cli import run  # noqa: E402
-from transfer import paper  # noqa: E402
-from transfer.config import InputError  # noqa: E402
-from transfer.pictures import plot_sweep  # noqa: E402
-from transfer.report import (  # noqa: E402
+from rsa_detectron2.common import record
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.pictures import plot_sweep
+from rsa_detectron2.transfer.report.tables import (
     TOP1,
     make_rows,
     read_json,
@@ -139,4 +136,4 @@ def write_short(table, files, output):
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

@@ -20,14 +20,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from tools import _rehearsal, report, report_top1  # noqa: E402
-from tools._cli import ROOT, run  # noqa: E402
-from transfer import paper  # noqa: E402
-from transfer.config import InputError  # noqa: E402
-from transfer.report import read_run  # noqa: E402
-from transfer.results import load_results  # noqa: E402
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.tools import _rehearsal, report, report_top1
+from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.runs import load_results
+from rsa_detectron2.transfer.report.tables import read_run
 
 OWN_RUN = Path("output/pretrain")  # where tools/pretrain.py leaves the ImageNet-1K recipe's run by itself
 
@@ -257,7 +255,7 @@ def main():
 
 def execute(step, small):
     """Run a step; returns its exit status. What a rehearsal's commands print goes to a file, but for an error's end."""
-    command = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
+    command = [sys.executable, str(Path(__file__).with_name(Path(step.command[0]).name)), *step.command[1:]]
     if not small:
         return subprocess.run(command, check=False).returncode
     with open(small.log, "a") as log:
@@ -383,4 +381,4 @@ def check_options(args):
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

@@ -11,23 +11,26 @@ operations.csv and operations.png show how far each operation alone moves the fe
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import transfer.config  # noqa: E402
-from pretrain import drift, view_pictures  # noqa: E402
-from pretrain.config import InputError, get_cfg  # noqa: E402
-from pretrain.datasets import open_images  # noqa: E402
-from tools._cli import run  # noqa: E402
-from tools._weights import load_features  # noqa: E402
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.evaluate import drift
+from rsa_detectron2.pretrain.evaluate import pictures as view_pictures
+from rsa_detectron2.tools._weights import load_features
 
 
 def main():
     args = parse()
-    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1),
-                        ("image_size", 7)):  # the blur reflects 6 pixels
+    for name, least in (
+        ("rows", 1),
+        ("pairs", 1),
+        ("limit", 1),
+        ("workers", -1),
+        ("image_size", 7),
+    ):  # the blur reflects 6 pixels
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -51,8 +54,12 @@ def main():
     pairs = drift.measure_pairs(features, images, args.seed, args.limit)
     drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
     print(folder / "pairs.csv")
-    print(view_pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
-    drifts = drift.measure_operations(features, images, args.seed, -(-args.limit // 4))  # nine views instead of two
+    print(
+        view_pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True
+    )
+    drifts = drift.measure_operations(
+        features, images, args.seed, -(-args.limit // 4)
+    )  # nine views instead of two
     drift.write_operations(folder / "operations.csv", drifts)
     print(folder / "operations.csv")
     print(view_pictures.plot_operations(drifts, folder / "operations.png"))
@@ -62,7 +69,9 @@ def draw_noisy(args):
     """Figure 1, a panel for each of the IMAGES. Those of small images are seen at their own size, as in pre-training."""
     panels, folder = {}, Path(args.output_dir)
     if args.titles and len(args.titles) != len(args.images):
-        raise InputError(f"--titles are {len(args.titles)}: give one for each of the {len(args.images)} IMAGES")
+        raise InputError(
+            f"--titles are {len(args.titles)}: give one for each of the {len(args.images)} IMAGES"
+        )
     for title, path in zip(args.titles or args.images, args.images):
         images = open_images(path)
         panels[title] = images, args.image_size or min(224, *images.read(0).shape[-2:])
@@ -71,26 +80,50 @@ def draw_noisy(args):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder of images, or a data set that tools/pretrain.py takes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="folder of images, or a data set that tools/pretrain.py takes",
+    )
     parser.add_argument("--noisy", action="store_true", help="draw the aggressive views that changed most")
-    parser.add_argument("--titles", nargs="+", metavar="TITLE", help="of the panels of --noisy (default: IMAGES)")
+    parser.add_argument(
+        "--titles", nargs="+", metavar="TITLE", help="of the panels of --noisy (default: IMAGES)"
+    )
     parser.add_argument("--checkpoint", metavar="FILE")
-    parser.add_argument("--branch", choices=("online", "target"),
-                        help="of the checkpoint (default: online, or the one that a converted file holds)")
+    parser.add_argument(
+        "--branch",
+        choices=("online", "target"),
+        help="of the checkpoint (default: online, or the one that a converted file holds)",
+    )
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="of views.png (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=24, metavar="N", help="of pairs.png (default %(default)s)")
-    parser.add_argument("--limit", type=int, default=1000, metavar="N",
-                        help="images to rank, evenly spaced, two pairs of each (default %(default)s); a quarter of "
-                             "them for the operations")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="of the views (default: the checkpoint's, or 224)")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes that load images (default: the pre-training's number)")
+    parser.add_argument(
+        "--pairs", type=int, default=24, metavar="N", help="of pairs.png (default %(default)s)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images to rank, evenly spaced, two pairs of each (default %(default)s); a quarter of "
+        "them for the operations",
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="of the views (default: the checkpoint's, or 224)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that load images (default: the pre-training's number)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="output/views", metavar="DIR", help="default %(default)s")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run(main, InputError, transfer.config.InputError)
+    run(main)

@@ -14,19 +14,25 @@ import importlib.util
 import logging
 import os
 import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from common.files import locked  # noqa: E402
-from tools._cli import find_config, merge_config, origin, run  # noqa: E402
-from transfer.annotations import dataset_name, load_dataset  # noqa: E402
-from transfer.config import (DEFAULT_WEIGHTS, RECIPE_LENGTHS, InputError, classes_key, fitting_rate,  # noqa: E402
-                             scale_schedule, torchvision_defaults)
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.config import find_config, merge_config, origin
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import locked
+from rsa_detectron2.transfer.config import (
+    DEFAULT_WEIGHTS,
+    RECIPE_LENGTHS,
+    classes_key,
+    fitting_rate,
+    scale_schedule,
+    torchvision_defaults,
+)
+from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
-    "https://wheels.astral.sh/simple/cu128/) or follow its install guide, or run with --engine torchvision")
+    "https://wheels.astral.sh/simple/cu128/) or follow its install guide, or run with --engine torchvision"
+)
 
 
 def main():
@@ -35,28 +41,35 @@ def main():
         if importlib.util.find_spec("detectron2") is None:
             raise InputError(INSTALL_DETECTRON2)
         try:
-            from transfer import d2_trainer as engine
+            from rsa_detectron2.transfer.d2 import trainer as engine
         except Exception as error:  # most often built for another torch, or too old for this Pillow
-            raise InputError(f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
-                             "reinstall it for this torch, or run with --engine torchvision") from None
+            raise InputError(
+                f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
+                "reinstall it for this torch, or run with --engine torchvision"
+            ) from None
         cfg, options = engine.get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
     else:
-        from transfer import torchvision_engine as engine
+        from rsa_detectron2.transfer.tv import engine
+
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         cfg, options = torchvision_defaults(), {}
         if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
-            raise InputError("--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
-                             "the torchvision engine trains on one device, all images at once")
+            raise InputError(
+                "--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
+                "the torchvision engine trains on one device, all images at once"
+            )
     defaults = cfg.clone()
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
     try:
         configure(cfg, args)
     except InputError as error:
         if args.engine == "torchvision" and "Non-existent config key" in str(error):
-            raise InputError(f"{error}, which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
-                             "leave the key out, or use --engine detectron2") from None
+            raise InputError(
+                f"{error}, which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
+                "leave the key out, or use --engine detectron2"
+            ) from None
         raise
-    came_from = origin(find_config(args.config_file, InputError), args.overrides, defaults)
+    came_from = origin(find_config(args.config_file), args.overrides, defaults)
     with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
@@ -64,10 +77,10 @@ def main():
 
 def configure(cfg, args):
     """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule, KEY VALUE pairs."""
-    merge_config(cfg, find_config(args.config_file, InputError), [], InputError)
+    merge_config(cfg, find_config(args.config_file), [])
     if args.protocol != "infomin":
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
-        merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml", InputError), given, InputError)
+        merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml"), given)
     given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] * args.scale_schedule
     if args.eval_only and not args.resume:  # not over the results of the recipe's own run
         given += ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_eval"]
@@ -75,11 +88,11 @@ def configure(cfg, args):
         if files:
             given += [f"DATASETS.{key}", repr((dataset_name(*files),))]
     recipe_images = cfg.SOLVER.IMS_PER_BATCH
-    merge_config(cfg, None, [*given, *args.overrides], InputError)
+    merge_config(cfg, None, [*given, *args.overrides])
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     if args.train and classes_key(cfg) not in args.overrides[::2]:
         classes = load_dataset(dataset_name(*args.train)).categories
-        merge_config(cfg, None, [classes_key(cfg), len(classes)], InputError)
+        merge_config(cfg, None, [classes_key(cfg), len(classes)])
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
@@ -101,34 +114,63 @@ def processes(args):
     if args.num_processes and torch.cuda.is_available():
         raise InputError("--num-processes is for a machine without a GPU: use --num-gpus")
     if args.num_gpus > max(1, torch.cuda.device_count()):
-        raise InputError(f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}"
-                         + " (--num-processes tries several on the CPU)" * (not torch.cuda.is_available()))
+        raise InputError(
+            f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}"
+            + " (--num-processes tries several on the CPU)" * (not torch.cuda.is_available())
+        )
     return max(1, args.num_processes or args.num_gpus)
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", required=True, help="looked up here and under configs/")
     parser.add_argument("--num-gpus", type=int, default=1)
     parser.add_argument("--num-processes", type=int, metavar="N", help="processes on the CPU, to try several")
     share = parser.add_mutually_exclusive_group()
-    share.add_argument("--accumulate", type=int, metavar="N", help="passes that each GPU splits its images of an "
-                       "iteration into; BatchNorm sees those of one (default: by memory)")
-    share.add_argument("--scale-schedule", action="store_true", help="two images per GPU; learning rate and schedule "
-                       "scaled from 8 GPUs (Detectron2's SOLVER.REFERENCE_WORLD_SIZE)")
-    parser.add_argument("--protocol", choices=("infomin", "moco"), default="infomin",
-                        help="which layers have SyncBN, and the box head (default %(default)s)")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train; writes to "
-                        "the config's OUTPUT_DIR with _eval after it")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in "
-                        "OUTPUT_DIR, or start where there is none; a folder that holds a run needs it")
+    share.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="passes that each GPU splits its images of an "
+        "iteration into; BatchNorm sees those of one (default: by memory)",
+    )
+    share.add_argument(
+        "--scale-schedule",
+        action="store_true",
+        help="two images per GPU; learning rate and schedule "
+        "scaled from 8 GPUs (Detectron2's SOLVER.REFERENCE_WORLD_SIZE)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("infomin", "moco"),
+        default="infomin",
+        help="which layers have SyncBN, and the box head (default %(default)s)",
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS, do not train; writes to the config's OUTPUT_DIR with _eval after it",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in "
+        "OUTPUT_DIR, or start where there is none; a folder that holds a run needs it",
+    )
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
-    parser.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="train on this COCO-format data set, with "
-                        "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one")
+    parser.add_argument(
+        "--train",
+        nargs=2,
+        metavar=("JSON", "IMAGES"),
+        help="train on this COCO-format data set, with "
+        "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one",
+    )
     parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     return parser.parse_intermixed_args(arguments)  # KEY VALUE pairs may stand between options
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

@@ -10,12 +10,18 @@ import functools
 import yaml
 from fvcore.common.config import CfgNode as CN
 
-from common.errors import InputError
+from rsa_detectron2.common.errors import InputError
 
-DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"  # of tools/convert_to_d2.py; the transfer configs look for them there
+DEFAULT_WEIGHTS = (
+    "output/weights/rsa_r50.pkl"  # of tools/convert_to_d2.py; the transfer configs look for them there
+)
 # How the weights of tools/convert_to_d2.py see pixels (0-255), where their provenance does not say otherwise.
-RGB_IMAGENET = {"input_format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375],
-                "stride_in_1x1": False}
+RGB_IMAGENET = {
+    "input_format": "RGB",
+    "pixel_mean": [123.675, 116.28, 103.53],
+    "pixel_std": [58.395, 57.12, 57.375],
+    "stride_in_1x1": False,
+}
 NORMALISED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # parts of MODEL that have a NORM
 
 
@@ -29,34 +35,49 @@ def check_weights(cfg, provenance):
         return
     needed = {**RGB_IMAGENET, **provenance}
     fixes = []
-    for key, name in (("INPUT.FORMAT", "input_format"), ("MODEL.PIXEL_MEAN", "pixel_mean"),
-                      ("MODEL.PIXEL_STD", "pixel_std"), ("MODEL.RESNETS.STRIDE_IN_1X1", "stride_in_1x1")):
+    for key, name in (
+        ("INPUT.FORMAT", "input_format"),
+        ("MODEL.PIXEL_MEAN", "pixel_mean"),
+        ("MODEL.PIXEL_STD", "pixel_std"),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", "stride_in_1x1"),
+    ):
         given, wanted = value_of(cfg, key), needed[name]
-        same = given == wanted if isinstance(wanted, (str, bool)) else (
-            len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
+        same = (
+            given == wanted
+            if isinstance(wanted, (str, bool))
+            else (len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
+        )
         if not same:
             fixes.append(f"{key} {wanted!r} (it is {given!r})")
     if "architecture" in needed:
-        from transfer.architectures import ARCHITECTURES  # torch is slow to import, and options are checked before
+        from rsa_detectron2.transfer.convert.architectures import (
+            ARCHITECTURES,  # torch is slow to import, and options are checked before
+        )
 
-        fixes += [f"MODEL.RESNETS.{key} {wanted} (it is {cfg.MODEL.RESNETS[key]})"
-                  for key, wanted in ARCHITECTURES[needed["architecture"]].resnets().items()
-                  if cfg.MODEL.RESNETS[key] != wanted]
+        fixes += [
+            f"MODEL.RESNETS.{key} {wanted} (it is {cfg.MODEL.RESNETS[key]})"
+            for key, wanted in ARCHITECTURES[needed["architecture"]].resnets().items()
+            if cfg.MODEL.RESNETS[key] != wanted
+        ]
     if fixes:
         raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
     frozen = [f"{part}.NORM is FrozenBN" for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:  # Detectron2 makes FrozenBN of the BatchNorm in what it freezes
         frozen.append(f"BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}")
     if frozen and needed.get("method") != "supervised":
-        raise InputError(f"MODEL.{frozen[0]}, but {cfg.MODEL.WEIGHTS} is not known to be supervised (method "
-                         f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0")
+        raise InputError(
+            f"MODEL.{frozen[0]}, but {cfg.MODEL.WEIGHTS} is not known to be supervised (method "
+            f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0"
+        )
 
 
 def known_expression(loader, node):
     """The value of the one expression in Detectron2's own config files, the anchors of its Base-RetinaNet.yaml."""
     [text] = loader.construct_sequence(node)
     if "".join(text.split()) != "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]":
-        raise yaml.constructor.ConstructorError(None, None, f"{text!r} is code, which is not run: write its value")
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{text!r} is code, which is not run: write its value"
+        )
     return [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
 
 
@@ -90,16 +111,21 @@ def check_possible(cfg, possible: dict, engine: str) -> None:
 
 
 def protocol_of(config):
-    """"infomin", "moco" or "other": by which layers of a run's config (a dict), a Mask R-CNN FPN's, are normalised with
+    """ "infomin", "moco" or "other": by which layers of a run's config (a dict), a Mask R-CNN FPN's, are normalised with
     trained BatchNorm."""
     model = config["MODEL"]
-    if (model["META_ARCHITECTURE"], model["ROI_HEADS"]["NAME"], model["BACKBONE"]["NAME"], model["MASK_ON"]) != (
-            "GeneralizedRCNN", "StandardROIHeads", "build_resnet_fpn_backbone", True):
+    if (
+        model["META_ARCHITECTURE"],
+        model["ROI_HEADS"]["NAME"],
+        model["BACKBONE"]["NAME"],
+        model["MASK_ON"],
+    ) != ("GeneralizedRCNN", "StandardROIHeads", "build_resnet_fpn_backbone", True):
         return "other"
     trained = [model[part]["NORM"] in ("BN", "SyncBN") for part in NORMALISED]
     box = (model["ROI_BOX_HEAD"]["NUM_CONV"], model["ROI_BOX_HEAD"]["NUM_FC"])
     return {(True, True, True, True, 4, 1): "infomin", (True, True, False, False, 0, 2): "moco"}.get(
-        (*trained, *box), "other")
+        (*trained, *box), "other"
+    )
 
 
 COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
@@ -123,9 +149,11 @@ def scale_schedule(solver, images):
     solver.MAX_ITER = max(1, round(before * factor))
     solver.STEPS = tuple(round(step * factor) for step in solver.STEPS)
     solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.MAX_ITER // 10)
-    return (f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
-            f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
-            "SOLVER.MAX_ITER and SOLVER.STEPS override it")
+    return (
+        f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
+        f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
+        "SOLVER.MAX_ITER and SOLVER.STEPS override it"
+    )
 
 
 def fitting_rate(solver, images, schedule=True):
@@ -137,8 +165,10 @@ def fitting_rate(solver, images, schedule=True):
     if schedule:
         keys["SOLVER.MAX_ITER"] = round(solver.MAX_ITER / factor)
         keys["SOLVER.STEPS"] = f'"{tuple(round(step / factor) for step in solver.STEPS)}"'
-    return (f"SOLVER.BASE_LR {solver.BASE_LR:g} is for {images} images an iteration; "
-            f"for {solver.IMS_PER_BATCH} give " + " ".join(f"{key} {value}" for key, value in keys.items()))
+    return (
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} is for {images} images an iteration; "
+        f"for {solver.IMS_PER_BATCH} give " + " ".join(f"{key} {value}" for key, value in keys.items())
+    )
 
 
 def torchvision_defaults():
@@ -147,28 +177,83 @@ def torchvision_defaults():
     cfg.VERSION = 2
     cfg.SEED = -1
     cfg.OUTPUT_DIR = "./output"
-    cfg.MODEL = CN(dict(
-        META_ARCHITECTURE="GeneralizedRCNN", WEIGHTS="", DEVICE="cuda", MASK_ON=False,
-        PIXEL_MEAN=[103.530, 116.280, 123.675], PIXEL_STD=[1.0, 1.0, 1.0],
-        BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
-        RESNETS=dict(DEPTH=50, NUM_GROUPS=1, WIDTH_PER_GROUP=64, RES2_OUT_CHANNELS=256, NORM="FrozenBN",
-                     STRIDE_IN_1X1=True, OUT_FEATURES=["res4"]),
-        FPN=dict(IN_FEATURES=[], OUT_CHANNELS=256, NORM=""),
-        ANCHOR_GENERATOR=dict(SIZES=[[32, 64, 128, 256, 512]], ASPECT_RATIOS=[[0.5, 1.0, 2.0]]),
-        RPN=dict(IN_FEATURES=["res4"], BATCH_SIZE_PER_IMAGE=256, POSITIVE_FRACTION=0.5, IOU_THRESHOLDS=[0.3, 0.7],
-                 PRE_NMS_TOPK_TRAIN=12000, PRE_NMS_TOPK_TEST=6000, POST_NMS_TOPK_TRAIN=2000,
-                 POST_NMS_TOPK_TEST=1000, NMS_THRESH=0.7),
-        ROI_HEADS=dict(NAME="Res5ROIHeads", NUM_CLASSES=80, IN_FEATURES=["res4"], BATCH_SIZE_PER_IMAGE=512,
-                       POSITIVE_FRACTION=0.25, IOU_THRESHOLDS=[0.5], SCORE_THRESH_TEST=0.05, NMS_THRESH_TEST=0.5),
-        ROI_BOX_HEAD=dict(NAME="", NUM_CONV=0, CONV_DIM=256, NUM_FC=0, FC_DIM=1024, NORM="", POOLER_RESOLUTION=14),
-        ROI_MASK_HEAD=dict(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=0, CONV_DIM=256, NORM="", POOLER_RESOLUTION=14),
-    ))
-    cfg.INPUT = CN(dict(FORMAT="BGR", MASK_FORMAT="polygon", RANDOM_FLIP="horizontal",
-                        MIN_SIZE_TRAIN=(800,), MAX_SIZE_TRAIN=1333, MIN_SIZE_TEST=800, MAX_SIZE_TEST=1333))
+    cfg.MODEL = CN(
+        dict(
+            META_ARCHITECTURE="GeneralizedRCNN",
+            WEIGHTS="",
+            DEVICE="cuda",
+            MASK_ON=False,
+            PIXEL_MEAN=[103.530, 116.280, 123.675],
+            PIXEL_STD=[1.0, 1.0, 1.0],
+            BACKBONE=dict(NAME="build_resnet_backbone", FREEZE_AT=2),
+            RESNETS=dict(
+                DEPTH=50,
+                NUM_GROUPS=1,
+                WIDTH_PER_GROUP=64,
+                RES2_OUT_CHANNELS=256,
+                NORM="FrozenBN",
+                STRIDE_IN_1X1=True,
+                OUT_FEATURES=["res4"],
+            ),
+            FPN=dict(IN_FEATURES=[], OUT_CHANNELS=256, NORM=""),
+            ANCHOR_GENERATOR=dict(SIZES=[[32, 64, 128, 256, 512]], ASPECT_RATIOS=[[0.5, 1.0, 2.0]]),
+            RPN=dict(
+                IN_FEATURES=["res4"],
+                BATCH_SIZE_PER_IMAGE=256,
+                POSITIVE_FRACTION=0.5,
+                IOU_THRESHOLDS=[0.3, 0.7],
+                PRE_NMS_TOPK_TRAIN=12000,
+                PRE_NMS_TOPK_TEST=6000,
+                POST_NMS_TOPK_TRAIN=2000,
+                POST_NMS_TOPK_TEST=1000,
+                NMS_THRESH=0.7,
+            ),
+            ROI_HEADS=dict(
+                NAME="Res5ROIHeads",
+                NUM_CLASSES=80,
+                IN_FEATURES=["res4"],
+                BATCH_SIZE_PER_IMAGE=512,
+                POSITIVE_FRACTION=0.25,
+                IOU_THRESHOLDS=[0.5],
+                SCORE_THRESH_TEST=0.05,
+                NMS_THRESH_TEST=0.5,
+            ),
+            ROI_BOX_HEAD=dict(
+                NAME="", NUM_CONV=0, CONV_DIM=256, NUM_FC=0, FC_DIM=1024, NORM="", POOLER_RESOLUTION=14
+            ),
+            ROI_MASK_HEAD=dict(
+                NAME="MaskRCNNConvUpsampleHead", NUM_CONV=0, CONV_DIM=256, NORM="", POOLER_RESOLUTION=14
+            ),
+        )
+    )
+    cfg.INPUT = CN(
+        dict(
+            FORMAT="BGR",
+            MASK_FORMAT="polygon",
+            RANDOM_FLIP="horizontal",
+            MIN_SIZE_TRAIN=(800,),
+            MAX_SIZE_TRAIN=1333,
+            MIN_SIZE_TEST=800,
+            MAX_SIZE_TEST=1333,
+        )
+    )
     cfg.DATASETS = CN(dict(TRAIN=(), TEST=()))
     cfg.DATALOADER = CN(dict(NUM_WORKERS=4, FILTER_EMPTY_ANNOTATIONS=True))
-    cfg.SOLVER = CN(dict(IMS_PER_BATCH=16, BASE_LR=0.001, MOMENTUM=0.9, WEIGHT_DECAY=0.0001, WEIGHT_DECAY_NORM=0.0,
-                         STEPS=(30000,), GAMMA=0.1, MAX_ITER=40000, WARMUP_ITERS=1000, WARMUP_FACTOR=1.0 / 1000,
-                         CHECKPOINT_PERIOD=5000, AMP=dict(ENABLED=False)))
+    cfg.SOLVER = CN(
+        dict(
+            IMS_PER_BATCH=16,
+            BASE_LR=0.001,
+            MOMENTUM=0.9,
+            WEIGHT_DECAY=0.0001,
+            WEIGHT_DECAY_NORM=0.0,
+            STEPS=(30000,),
+            GAMMA=0.1,
+            MAX_ITER=40000,
+            WARMUP_ITERS=1000,
+            WARMUP_FACTOR=1.0 / 1000,
+            CHECKPOINT_PERIOD=5000,
+            AMP=dict(ENABLED=False),
+        )
+    )
     cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
     return cfg

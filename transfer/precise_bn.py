@@ -27,7 +27,9 @@ def update_statistics(model: nn.Module, batches: Iterable) -> None:
     """
     layers = norm_layers(model)
     # Of each channel: how many values, their sum, the sum of their squares.
-    moments = {layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64) for layer in layers}
+    moments = {
+        layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64) for layer in layers
+    }
 
     def add(layer, inputs):
         values = inputs[0].float().transpose(0, 1).flatten(1)

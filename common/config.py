@@ -1,0 +1,77 @@
+"""Config files: where they are looked for, and how one is merged with overrides."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.record import Origin, flatten
+
+# Beside the packages, in a checkout as in an installed wheel.
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(path):
+    """``--config-file`` is looked up in the working directory first, then under ``configs/``."""
+    for candidate in (Path(path), CONFIGS / path):
+        if candidate.is_file():
+            return str(candidate)
+    raise InputError(f"no config file {path}: looked in {Path.cwd()} and in {CONFIGS}")
+
+
+def origin(path, overrides, defaults):
+    """Where a configuration comes from, for the record of its run: files of ``configs/`` by their name there, overrides,
+    and the CfgNode of the engine's defaults."""
+    path, configs = Path(path).resolve(), CONFIGS
+    path = path.relative_to(configs) if path.is_relative_to(configs) else path
+    return Origin(str(path), tuple(overrides), flatten(defaults))
+
+
+def merge_config(cfg, path, overrides):
+    """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes one InputError."""
+    try:
+        if path:
+            refuse_repeated_keys(path)
+            cfg.merge_from_file(path, allow_unsafe=False)
+        if len(overrides) % 2:
+            raise InputError(f"overrides are KEY VALUE pairs, but {overrides[-1]!r} has no value")
+        for key, value in zip(overrides[::2], overrides[1::2]):
+            cfg.merge_from_list([key, whole_as_float(cfg, key, value)])
+    except InputError:
+        raise
+    except Exception as problem:  # yacs raises KeyError, ValueError and AssertionError; PyYAML its own
+        reason = " ".join(str(problem.args[0] if isinstance(problem, KeyError) else problem).split())
+        raise InputError(
+            f"config {path or ''} {' '.join(map(str, overrides))}: {reason}".replace("  ", " ")
+        ) from None
+    return cfg
+
+
+def whole_as_float(cfg, key, value):
+    """``value``, as a float where it is a whole number and the key of ``cfg`` holds floats: yacs wants 0.0 for 0."""
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return float(value) if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(value)) else value
+
+
+def refuse_repeated_keys(path):
+    """Raise InputError for a key that a YAML file, or one that it inherits from, gives twice: PyYAML keeps the last."""
+
+    def check(node, prefix=""):
+        lines = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in lines:
+                raise InputError(
+                    f"{path}, line {key.start_mark.line + 1}: {prefix}{key.value} is given a second time "
+                    f"(first in line {lines[key.value]}): remove one"
+                )
+            lines[key.value] = key.start_mark.line + 1
+            check(value, f"{prefix}{key.value}.")
+
+    text = Path(path).read_text()
+    check(yaml.compose(text))
+    bases = (yaml.safe_load(text) or {}).get("_BASE_", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        refuse_repeated_keys(Path(path).parent / Path(base).expanduser())

@@ -1,0 +1,120 @@
+"""What becomes of images that cannot be decoded: another stands in for them, and a list names them."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rsa_detectron2.common import distributed
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
+from rsa_detectron2.pretrain.data.source import say
+
+TRIES = 100  # images in a row that may be unreadable
+HANDFUL = 5  # images that may be, however small the data set
+
+
+def read_or_next(images, index):
+    """(image, skipped): image ``index``, or the first after it that can be decoded (round the end), and how many could
+    not be. Which one stands in does not depend on which are known to be unreadable: those are only not decoded again.
+    Raises InputError after 100.
+    """
+    for skipped in range(min(TRIES, len(images))):
+        at = (index + skipped) % len(images)
+        if images.bad[at]:
+            continue
+        try:
+            return images.read(at), skipped
+        except UnreadableImage:
+            images.bad[at] = 1
+    first, last = printable(images.name(index)), printable(images.name(at))
+    raise InputError(
+        f"{skipped + 1} images in a row cannot be decoded, {first} to {last}: restore the data set"
+    )
+
+
+class BadImages:
+    """``path``, a list of the images of a source that could not be decoded: the ``id`` of one a line, as a JSON string.
+    Any process may add. ``max_bad`` is DATA.MAX_BAD; ``removed`` listed images do not count for it."""
+
+    def __init__(self, path, images, max_bad):
+        self.path, self.images, self.max_bad, self.added = Path(path), images, max_bad, set()
+        self.removed = 0
+
+    def __len__(self):
+        return len(self.listed())
+
+    def listed(self):
+        return parse(self.path.read_bytes()) if self.path.is_file() else set()
+
+    def start(self):
+        """Mark the images that are listed as unreadable. First, what can be decoded by now, because it was replaced, or is
+        no longer in the data set, leaves the list. Called on every rank; raises InputError when too many are left."""
+        still = None
+        if distributed.rank() == 0 and self.path.is_file():
+            listed = tqdm(
+                self.images.indices(self.listed()), "unreadable images, again", leave=False, disable=None
+            )
+            still = [index for index in listed if not self.can_be_read(index)]
+            lines = "".join(map(self.line, still)).encode()
+            write_atomically(self.path, lambda file: file.write(lines))
+        for index in distributed.from_first(still) or ():
+            self.images.bad[index] = 1
+            self.added.add(index)
+        self.check(len(self.added))
+
+    def can_be_read(self, index):
+        try:
+            self.images.read(index)
+        except UnreadableImage:
+            return False
+        return True
+
+    def line(self, index):
+        return json.dumps(self.images.id(index)) + "\n"
+
+    def add(self, indices):
+        """List those that are not yet. Raises InputError when too many of the data set are listed. A full disk is no
+        error."""
+        new = sorted({int(index) for index in indices} - self.added)
+        if not new:
+            return
+        self.added.update(new)
+        count = len(self.added)
+        try:
+            with open(self.path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another process may list the same image
+                file.seek(0)
+                text = file.read()
+                listed = parse(text)
+                lines = [self.line(index) for index in new if self.images.id(index) not in listed]
+                file.write(("\n" * (text[-1:] not in (b"", b"\n")) + "".join(lines)).encode())
+            count = len(listed) + len(lines)
+        except OSError as error:
+            say(f"warning: cannot write {self.path} ({error.strerror}); the run goes on without the list")
+        self.check(count)
+
+    def check(self, count):
+        allowed = max(HANDFUL, int(self.max_bad * len(self.images))) if self.max_bad else 0
+        if count - self.removed > allowed:
+            first = printable(self.images.name(min(self.added)))
+            raise InputError(
+                f"{self.path} lists {count} of {len(self.images)} images as unreadable, {first} first, and "
+                f"DATA.MAX_BAD allows {allowed}: replace or remove them, or raise it, and run the same "
+                "command again"
+            )
+
+
+def parse(text):
+    """The set of names in a list, bytes; in those of older versions a name stands as it is."""
+    return {unquoted(line) for line in os.fsdecode(text).split("\n") if line}
+
+
+def unquoted(line):
+    try:
+        return str(json.loads(line)) if line.startswith('"') else line
+    except ValueError:
+        return line

@@ -1,0 +1,98 @@
+"""Global batches as a pure function of (seed, step).
+
+The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a sample are drawn from
+(seed, epoch, index). So a run can stop anywhere and go on bit for bit, and neither the number of workers, nor that of
+ranks or accumulation steps, changes which pixels are seen.
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from rsa_detectron2.common import distributed, workers
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.data.bad_images import read_or_next
+from rsa_detectron2.pretrain.method.augment import draw_params, weak_view
+
+# First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
+ORDER_STREAM, SAMPLE_STREAM = 0, 1
+
+
+class MultiStageViews(Dataset):
+    """(epoch, index) -> ``views`` uint8 [2, 3, S, S], the two weak views, and ``params`` float32 [2, P] for their
+    aggressive stage. ``skipped`` counts the images from ``index`` on that cannot be decoded: the next one that can
+    stands in for them."""
+
+    def __init__(self, images, size, seed):
+        self.images, self.size, self.seed = images, size, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
+        image, skipped = read_or_next(self.images, index)
+        views = [weak_view(image, rng, self.size).movedim(0, -1) for _ in range(2)]
+        return {
+            "views": torch.stack(views).movedim(-1, 1),
+            "params": torch.stack([draw_params(rng) for _ in range(2)]),
+            "index": index,
+            "skipped": skipped,
+        }
+
+    @staticmethod
+    def collate(samples):
+        """A batch whose views lie in memory as the samples' do, channel last: to move them is for the device."""
+        batch = default_collate([{**sample, "views": sample["views"].movedim(-3, -1)} for sample in samples])
+        return {**batch, "views": batch["views"].movedim(-1, -3)}
+
+
+class StepBatches(Sampler):
+    """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index);
+    a part that is larger than ``micro_batch`` comes in several lists, one after the other.
+
+    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches. Raises InputError
+    where there are fewer images than that.
+    """
+
+    def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1, micro_batch=None):
+        if num_images < batch_size:
+            raise InputError(
+                f"the data set has {num_images} images, fewer than the global batch of {batch_size}: "
+                "lower it with --batch-size"
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.total = start, total
+        local = batch_size // world_size
+        micro_batch = micro_batch or local
+        self.slices = [
+            slice(first, first + micro_batch)
+            for first in range(rank * local, (rank + 1) * local, micro_batch)
+        ]
+
+    def __len__(self):
+        return (self.total - self.start) * len(self.slices)
+
+    def __iter__(self):
+        steps_per_epoch = self.num_images // self.batch_size
+        epoch, order = None, None
+        for step in range(self.start, self.total):
+            if epoch != step // steps_per_epoch:
+                epoch = step // steps_per_epoch
+                order = np.random.default_rng((self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)
+            first = step % steps_per_epoch * self.batch_size
+            batch = [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            for part in self.slices:
+                yield batch[part]
+
+
+def build_loader(dataset, batches, num_workers):
+    """An iterable of ``batches`` (lists of keys) of a map-style ``dataset``, collated into tensors."""
+    return workers.load(
+        dataset, batches, resolve_workers(num_workers), "--workers", getattr(dataset, "collate", None)
+    )
+
+
+def resolve_workers(num_workers):
+    """-1: this process's share of the cores, 16 at most."""
+    if num_workers >= 0:
+        return num_workers
+    return min(16, distributed.cores())

@@ -1,0 +1,235 @@
+"""Images in tables: Parquet files, whoever wrote them, and what ``datasets.save_to_disk`` leaves."""
+
+import errno
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.data.folders import is_skipped, part_of, pick
+from rsa_detectron2.pretrain.data.images import printable, read_file
+from rsa_detectron2.pretrain.data.source import Source, say
+
+# Names of columns, the preferred one first; case does not count. A file without the hub's metadata is read by them.
+IMAGE_COLUMNS = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "photo",
+    "bytes",
+    "image_bytes",
+    "data",
+)
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "cls",
+    "class",
+    "fine_label",
+    "category",
+    "target",
+    "class_name",
+    "label_name",
+)
+FULL, CLOSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)  # errors of a cache
+
+
+def find_shards(path, split):
+    """(files, whole): the Parquet files at ``path`` of a part of the data set ("val", else the training part), and
+    whether ``path`` has the other parts as well.
+
+    The files lie in ``path`` or in folders below: train.parquet, data/train-00000-of-00002.parquet,
+    plain_text/train-*.parquet, default/train/0000.parquet. Where nothing names a part, ``path`` is one itself. Raises
+    InputError for several configurations and for an incomplete part.
+    """
+    configs = defaultdict(lambda: defaultdict(list))  # folder of a configuration -> part -> files
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not is_skipped(name))
+        for name in sorted(names):
+            if name.endswith(".parquet") and not name.startswith("."):
+                config, part = place_of(Path(folder, name).relative_to(path))
+                configs[config][part].append(Path(folder, name))
+    if not configs:
+        return [], False
+    if len(configs) > 1:
+        names = [printable(name or ".") for name in sorted(configs)]
+        raise InputError(
+            f"{printable(path)} holds several configurations, {', '.join(names)}: give the folder of one, "
+            f"such as {printable(Path(path, names[-1]))}"
+        )
+    [parts] = configs.values()
+    if not any(map(part_of, parts)) and not any(map(of_how_many, sum(parts.values(), []))):
+        return sum(parts.values(), []), False
+    name = pick(parts, "val" if split == "val" else "train", path)
+    others = [printable(other) for other in parts if not part_of(other)]
+    if others:
+        say(f"{printable(path)}: left out the Parquet files of {', '.join(others)}")
+    shards = parts[name]
+    count = of_how_many(shards[0]) or len(shards)
+    if len(shards) != count:
+        raise InputError(
+            f"{printable(shards[0].parent)} has {len(shards)} of the {count} shards of {name}: complete the "
+            "download"
+        )
+    return shards, True
+
+
+def place_of(file):
+    """(configuration, part): the folders of a relative path but for ``data``; the name of the file, or of its folder
+    where that names a part."""
+    name, folders = re.sub(r"-\d+-of-\d+.*|\.parquet$", "", file.name), list(file.parts[:-1])
+    if not part_of(name) and folders and part_of(folders[-1]):
+        name = folders.pop()
+    return "/".join(folder for folder in folders if folder != "data"), name
+
+
+def of_how_many(file):
+    """Of how many shards a file is one, by its name; 0 where it does not say."""
+    found = re.search(r"-\d+-of-(\d+)", file.name)
+    return int(found[1]) if found else 0
+
+
+class HuggingFace(Source):
+    """What ``save_to_disk`` of the ``datasets`` library wrote to ``root``, or Parquet ``shards``, whose images the library
+    first copies to its cache (HF_HOME) in a form that can be read in any order.
+
+    The images are those of the first column of type Image; else of a column that holds encoded images, or structs of
+    ``bytes`` and ``path``, by IMAGE_COLUMNS. Labels are numbers or strings. Raises InputError.
+    """
+
+    def __init__(self, root, shards=(), own_val=False):
+        self.root, self.shards, self.own_val = root, shards, own_val
+        try:
+            import datasets
+            import pyarrow
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise InputError(
+                f"{printable(root)} holds a Hugging Face data set, which needs one more library: "
+                "python3 -m pip install -c constraints.txt -e '.[hf]'"
+            ) from None
+        try:
+            if shards:
+                metadata = [ParquetFile(shard) for shard in shards]
+                self.starts = np.cumsum(
+                    [0, *(file.metadata.num_rows for file in metadata[:-1])]
+                )  # rows, by shard
+                self.column, label, self.classes = choose_columns(metadata[0].schema_arrow, root)
+                values = [
+                    value for file in metadata if label for value in file.read([label])[label].to_pylist()
+                ]
+                table = datasets.Dataset.from_parquet(list(map(str, shards)), columns=[self.column])
+                self.files = shards
+            else:
+                table, self.starts = datasets.load_from_disk(str(root)), [0]
+                self.column, label, self.classes = choose_columns(table.features.arrow_schema, root)
+                values = (
+                    table.select_columns([label]).with_format("arrow")[:][label].to_pylist() if label else ()
+                )
+                self.files = [file["filename"] for file in table.cache_files]
+        except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+            raise refusal(root, error, datasets.config.HF_DATASETS_CACHE) from None
+        self.images = table.select_columns([self.column])
+        if isinstance(table.features[self.column], datasets.Image):
+            self.images = self.images.cast_column(self.column, datasets.Image(decode=False))
+        self.labels = np.full(len(table), -1)
+        if label:
+            known = range(len(self.classes)) if self.classes else sorted({*values} - {None, -1})
+            self.classes = self.classes or list(map(str, known))
+            index = {value: i for i, value in enumerate(known)}
+            self.labels = np.array([index.get(value, -1) for value in values])
+
+    def id(self, index):
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.shards[shard].name if self.shards else 'row'}:{index - self.starts[shard]}"
+
+    def name(self, index):
+        return self.id(index) if self.shards else f"{self.root}:{index}"
+
+    def encoded(self, index):
+        image = self.images[int(index)][self.column]
+        if not isinstance(image, dict):
+            image = {"bytes": image}
+        if image["bytes"] is None and image.get("path"):
+            return read_file(self.root / image["path"]), printable(image["path"])
+        return image["bytes"] or b"", printable(self.name(index))
+
+
+def choose_columns(schema, root):
+    """(column of images, column of labels or None, names of the classes or []) of an Arrow schema. Raises InputError."""
+    from datasets import ClassLabel, Features, Image
+
+    kinds = Features.from_arrow_schema(schema)
+    image = next((name for name, kind in kinds.items() if isinstance(kind, Image)), None)
+    if image is None:
+        encoded = [field.name for field in schema if holds_images(field.type)]
+        image = by_name(encoded, IMAGE_COLUMNS) or (encoded[0] if len(encoded) == 1 else None)
+    if image is None:
+        raise InputError(
+            f"{printable(root)} has no column of images, only {', '.join(kinds)}: give another --data, or "
+            f"name the column {IMAGE_COLUMNS[0]}"
+        )
+    label = next((name for name, kind in kinds.items() if isinstance(kind, ClassLabel)), None)
+    if label:
+        return image, label, kinds[label].names
+    return image, by_name([field.name for field in schema if holds_labels(field.type)], LABEL_COLUMNS), []
+
+
+def by_name(columns, names):
+    """The column of the first of the names that there is, or None."""
+    known = {column.lower(): column for column in columns}
+    return next((known[name] for name in names if name in known), None)
+
+
+def holds_images(kind):
+    """Whether an Arrow type is that of encoded images: bytes, or a struct with ``bytes``."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and holds_images(kind.field(index).type)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def holds_labels(kind):
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return holds_labels(kind.value_type)
+    return (
+        types.is_integer(kind)
+        or types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+    )
+
+
+def refusal(root, error, cache):
+    """The InputError for what reading a table raised, by the first of its causes."""
+    cause = error
+    while True:
+        number, place = getattr(cause, "errno", None), str(getattr(cause, "filename", None) or "")
+        if (
+            number in FULL
+            or "Not enough disk space" in str(cause)
+            or number in CLOSED
+            and place.startswith(str(cache))
+        ):
+            return InputError(
+                f"the cache of Hugging Face data sets, {cache}, cannot take {printable(root)} "
+                f"({' '.join(str(cause).split())}): make room, or set HF_HOME to a folder on another disk"
+            )
+        following = cause.__cause__ or cause.__context__
+        if following is None:
+            return InputError(
+                f"{printable(root)} cannot be read as a Hugging Face data set "
+                f"({' '.join(str(cause).split())}): restore it"
+            )
+        cause = following

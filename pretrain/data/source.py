@@ -1,0 +1,96 @@
+"""What the sources of images have in common. Those that there are: folders.py, tables.py and datasets.py."""
+
+import functools
+import mmap
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from rsa_detectron2.common import distributed
+from rsa_detectron2.pretrain.data.images import decode
+
+STANDIN = "STANDIN"  # a file in the folder of a data set that was drawn (standins.py)
+
+
+class Source:
+    """``len(source)`` images, which are known by their index.
+
+    ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, of those that hold files: the bytes,
+    and the name for a message. ``name(index)``: text that names one image. ``labels``:
+    int64 [N], -1 where unlabelled. ``classes``: their names. ``root``: the folder. ``own_val``: whether the path that
+    ``root`` was found at holds the validation images as well, which else lie in a folder beside ``root``.
+
+    Sources hold arrays, not long lists: a million strings would be copied into every worker as soon as their reference
+    counts are touched.
+    """
+
+    own_val = False
+    files = ()  # that hold the images, where they have none of their own
+    value_range = ()  # DATA.RANGE
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, index):
+        return decode(*self.encoded(index), self.value_range)
+
+    def id(self, index):
+        """Names an image like ``name``, but the same wherever the data set lies."""
+        return self.name(index)
+
+    def indices(self, ids):
+        """Those of the images that have one of these ids, ascending."""
+        return [index for index in range(len(self)) if self.id(index) in ids] if ids else []
+
+    @functools.cached_property
+    def bad(self):
+        """A byte for each image, 1 where it is known to be unreadable. Workers that are forked after the first use
+        share it."""
+        return mmap.mmap(-1, max(1, len(self)))
+
+    def known_bad(self):
+        """Indices of the images that are known to be unreadable."""
+        return np.flatnonzero(np.frombuffer(self.bad[:], np.uint8)[: len(self)]).tolist()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "bad"}
+
+
+class Sample(Source):
+    """``count`` images of a ``source``, evenly spaced."""
+
+    def __init__(self, source, count):
+        self.source, self.places = source, np.arange(count) * len(source) // count
+        self.labels, self.classes = source.labels[self.places], source.classes
+        self.root, self.own_val, self.files = source.root, source.own_val, source.files
+        self.part = getattr(source, "part", None)
+
+    @property
+    def value_range(self):
+        return self.source.value_range
+
+    @value_range.setter
+    def value_range(self, value):
+        self.source.value_range = value
+
+    def read(self, index):
+        return self.source.read(int(self.places[index]))
+
+    def name(self, index):
+        return self.source.name(int(self.places[index]))
+
+    def id(self, index):
+        return self.source.id(int(self.places[index]))
+
+
+class SampleOfFiles(Sample):
+    def encoded(self, index):
+        return self.source.encoded(int(self.places[index]))
+
+
+@functools.cache  # the same folder may be opened several times
+def say(line):
+    """Print a line about a data set to stderr, once."""
+    if distributed.is_first_process():
+        tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one

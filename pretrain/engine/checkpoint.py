@@ -1,0 +1,103 @@
+"""Checkpoints that survive: written whole or not at all, checked when read, with the one before kept."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import check_tensors, write_atomically
+from rsa_detectron2.pretrain.config import DATA_KEYS, FREE_KEYS, differences, get_cfg
+
+LAST, PREVIOUS, FINAL = "checkpoint_last.pth", "checkpoint_previous.pth", "model_final.pth"
+CONFIG = "config.yaml"
+FORMAT = "rsa-pretraining"
+
+
+class Damaged(InputError):
+    """A file whose bytes are not those that were written."""
+
+
+def load(path):
+    """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not those written, and
+    InputError when it is no checkpoint of this project."""
+    try:
+        check_tensors(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the ways in which a broken file fails are torch's, zipfile's and pickle's
+        raise Damaged(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
+            f"{' '.join(str(error).split())[:150]}"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of tools/pretrain.py")
+    return state
+
+
+def newest(folder):
+    """Path of the newest whole checkpoint in ``folder`` to go on from, or None where no run has saved one.
+
+    A damaged one is put aside and named, and the one before is taken: a run that resumes bit for bit only repeats
+    some steps. Raises InputError when there are checkpoints, but none that can be read.
+    """
+    kept = sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
+    problems = []
+    for path in filter(Path.is_file, [folder / LAST, folder / PREVIOUS, *kept]):
+        try:
+            step = load(path)["step"]
+        except Damaged as error:
+            problems.append(str(error))
+            continue
+        except InputError as error:
+            raise InputError(f"{error}: move it away, or give another --output-dir") from None
+        for problem in problems:
+            print(
+                f"warning: {problem}; it is put aside as *.damaged, and the run goes on from {path}, step {step}"
+            )
+        if problems and (folder / LAST).is_file():  # else the next save would move it over the good one
+            os.replace(folder / LAST, folder / (LAST + ".damaged"))
+        return str(path)
+    if problems:
+        raise InputError(
+            f"{'; '.join(problems)}; no older checkpoint is whole: restore one from a backup, or give "
+            "another --output-dir to start again"
+        )
+    return None
+
+
+def finished(folder):
+    """The content of a run's model_final.pth, None where it is not there yet. Raises InputError."""
+    try:
+        return load(folder / FINAL) if (folder / FINAL).is_file() else None
+    except InputError as error:
+        raise InputError(f"{error}: move it away, or give another --output-dir") from None
+
+
+def take_up(cfg, saved):
+    """What is known of the run in the output folder, by its checkpoint ``saved`` or by config.yaml:
+    its micro-batch, 0 if there is none, and whether its data set has the same path.
+
+    Raises InputError, naming each difference, when that run has another configuration and anything to
+    lose: the result would be neither the one run's nor the other's.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    config = folder / CONFIG
+    text = saved["config"] if saved else config.read_text() if config.is_file() else get_cfg().dump()
+    known_images = saved is None or "data" in saved
+    own, changed = differences(text, cfg, config, FREE_KEYS + DATA_KEYS * known_images)
+    if changed and saved:
+        raise InputError(
+            f"{folder} holds a run with another configuration ({'; '.join(changed)}): "
+            "give the same options, or another --output-dir"
+        )
+    return 0 if changed else own["SOLVER.MICRO_BATCH"], own["DATA.PATH"] == cfg.DATA.PATH
+
+
+def write_config(cfg):
+    """Leave the configuration beside the checkpoints, with what was chosen at the start."""
+    try:
+        write_atomically(Path(cfg.OUTPUT_DIR) / CONFIG, lambda file: file.write(cfg.dump().encode()))
+    except OSError as error:
+        raise InputError(f"cannot write to --output-dir {cfg.OUTPUT_DIR}: {error.strerror}") from None

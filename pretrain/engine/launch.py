@@ -1,0 +1,157 @@
+"""One process per GPU, by torch.distributed.elastic; everything here also works in a single process."""
+
+import logging
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from rsa_detectron2.common import distributed
+from rsa_detectron2.common.errors import InputError, Interrupted, one_line
+from rsa_detectron2.common.progress import close_bars
+from rsa_detectron2.common.signals import stop_signals
+
+TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
+PATIENCE = 10  # seconds that a process whose peer is lost waits before it says so
+HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
+
+
+def num_processes(wanted=None):
+    """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given; without a GPU, one or
+    ``wanted`` on the CPU."""
+    available = torch.cuda.device_count()
+    if wanted is not None and (wanted < 1 or available and wanted > available):
+        raise InputError(
+            f"--num-processes {wanted}: "
+            + (f"this machine shows {available} GPUs" if available else "it must be at least 1")
+        )
+    return wanted or max(1, available)
+
+
+def launch(train, cfg, processes):
+    """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
+
+    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and this one only joins
+    them. Raises InputError or Interrupted when a process did.
+    """
+    if distributed.launched() or processes == 1:
+        return join_and_run(train, cfg)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="pretrain",
+        max_restarts=0,
+        local_addr="localhost",
+    )  # not this machine's name, which need not resolve
+    # What elastic hands on to the processes. Recent versions of torch take it from the config, earlier ones from the
+    # environment.
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(
+        n.name for n in handlers
+    )
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(
+        logging.ERROR
+    )  # that it ends the others is no news
+    try:
+        return elastic_launch(config, join_and_run)(train, cfg)[0]
+    except SignalException as stopped:
+        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from there") from None
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        if first.exitcode < 0:
+            raise InputError(
+                f"process {rank} of {processes} died of {signal.Signals(-first.exitcode).name}"
+                + ", most likely because memory ran out" * (first.exitcode == -signal.SIGKILL)
+                + ": the same command goes on from the last checkpoint"
+            ) from None
+        message = first.message
+        name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
+        for kind in HANDED_ON:
+            if name == kind.__name__:
+                raise kind(text) from None
+        raise
+    finally:  # elastic leaves its own, unless another thread than the main one has called
+        for number, handler in handlers.items():
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
+
+
+def is_a_crash(record):
+    """False for InputError and Interrupted, for which the tool prints one line, and for signals that are handed on."""
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    return not record.msg.startswith("Closing process") and not any(
+        f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON
+    )
+
+
+def adopt_slurm(environment):
+    """Describe a task of srun in torchrun's words, so that ``srun tools/pretrain.py`` needs no launcher.
+
+    SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool directly is a
+    single process, whatever the size of its allocation.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environment or tasks == 1:
+        return
+    host, number = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"]).groups()
+    on_this_node = (
+        environment["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]
+    )  # "4(x2),3": 4 on the first
+    environment.update(
+        {
+            "RANK": environment["SLURM_PROCID"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "WORLD_SIZE": str(tasks),
+            "LOCAL_WORLD_SIZE": on_this_node,
+            "MASTER_ADDR": host + (number or ""),
+            "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+        }
+    )
+
+
+def join_and_run(train, cfg):
+    """Join the process group that the launcher's environment describes, if any, and run."""
+    if not distributed.launched():
+        return train(cfg)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(
+            int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        )  # srun may show each task one
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(distributed.cores())
+    # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    # The group is taken down only where all have come to the end: a process that leaves early, with an error, must not
+    # wait for the others in its shutdown.
+    try:
+        result = train(cfg)
+    except Interrupted as interruption:  # all leave at the same step
+        # DistributedDataParallel goes first, with the frames that hold it. As the last to hold the group it would take
+        # the group's threads down without letting go of Python's lock, which one of them may be waiting for.
+        traceback.clear_frames(interruption.__traceback__)
+        dist.destroy_process_group()
+        raise
+    except (InputError, OSError, MemoryError) as error:  # as the one that the launcher knows by its name
+        close_bars()
+        raise InputError(one_line(error)) from None
+    except (
+        RuntimeError
+    ):  # most often a lost peer, whose own error the launcher must see first: it tells of one alone
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the wait
+        time.sleep(PATIENCE)
+        raise
+    dist.destroy_process_group()
+    return result

@@ -1,0 +1,100 @@
+"""How many images go through the networks at once. The global batch is reached by accumulating over the rest."""
+
+import copy
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from rsa_detectron2.common import distributed
+from rsa_detectron2.common.errors import InputError
+
+# Of the free memory, what the estimate may fill: it does not know the kernels' workspaces nor fragmentation.
+FILL = 0.8
+
+
+def per_process(batch_size, world_size):
+    """A process's share of the global batch. Raises InputError, with the nearest ones that divide, when there is none."""
+    if batch_size % world_size:
+        below = batch_size - batch_size % world_size
+        near = " or ".join(str(size) for size in (below, below + world_size) if size)
+        raise InputError(
+            f"a global batch of {batch_size} does not divide among {world_size} processes: "
+            f"use --batch-size {near}"
+        )
+    return batch_size // world_size
+
+
+def resolve(wanted, images, memory):
+    """The micro-batch of a process that has ``images`` of the global batch: ``wanted``, or, when that is 0, the largest
+    divisor that ``memory()``, a number of images, has room for.
+
+    Raises InputError, with the nearest ones that divide, when ``wanted`` does not.
+    """
+    divisors = [n for n in range(1, images + 1) if images % n == 0]
+    if not wanted:
+        available = memory()
+        return max([n for n in divisors if n <= available], default=1)
+    if wanted not in divisors:
+        below, above = ([n for n in divisors if n < wanted][-1:], [n for n in divisors if n > wanted][:1])
+        raise InputError(
+            f"a micro-batch of {wanted} does not divide the {images} images of each process: "
+            f"use --micro-batch {' or '.join(map(str, below + above))}"
+        )
+    return wanted
+
+
+def room(networks, size, amp):
+    """How many ``size`` x ``size`` images this process's device has room for in a training step, at least 1: the
+    fewest over the ranks. ``networks`` on the CPU, as they were built."""
+    held, image = costs(networks, size, amp)
+    return max(1, distributed.least(int((FILL * free_memory() - held) / image)))
+
+
+def needed(networks, size, amp, count):
+    """Bytes that a process should have free to train with ``count`` images at once."""
+    held, image = costs(networks, size, amp)
+    return (held + count * image) / FILL
+
+
+def costs(networks, size, amp):
+    """Bytes of a training step: whatever its number of images, and for each of them."""
+    weights = sum(t.nbytes for t in networks.state_dict().values())
+    gradients = sum(p.nbytes for p in networks.parameters() if p.requires_grad)
+    views = 4 * 3 * size * size * torch.float32.itemsize  # two weak, two aggressive
+    # Three times: the gradients, DDP's buckets of them, the momentum. Twice the views, for the augmentation; a quarter
+    # more than is saved, for the gradients of what is alive.
+    return weights + 3 * gradients, 2 * views + 1.25 * activations(networks, size, amp)
+
+
+def activations(networks, size, amp):
+    """Bytes that the forward pass of one image leaves for the backward pass, counted on the CPU.
+
+    Between a pass of three images and one of two, so that what does not grow with the batch drops out.
+    """
+    networks = copy.deepcopy(networks).train()  # the passes move BatchNorm's statistics
+
+    def saved(count):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        views = torch.zeros(count, 2, 3, size, size)
+        with (
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", amp and torch.bfloat16, enabled=amp is not None),
+        ):
+            networks(views, views, 0.5)
+        return sum(storages.values())
+
+    return saved(3) - saved(2)
+
+
+def free_memory():
+    """Bytes that this process may take on its device."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return 1024 * kilobytes // distributed.local_world_size()

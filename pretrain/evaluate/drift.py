@@ -1,0 +1,195 @@
+"""The semantic shift, measured: how far an aggressive view moves from its own weak view in a backbone's features.
+
+Features are the backbone's, in eval mode, not a projector's: every checkpoint has them, and they are what is
+transferred. The drift of a pair is 1 - cos of its two feature vectors. A pair is that of the training itself: the views
+and ``params`` that MultiStageViews draws from (seed, epoch 0, index).
+"""
+
+import csv
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from rsa_detectron2.common.distributed import device
+from rsa_detectron2.pretrain.data.loader import MultiStageViews, build_loader
+from rsa_detectron2.pretrain.method.augment import (
+    FACTORS,
+    GRAY,
+    MAX_SIGMA,
+    ORDER,
+    SIGMA,
+    aggressive,
+    draw_params,
+)
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+# What is applied, always and alone, to measure an operation: those of the jitter, whether grayscale, whether blur.
+OPERATIONS = {
+    **{name: ((i,), 0, 0) for i, name in enumerate(JITTER)},
+    "jitter": (range(4), 0, 0),
+    "grayscale": ((), 1, 0),
+    "blur": ((), 0, 1),
+}
+STRENGTH_STREAM = 2  # beside the loader's
+
+
+def choose(count, limit):
+    """At most ``limit`` indices of ``count``, evenly spaced."""
+    return np.arange(min(count, limit)) * count // min(count, limit)
+
+
+def load_views(images, size, seed, indices, num_workers, batch_size=32):
+    """MultiStageViews of epoch 0 at ``indices``, in batches; ``index`` is that of the image that was read."""
+    keys = [(0, int(index)) for index in indices]
+    batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+    for batch in build_loader(MultiStageViews(images, size, seed), batches, num_workers):
+        batch["index"] = (batch["index"] + batch["skipped"]) % len(images)
+        yield batch
+
+
+@torch.no_grad()
+def measure_pairs(features, images, seed, limit):
+    """The drift of both pairs of at most ``limit`` images: {"index", "view" int64 [N], "params" float32 [N, P],
+    "cosine" float32 [N]}, the cosine of each aggressive view and its weak view, most drifted first."""
+    found = {"index": [], "view": [], "params": [], "cosine": []}
+    indices = choose(len(images), limit)
+    with tqdm(total=len(indices), desc="pairs", unit="image", dynamic_ncols=True) as progress:
+        for batch in load_views(images, features.data.IMAGE_SIZE, seed, indices, features.data.NUM_WORKERS):
+            views = batch["views"].to(device())
+            weak = features(views.flatten(0, 1))
+            strong = features.of_floats(aggressive(views, batch["params"]).flatten(0, 1))
+            found["index"].append(batch["index"].repeat_interleave(2))
+            found["view"].append(torch.tensor([0, 1]).repeat(len(views)))
+            found["params"].append(batch["params"].flatten(0, 1))
+            found["cosine"].append(F.cosine_similarity(weak, strong, dim=1).cpu())
+            progress.update(len(views))
+    found = {name: torch.cat(parts) for name, parts in found.items()}
+    order = found["cosine"].argsort(stable=True)
+    return {name: values[order].numpy() for name, values in found.items()}
+
+
+@torch.no_grad()
+def measure_operations(features, images, seed, limit):
+    """Drifts of the first weak view of at most ``limit`` images under each of OPERATIONS, applied alone and always, at
+    the strengths of the training; "as drawn" is the training's own aggressive view, "another crop" its other weak view,
+    and "another image" the weak view of the next image: the scale to read the others by. {name: float32 [N]}."""
+    drifts, weaks = {name: [] for name in (*OPERATIONS, "as drawn", "another crop")}, []
+    indices = choose(len(images), limit)
+    with tqdm(total=len(indices), desc="operations", unit="image", dynamic_ncols=True) as progress:
+        for batch in load_views(images, features.data.IMAGE_SIZE, seed, indices, features.data.NUM_WORKERS):
+            views = batch["views"][:, :1].to(device())
+            strengths = torch.stack(
+                [
+                    draw_strengths(np.random.default_rng((seed, STRENGTH_STREAM, index)))
+                    for index in batch["index"].tolist()
+                ]
+            )[:, None]
+            weak = features(views[:, 0])
+            weaks.append(weak)
+
+            def add(name, other):
+                drifts[name].append(1 - F.cosine_similarity(weak, other, dim=1).cpu())
+
+            for name in OPERATIONS:
+                add(name, features.of_floats(aggressive(views, only(name, strengths))[:, 0]))
+            add("as drawn", features.of_floats(aggressive(views, batch["params"][:, :1])[:, 0]))
+            add("another crop", features(batch["views"][:, 1]))
+            progress.update(len(views))
+    drifts = {name: torch.cat(parts).numpy() for name, parts in drifts.items()}
+    weaks = torch.cat(weaks)
+    drifts["another image"] = 1 - F.cosine_similarity(weaks, weaks.roll(-1, 0), dim=1).cpu().numpy()
+    return drifts
+
+
+def draw_strengths(rng):
+    """``params`` float32 [P] with every operation applied, at a strength and in an order drawn as in the training."""
+    params = draw_params(rng)
+    params[ORDER] = torch.from_numpy(rng.permutation(4)).to(params.dtype)
+    params[GRAY] = 1
+    params[SIGMA] = rng.uniform(0.1, MAX_SIGMA)
+    return params
+
+
+def only(operation, params):
+    """``params`` [..., P] of which nothing but one of OPERATIONS is left."""
+    jitter, gray, blur = OPERATIONS[operation]
+    params = params.clone()
+    kept = torch.isin(params[..., ORDER], torch.tensor(list(jitter), dtype=params.dtype))
+    params[..., ORDER] = torch.where(kept, params[..., ORDER], -1)
+    params[..., GRAY] *= gray
+    params[..., SIGMA] *= blur
+    return params
+
+
+def describe(params):
+    """What was drawn, as words: {"order": "hue contrast ...", "brightness": factor, ..., "grayscale": 0 or 1,
+    "blur": sigma in pixels}; the jitter's are absent where it was not applied. Hue in degrees."""
+    params = np.asarray(params)
+    words = {}
+    order = [JITTER[int(i)] for i in params[ORDER] if i >= 0]
+    if order:
+        words["order"] = " ".join(order)
+        words |= {
+            name: float(params[FACTORS][i]) * (360 if name == "hue" else 1)
+            for i, name in enumerate(JITTER)
+            if name in order
+        }
+    return words | {"grayscale": int(params[GRAY]), "blur": float(params[SIGMA])}
+
+
+def caption(params):
+    """The same on one short line, without what was not applied."""
+    words = describe(params)
+    signs = {"brightness": "b×{:.1f}", "contrast": "c×{:.1f}", "saturation": "s×{:.1f}", "hue": "h{:+.0f}°"}
+    parts = [sign.format(words[name]) for name, sign in signs.items() if name in words]
+    parts += ["gray"] * words["grayscale"] + [f"blur {words['blur']:.1f}"] * (words["blur"] > 0)
+    return " ".join(parts).replace("-", "−") or "nothing drawn"
+
+
+def write_pairs(path, pairs, images, seed):
+    """Pairs of :func:`measure_pairs` -> CSV, a row each, in their order: rank, index, file, seed, view (0 or 1),
+    cosine, and what was drawn, as :func:`describe` says."""
+    drawn = ("order", *JITTER, "grayscale", "blur")
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", "index", "file", "seed", "view", "cosine", *drawn])
+        for rank, (index, view, params, cosine) in enumerate(
+            zip(*(pairs[name] for name in ("index", "view", "params", "cosine"))), start=1
+        ):
+            words = describe(params)
+            writer.writerow(
+                [
+                    rank,
+                    index,
+                    images.name(index),
+                    seed,
+                    view,
+                    f"{cosine:.6f}",
+                    *(
+                        f"{words[name]:.4g}" if isinstance(words.get(name), float) else words.get(name, "")
+                        for name in drawn
+                    ),
+                ]
+            )
+
+
+def write_operations(path, drifts):
+    """Drifts of :func:`measure_operations` -> CSV: operation, images, mean, standard error, median, 90th percentile."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["operation", "images", "mean", "standard error", "median", "90th percentile"])
+        for name, values in drifts.items():
+            error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            writer.writerow(
+                [
+                    name,
+                    len(values),
+                    *(
+                        f"{x:.6f}"
+                        for x in (values.mean(), error, np.median(values), np.percentile(values, 90))
+                    ),
+                ]
+            )

@@ -1,0 +1,200 @@
+"""Linear evaluation: a classifier trained by SGD on the features of a frozen backbone (paper, 4.1)."""
+
+import copy
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from rsa_detectron2.common.distributed import device
+from rsa_detectron2.pretrain.data.bad_images import read_or_next
+from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, build_loader
+from rsa_detectron2.pretrain.evaluate.features import Features, check_labelled, label_of
+from rsa_detectron2.pretrain.method.augment import weak_view
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    epochs: int
+    lr: float
+    weight_decay: float
+    milestones: tuple
+    nesterov: bool
+    standardize: bool  # l2-normalised features, standardised with the training set's mean and variance
+
+
+# The paper's: the small data sets', and for ImageNet that of Mean Shift (Koohpayegani et al. 2021).
+LINEAR = {
+    "small": LinearProtocol(
+        epochs=100, lr=30.0, weight_decay=0.0, milestones=(60, 80), nesterov=True, standardize=False
+    ),
+    "large": LinearProtocol(
+        epochs=40, lr=0.01, weight_decay=1e-4, milestones=(15, 30), nesterov=False, standardize=True
+    ),
+}
+
+
+def shorten(protocol, epochs):
+    """The protocol over another number of epochs (None: its own), with the milestones in proportion."""
+    if epochs is None:
+        return protocol
+    milestones = tuple(round(m * epochs / protocol.epochs) for m in protocol.milestones)
+    return replace(protocol, epochs=epochs, milestones=milestones)
+
+
+class RandomCrops(Dataset):
+    """The training transform of linear evaluation: (epoch, index) -> (uint8 [3, S, S], label): RandomResizedCrop(S) at
+    its default scale of 0.08-1, horizontal flip."""
+
+    def __init__(self, images, size, seed):
+        self.images, self.size, self.seed = images, size, seed
+        images.bad  # made here, so that all workers share it
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
+        image, skipped = read_or_next(self.images, index)
+        return weak_view(image, rng, self.size, scale=(0.08, 1.0)), label_of(self.images, index + skipped)
+
+
+class LinearClassifier:
+    """A classifier on features [B, D], trained by SGD as a LinearProtocol says. ``statistics`` are the mean and
+    variance that the protocol may standardise with."""
+
+    def __init__(self, dim, num_classes, protocol, seed, statistics=None):
+        torch.manual_seed(seed)
+        self.protocol, self.statistics = protocol, statistics
+        self.layer = nn.Linear(dim, num_classes)
+        nn.init.normal_(self.layer.weight, std=0.01)
+        nn.init.zeros_(self.layer.bias)
+        self.layer.to(device())
+        self.optimizer = torch.optim.SGD(
+            self.layer.parameters(),
+            protocol.lr,
+            momentum=0.9,
+            weight_decay=protocol.weight_decay,
+            nesterov=protocol.nesterov,
+        )
+
+    def __call__(self, features):
+        if self.statistics:
+            features = standardize(features, *self.statistics)
+        return self.layer(features)
+
+    def step(self, features, labels, epoch):
+        """One step of SGD in ``epoch``, counted from 0."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.protocol, epoch)
+        loss = F.cross_entropy(self(features), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def top1(self, features, labels):
+        """In percent."""
+        return 100 * (self(features).argmax(1) == labels).float().mean().item()
+
+    def arrays(self):
+        """{name: array} of what training goes on from."""
+        arrays = {name: p.detach().cpu().numpy() for name, p in self.layer.named_parameters()}
+        return arrays | {
+            f"{name} momentum": self.optimizer.state[p]["momentum_buffer"].cpu().numpy()
+            for name, p in self.layer.named_parameters()
+        }
+
+    def restore(self, arrays):
+        for name, p in self.layer.named_parameters():
+            p.data.copy_(torch.from_numpy(arrays[name]))
+            self.optimizer.state[p]["momentum_buffer"] = torch.from_numpy(arrays[f"{name} momentum"]).to(
+                p.device
+            )
+
+
+def learning_rate(protocol, epoch):
+    """Of an epoch, counted from 0: a tenth from each milestone on."""
+    return protocol.lr * 0.1 ** sum(epoch >= milestone for milestone in protocol.milestones)
+
+
+def standardize(features, mean, var):
+    """l2-normalised features, standardised with mean and variance [D]: [B, D] -> [B, D]."""
+    return (F.normalize(features, dim=1) - mean) / (var + 1e-5).sqrt()
+
+
+def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, train_bn=False):
+    """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent.
+
+    train_bn: the backbone's BatchNorm is in train mode where the classifier learns, as in the authors' code on the small
+    data sets, so that its running statistics, with which the val images are normalized, move with it. That happens to a
+    copy; ``features`` stay as they are. With a cache in ``features``, a call that was stopped goes on
+    from its last whole epoch.
+    """
+    check_labelled(train, val)
+    batch_size = min(batch_size, len(train))
+    moving = Features(copy.deepcopy(features.backbone), features.data, features.amp) if train_bn else features
+    buffers = (
+        {f"backbone {name}": buffer for name, buffer in moving.backbone.named_buffers()} if train_bn else {}
+    )
+    val_features, val_labels = features.of(val, "validation features")
+    statistics = features.statistics(train) if protocol.standardize else None
+    classifier = LinearClassifier(val_features.shape[1], len(train.classes), protocol, seed, statistics)
+    what = features.cache and {
+        "linear": asdict(protocol),
+        "seed": seed,
+        "batch": batch_size,
+        "train_bn": train_bn,
+        "train": features.describe(train),
+        "val": features.describe(val),
+    }
+    top1 = []
+    if found := features.cache and features.cache.get(what):
+        top1 = found.pop("top1").tolist()
+        classifier.restore(found)
+        for name, buffer in buffers.items():
+            buffer.copy_(torch.from_numpy(found[name]))
+
+    steps_per_epoch = len(train) // batch_size
+    done, total = len(top1) * steps_per_epoch, protocol.epochs * steps_per_epoch
+    batches = StepBatches(len(train), batch_size, total, seed, done)
+    loader = build_loader(
+        RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS
+    )
+    progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
+    for step, (images, labels) in enumerate(progress, start=done + 1):
+        classifier.step(moving(images, train_bn), labels.to(device(), non_blocking=True), len(top1))
+        if step % steps_per_epoch == 0:
+            if train_bn:
+                val_features, val_labels = moving.of(val, "validation features")
+            top1.append(classifier.top1(val_features, val_labels))
+            progress.set_postfix(epoch=len(top1), top1=f"{top1[-1]:.2f}")
+            if features.cache:
+                features.cache.put(
+                    what,
+                    top1=np.array(top1),
+                    **classifier.arrays(),
+                    **{name: buffer.cpu().numpy() for name, buffer in buffers.items()},
+                )
+    return top1
+
+
+def evaluate_linear_on(bank, bank_labels, queries, query_labels, protocol, seed=0, batch_size=256):
+    """The same on features [N, D] and [M, D] that are there already, without the crops' variety: quicker, and lower."""
+    batch_size = min(batch_size, len(bank))
+    steps_per_epoch = len(bank) // batch_size
+    statistics = None
+    if protocol.standardize:
+        statistics = torch.var_mean(F.normalize(bank, dim=1), dim=0)[::-1]
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    classifier = LinearClassifier(bank.shape[1], num_classes, protocol, seed, statistics)
+    top1 = []
+    for step, batch in enumerate(
+        StepBatches(len(bank), batch_size, protocol.epochs * steps_per_epoch, seed), start=1
+    ):
+        indices = torch.tensor([index for _, index in batch], device=bank.device)
+        classifier.step(bank[indices], bank_labels[indices], len(top1))
+        if step % steps_per_epoch == 0:
+            top1.append(classifier.top1(queries, query_labels))
+    return top1

@@ -1,0 +1,210 @@
+"""Online and target networks: backbone f, projector g, predictor q (paper, 4.1), and the heads of each method."""
+
+import copy
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from rsa_detectron2.common.errors import InputError
+
+RESNET_MODULES = ("resnet", "resnest", "sknet")  # of timm.models; their networks share one class
+FAMILIES = (
+    "resnet18, 34, 50, 101 and 152, resnext50_32x4d, wide_resnet50_2, and timm's other variants of these"
+)
+
+
+def build_backbone(name, small_stem=False):
+    """A timm ResNet without classifier, [B, 3, H, W] -> [B, D]; a plain one's state dict has torchvision's names.
+
+    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels. Raises InputError for a
+    name that is no ResNet of timm's, that asks for pretrained weights, or whose stem cannot be replaced.
+    """
+    plain, dot, tag = name.partition(".")
+    if not timm.models.is_model_in_modules(plain, RESNET_MODULES):
+        what = "a timm model, but no ResNet" if timm.is_model(plain) else "not a model that timm knows"
+        raise InputError(f"MODEL.BACKBONE {name!r} is {what}: the backbone must be a ResNet ({FAMILIES})")
+    if dot:
+        raise InputError(
+            f"MODEL.BACKBONE {name!r} names pretrained weights ({tag}), which pre-training does not load: "
+            f"give {plain!r}"
+        )
+    backbone = timm.create_model(name, num_classes=0, zero_init_last=True)
+    if small_stem:
+        if not isinstance(backbone.conv1, nn.Conv2d):
+            raise InputError(
+                f"MODEL.SMALL_STEM replaces a single 7x7 convolution, but {name} begins with several: give "
+                "MODEL.BACKBONE without a deep stem, such as resnet18, or MODEL.SMALL_STEM False"
+            )
+        # With PyTorch's own initialization, unlike timm's of the other convolutions: so it is in the authors' code.
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def check_backbone(name, small_stem=False):
+    """Raises the InputError of :func:`build_backbone`, without the memory and the random numbers of building it."""
+    with torch.device("meta"):
+        build_backbone(name, small_stem)
+
+
+def mlp(in_dim, hidden_dim, out_dim, bias=False):
+    """[B, in_dim] -> [B, out_dim]; ``bias`` is the last layer's."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim, bias=bias),
+    )
+
+
+# Heads: (in_dim, hidden_dim, out_dim) -> projector [B, in_dim] -> [B, out_dim], predictor [B, out_dim] -> [B, out_dim].
+
+
+def byol_heads(in_dim, hidden_dim, out_dim):
+    """RSA's and BYOL's."""
+    return mlp(in_dim, hidden_dim, out_dim), mlp(out_dim, hidden_dim, out_dim)
+
+
+def simsiam_heads(in_dim, hidden_dim, out_dim):
+    """SimSiam's (Chen and He 2021, section 3): three layers, each with BatchNorm; a predictor with a bottleneck."""
+    projector = nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        *mlp(hidden_dim, hidden_dim, out_dim),
+        nn.BatchNorm1d(out_dim, affine=False),
+    )
+    return projector, mlp(out_dim, out_dim // 4, out_dim, bias=True)
+
+
+def simclr_heads(in_dim, hidden_dim, out_dim):
+    """A projector like BYOL's; nothing predicts."""
+    return mlp(in_dim, hidden_dim, out_dim), nn.Identity()
+
+
+def moco_heads(in_dim, hidden_dim, out_dim):
+    """MoCo v2's projector, without BatchNorm; nothing predicts."""
+    projector = nn.Sequential(
+        nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
+    )
+    return projector, nn.Identity()
+
+
+class Branch(nn.Module):
+    """Backbone and projector: images [B, 3, H, W] -> projection z [B, out_dim]."""
+
+    def __init__(self, backbone, projector):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images):
+        return self.projector(self.backbone(images.contiguous(memory_format=torch.channels_last)))
+
+
+class KeyQueue(nn.Module):
+    """MoCo's queue: ``keys`` float32 [size, dim], unit vectors, in a ring that starts at random. ``pending`` gathers
+    the keys of a step, [B, dim] of each micro-batch; they enter at its end, so that every negative comes from an
+    earlier step and a checkpoint between steps holds all there is."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+        self.pending = []
+
+    def end_step(self, skipped):
+        """Replace the oldest keys by the pending ones, at most ``size``; a skipped step's are dropped."""
+        if not skipped:
+            keys = torch.cat(self.pending)
+            slots = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+            self.keys[slots] = keys
+            self.oldest.copy_((self.oldest + len(keys)) % len(self.keys))
+        self.pending.clear()
+
+
+class Networks(nn.Module):
+    """The online network (backbone, projector, predictor) and what a method needs besides: its slowly following target
+    (backbone, projector) and a queue of ``queue`` keys; None where there is none.
+
+    ``objective(networks, weak, aggressive, beta)`` is one of objectives.py; it runs inside ``forward`` so that
+    DistributedDataParallel sees one forward for each backward. Each view goes through on its own, so BatchNorm
+    statistics are per view. The target stays in train mode; the EMA copies parameters, not buffers.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        hidden_dim,
+        out_dim,
+        objective,
+        heads=byol_heads,
+        target=True,
+        queue=0,
+        temperature=None,
+    ):
+        super().__init__()
+        projector, predictor = heads(backbone.num_features, hidden_dim, out_dim)
+        self.online = Branch(backbone, projector)
+        self.predictor = predictor
+        self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
+        self.queue = KeyQueue(queue, out_dim) if queue else None
+        self.objective = objective
+        self.temperature = temperature
+
+    def forward(self, weak, aggressive, beta):
+        return self.objective(self, weak, aggressive, beta)
+
+    def predict(self, view):
+        """Online prediction q(g(f(view))): [B, 3, H, W] -> [B, out_dim]."""
+        return self.predictor(self.online(view))
+
+    @torch.no_grad()
+    def project_target(self, view):
+        """Projection under stop-gradient: [B, 3, H, W] -> [B, out_dim], by the target network, or by the online network
+        where a method has no target."""
+        return (self.target or self.online)(view)
+
+    def compile_backbones(self):
+        """torch.compile, in place: the names of the tensors, and so the checkpoints, stay."""
+        for branch in filter(None, (self.online, self.target)):
+            branch.backbone.compile()
+
+    def end_step(self, tau, skipped=False):
+        """Once after each optimizer step: the target follows, the queue takes the step's keys. A skipped step changes
+        neither. If its overflow has reached BatchNorm's running statistics, those are reset: it would stay there."""
+        if skipped:
+            for layer in self.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (
+                    layer.running_mean.isfinite().all() and layer.running_var.isfinite().all()
+                ):
+                    layer.reset_running_stats()
+        elif self.target is not None:
+            self.update_target(tau)
+        if self.queue is not None:
+            self.queue.end_step(skipped)
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        """EMA: target <- tau * target + (1 - tau) * online, over all parameters at once."""
+        get_ema_multi_avg_fn(tau)(list(self.target.parameters()), list(self.online.parameters()), None)
+
+
+def build_networks(cfg, method):
+    """Networks of a configuration for one of ``objectives.METHODS``, initialised from torch's current seed, in
+    channels_last."""
+    backbone = build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
+    networks = Networks(
+        backbone,
+        cfg.MODEL.HIDDEN_DIM,
+        cfg.MODEL.OUT_DIM,
+        method.objective,
+        method.heads,
+        method.target,
+        cfg.MODEL.QUEUE if method.queue else 0,
+        cfg.MODEL.TEMPERATURE,
+    )
+    return networks.to(memory_format=torch.channels_last)

@@ -1,0 +1,41 @@
+"""LARS for ImageNet-1K, SGD for the rest (paper, 4.1)."""
+
+import torch
+from timm.optim import Lars
+
+
+def build_optimizer(networks, solver, fix_predictor_lr=False):
+    """The optimizer of a configuration's SOLVER over the online network and the predictor; :func:`set_lr` gives it the
+    learning rate of each step.
+
+    LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling; timm's Lars leaves a
+    group unscaled when its weight decay is 0, unless told to adapt always. SGD: weight decay on everything, as in the
+    authors' small recipes.
+    """
+    groups = []
+    for fixed, module in ((False, networks.online), (fix_predictor_lr, networks.predictor)):
+        parameters = list(module.parameters())
+        if solver.OPTIMIZER == "sgd":
+            groups.append({"params": parameters, "weight_decay": solver.WEIGHT_DECAY, "fixed": fixed})
+        else:
+            groups.append(
+                {
+                    "params": [p for p in parameters if p.ndim > 1],
+                    "weight_decay": solver.WEIGHT_DECAY,
+                    "fixed": fixed,
+                    "always_adapt": True,
+                }
+            )
+            groups.append(
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "fixed": fixed}
+            )
+    groups = [group for group in groups if group["params"]]  # not every method has a predictor
+    if solver.OPTIMIZER == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=solver.MOMENTUM)
+    return Lars(groups, lr=0.0, momentum=solver.MOMENTUM, trust_coeff=solver.TRUST_COEFFICIENT)
+
+
+def set_lr(optimizer, lr, peak):
+    """The step's learning rate; ``peak`` for parameters whose rate is fixed."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak if group["fixed"] else lr

@@ -1,0 +1,40 @@
+"""``rsa-d2 COMMAND ...`` is the same as ``tools/COMMAND.py ...``."""
+
+import importlib
+import sys
+
+from rsa_detectron2 import __version__
+from rsa_detectron2.common.cli import run
+
+COMMANDS = {
+    "pretrain": "pre-train a ResNet on unlabelled images",
+    "convert_to_d2": "write a checkpoint's backbone for Detectron2, torchvision or timm",
+    "train_net": "fine-tune a detector from converted weights, and evaluate it",
+    "evaluate": "kNN top-1 and linear evaluation of a backbone",
+    "report": "table, curves and pictures of fine-tuning runs",
+    "reproduce": "the tables and figures of the paper",
+    "show_views": "aggressive views, and the pairs that drifted most",
+    "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
+    "benchmark": "speed of the parts, beside what they replace",
+    "quickstart": "the whole chain at a small size, in minutes on a CPU",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: rsa-d2 COMMAND ...   (rsa-d2 COMMAND --help explains one)", "", *lines])
+
+
+def main():
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command == "--version":
+        print(f"rsa-d2 {__version__}")
+    elif command not in COMMANDS:
+        print(f"error: no command {command}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.argv = [f"rsa-d2 {command}", *sys.argv[2:]]
+        run(importlib.import_module(f"rsa_detectron2.tools.{command}").main)

@@ -1,0 +1,90 @@
+"""What no run could use is refused, in one line that names the key."""
+
+import pytest
+
+from rsa_detectron2.common.config import merge_config
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.config import check, differences, get_cfg
+
+KEYS = {
+    "choose one of": {
+        "METHOD": "rsaa",
+        "MODEL.BETA_SCHEDULE": "linear",
+        "MODEL.TAU_SCHEDULE": "",
+        "SOLVER.AMP": "fp8",
+        "SOLVER.OPTIMIZER": "adam",
+    },
+    "must be at least": {
+        "SEED": -1,
+        "LOG_PERIOD": 0,
+        "DATA.IMAGE_SIZE": 6,
+        "DATA.EVAL_RESIZE": 223,
+        "DATA.NUM_WORKERS": -2,
+        "MODEL.HIDDEN_DIM": 0,
+        "MODEL.OUT_DIM": 1,
+        "SOLVER.WEIGHT_DECAY": -1e-6,
+        "SOLVER.BATCH_SIZE": 0,
+        "SOLVER.MICRO_BATCH": -1,
+        "SOLVER.EPOCHS": 0,
+        "SOLVER.WARMUP_EPOCHS": -3,
+        "CHECKPOINT.PERIOD": 0,
+        "CHECKPOINT.KEEP_PERIOD": -1,
+        "KNN.PERIOD": -1,
+        "KNN.BANK": -1,
+    },
+    "must lie between 0 and 1": {"MODEL.BETA": 1.1, "MODEL.TAU": -0.1, "SOLVER.MOMENTUM": 2.0},
+    "must be positive": {
+        "MODEL.TEMPERATURE": 0.0,
+        "SOLVER.BASE_LR": float("nan"),
+        "SOLVER.TRUST_COEFFICIENT": 0.0,
+    },
+    "takes three numbers": {"DATA.MEAN": (0.5,), "DATA.STD": (0.2, 0.0, 0.2)},
+}
+
+
+@pytest.mark.parametrize(
+    "reason, key, value", [(reason, *pair) for reason in KEYS for pair in KEYS[reason].items()]
+)
+def test_values_that_no_run_could_use(reason, key, value):
+    cfg = get_cfg()
+    check(cfg)  # the defaults are fine
+    cfg.merge_from_list([key, value])
+    with pytest.raises(InputError, match=f"^{key} is .*{reason}"):
+        check(cfg)
+
+
+def test_values_that_fit_only_together():
+    for overrides, message in (
+        (["SOLVER.EPOCHS", 10], "the warm-up of 10 epochs leaves nothing of 10"),
+        (["METHOD", "moco", "MODEL.QUEUE", 4095], "must hold the 4096 keys of a step"),
+    ):
+        cfg = get_cfg()
+        cfg.merge_from_list(overrides)
+        with pytest.raises(InputError, match=message):
+            check(cfg)
+
+
+def test_whole_numbers_for_keys_that_hold_floats():
+    cfg = merge_config(get_cfg(), None, ["MODEL.BETA", "0", "SOLVER.BASE_LR", "1", "SOLVER.EPOCHS", "20"])
+    assert (cfg.MODEL.BETA, cfg.SOLVER.BASE_LR, cfg.SOLVER.EPOCHS) == (0.0, 1.0, 20)
+    assert type(cfg.MODEL.BETA) is float and type(cfg.SOLVER.EPOCHS) is int
+    for key, value, reason in (
+        ("SOLVER.EPOCHS", "2.5", "int"),
+        ("MODEL.BETA", "many", "float"),
+        ("MODEL.BETTA", "0", "Non-existent key"),
+        ("MODEL.BETA.X", "0", "MODEL.BETA.X"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            merge_config(get_cfg(), None, [key, value])
+
+
+def test_differences_name_what_would_change_the_result():
+    cfg = get_cfg()
+    saved = cfg.dump()
+    cfg.merge_from_list(["DATA.NUM_WORKERS", 3, "SOLVER.BASE_LR", 0.9, "DATA.STD", (0.1, 0.2, 0.3)])
+    before, changed = differences(saved, cfg, "config.yaml")
+    assert before["SOLVER.BASE_LR"] == 0.6
+    assert changed == ["DATA.STD: [0.229, 0.224, 0.225] -> (0.1, 0.2, 0.3)", "SOLVER.BASE_LR: 0.6 -> 0.9"]
+    assert differences("SEED: 0", get_cfg(), "config.yaml")[1] == []  # what it lacks had its default
+    with pytest.raises(InputError, match="config.yaml cannot be read as a configuration"):
+        differences("[", cfg, "config.yaml")

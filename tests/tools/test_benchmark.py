@@ -1,0 +1,233 @@
+"""tools/benchmark.py: that it measures what it says. No test looks at how long anything took."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.engine import trainer as train_loop
+from rsa_detectron2.pretrain.method.augment import aggressive
+from rsa_detectron2.tools import benchmark
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """``bench("data", ...)`` -> its rows, read from its JSON lines; the table has as many."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        threads = torch.get_num_threads()
+        benchmark.main()
+        torch.set_num_threads(threads)
+        out = capsys.readouterr().out
+        rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        table = out.split("\n\n")[-2].splitlines()
+        assert len(table) == 1 + len(rows) and rows[0]["benchmark"] == arguments[0] and rows[0]["torch"]
+        return rows
+
+    return call
+
+
+TINY = "--backbone test_resnet --size 32 --batch-size 4 --repeats 2".split()
+
+
+def test_turns_are_interleaved_and_their_medians_summed_up():
+    now, calls = 0.0, []
+
+    def work(name, seconds):
+        def of_part(part):
+            nonlocal now
+            calls.append(name + part)
+            now += seconds[len([call for call in calls if call[0] == name]) - 1]
+
+        return of_part
+
+    a = [99, 1, 99, 30, 99, 10, 99, 2, 99, 5, 99, 5]
+    seconds = benchmark.take_turns(
+        {"a": work("a", a), "b": work("b", [99, 1] * 6)}, ["1", "2"], 3, lambda: now
+    )
+    assert seconds == {
+        "a": 10,
+        "b": 2,
+    }  # 5 of 1, 10, 5 and 5 of 30, 2, 5; the call before each is not counted
+    turns = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+    assert [sorted(turn) for turn in turns] == [[f"a{part}"] * 2 + [f"b{part}"] * 2 for part in (1, 2)] * 3
+    assert all(turn[0] == turn[1] for turn in turns) and len({turn[0][0] for turn in turns}) == 2
+
+
+def test_data(bench, image_folder):
+    rows = {
+        row["variant"]: row
+        for row in bench("data", "--data", image_folder, "--images", 10, "--size", 32, "--repeats", 1)
+    }
+    assert list(rows) == [
+        "RSA in PIL, four float views",
+        "BYOL in PIL, two float views",
+        "this project",
+        "decoding alone",
+    ]
+    rates = {name: row["images/s per core"] for name, row in rows.items()}
+    for name, row in rows.items():
+        assert row["x decoding"] == pytest.approx(rates[name] / rates["decoding alone"])
+        assert row["x RSA in PIL"] == pytest.approx(rates[name] / rates["RSA in PIL, four float views"])
+
+
+def test_data_with_prepared_images(bench, image_folder, tmp_path):
+    rows = bench(
+        "data",
+        "--data",
+        image_folder,
+        "--prepared",
+        image_folder,
+        "--images",
+        2,
+        "--size",
+        32,
+        "--repeats",
+        1,
+    )
+    assert rows[-1]["variant"] == "this project, prepared images" and rows[-1]["images/s per core"] > 0
+    shutil.copytree(next(image_folder.iterdir()), tmp_path / "class")
+    with pytest.raises(InputError, match="--prepared .* has .* write it with tools/prepare_data.py"):
+        bench("data", "--data", image_folder, "--prepared", tmp_path, "--images", 2)
+
+
+def test_data_draws_images_where_there_are_none(bench, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert len(bench("data", "--images", 2, "--size", 32, "--repeats", 1)) == 4
+    assert not any(tmp_path.iterdir())
+
+
+def test_pil_pipelines_make_the_papers_views(image_folder, monkeypatch):
+    """Without the aggressive operations a view's aggressive counterpart is the view itself: it shares its crop."""
+    name = next(image_folder.rglob("*.jpg"))
+    four, two = benchmark.rsa_in_pil(24)(name), benchmark.byol_in_pil(24)(name)
+    assert len(four) == 4 and len(two) == 2
+    assert all(view.shape == (3, 24, 24) and view.dtype == torch.float32 for view in four + two)
+    monkeypatch.setattr(benchmark, "aggressive_in_pil", lambda: lambda image: image)
+    four = benchmark.rsa_in_pil(24)(name)
+    assert (
+        torch.equal(four[0], four[2]) and torch.equal(four[1], four[3]) and not torch.equal(four[0], four[1])
+    )
+
+
+def test_augment(bench):
+    rows = bench("augment", "--size", 32, "--batch-size", 2, "--repeats", 1)
+    assert [row["variant"] for row in rows[:2]] == ["this project", "torchvision, one by one"]
+    assert all(row["ms per view"] == pytest.approx(row["ms"] / 4) for row in rows)
+
+
+def test_the_reference_does_the_same_as_what_it_is_compared_with():
+    views, params = benchmark.synthetic(8, 32)
+    assert (benchmark.one_by_one(views, params) - aggressive(views, params)).abs().max() < 1e-4
+
+
+def test_step(bench, image_folder):
+    rows = bench("step", *TINY, "--data", image_folder, "--workers", 0)
+    assert [(row["method"], row["data"]) for row in rows] == [
+        (method, source) for source in ("synthetic", "0 workers") for method in ("byol", "rsa", "simsiam")
+    ]
+    for row in rows:
+        for part in benchmark.PARTS:
+            assert (row[part] > 0) == (part != "forward target" or row["method"] != "simsiam"), (
+                row["method"],
+                part,
+            )
+        assert row["x byol"] == pytest.approx(row["ms"] / rows[0]["ms"])
+
+
+def test_step_of_a_recipe(bench, tmp_path):
+    """Networks, size, batch and AMP are the recipe's, but for what is given; what is printed is written too."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "MODEL:\n  BACKBONE: test_resnet\n  HIDDEN_DIM: 16\n  OUT_DIM: 8\nDATA:\n  IMAGE_SIZE: 24\n"
+        "SOLVER:\n  OPTIMIZER: sgd\n  BATCH_SIZE: 64\n  AMP: bf16\n"
+    )
+    output = tmp_path / "new" / "rows.json"
+    rows = bench(
+        "step",
+        "--config-file",
+        recipe,
+        "--batch-size",
+        4,
+        "--repeats",
+        1,
+        "--methods",
+        "byol",
+        "rsa",
+        "--epoch-images",
+        100,
+        "--output",
+        output,
+    )
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    for row in rows:
+        assert [row[key] for key in ("backbone", "size", "batch", "amp")] == [
+            "test_resnet",
+            24,
+            4,
+            "bfloat16",
+        ]
+        assert row["s per epoch"] == pytest.approx(100 / 4 * row["ms"] / 1000)
+
+
+def test_hooks_leave_the_step_as_it_is(monkeypatch):
+    """Three measured steps end with the weights of the same three steps by train_step alone."""
+    args = benchmark.argparse.Namespace(
+        cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off"
+    )
+    measured = benchmark.Contender("rsa", args)  # has done three steps
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.Contender, "turn", lambda *_: None)
+        plain = benchmark.Contender("rsa", args)
+    views, params = benchmark.synthetic(4, 32)
+    pair = train_loop.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
+    for _ in range(3):
+        train_loop.train_step(plain.networks, plain.optimizer, plain.scaler, None, [pair], 1, 0.2, 0.99)
+    weights = measured.networks.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.networks.state_dict().items())
+
+
+def test_parts_add_up_to_the_step(monkeypatch):
+    ticks = iter(np.arange(1000.0))
+    args = benchmark.argparse.Namespace(
+        cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off"
+    )
+    contender = benchmark.Contender("rsa", args)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks))
+    views, params = benchmark.synthetic(4, 32)
+    turn = contender.turn(iter([{"views": views, "params": params}] * 2), 2)
+    marks = {
+        "optimizer": 2,
+        "forward target": 2,
+        "forward online": 3,
+    }  # how often a step ends such a part; the others once
+    assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in benchmark.PARTS}}
+
+
+def test_optim(bench):
+    rows = bench("optim", *TINY[:2], "--repeats", 1)
+    assert [row["variant"] for row in rows] == [
+        "LARS, all at once",
+        "LARS, one by one",
+        "EMA, all at once",
+        "EMA, one by one",
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data", "--data", "absent"], "no image folder absent"),
+        (["augment", "--repeats", "0"], "0 is not positive"),
+    ],
+)
+def test_bad_input_is_one_line(tool, arguments, message):
+    done = tool("benchmark", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

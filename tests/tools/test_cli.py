@@ -1,0 +1,229 @@
+"""The tools as a user types them: the quick start, and what a wrong argument says."""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rsa_detectron2.transfer.config import torchvision_defaults
+from rsa_detectron2.transfer.convert.writers import load_weights
+from tests.conftest import ROOT, TINY
+
+
+@pytest.mark.parametrize(
+    "name, options", [("pretrain", ["--epochs", "3"]), ("train_net", ["--config-file", "a.yaml"])]
+)
+def test_overrides_may_stand_before_between_and_after_options(name, options, monkeypatch):
+    tool = importlib.import_module(f"tools.{name}")
+    for words in (
+        ["A", "1", *options, "B", "-2"],
+        [*options, "A", "1", "B", "-2"],
+        ["A", "1", "B", "-2", *options],
+    ):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        args = tool.parse()
+        assert args.overrides == ["A", "1", "B", "-2"]
+        assert str(getattr(args, options[0].strip("-").replace("-", "_"))) == options[1]
+
+
+def test_quickstart_fast(tool, tmp_path):
+    """With the engine that it chooses; the tests of each engine run it by itself."""
+    engine = "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
+    folder = tmp_path / "quick start"
+    done = tool("quickstart", "--fast", "--output-dir", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"detection engine: {engine}" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "| random |" in done.stdout and "| RSA    |" in done.stdout and "kNN top-1" in done.stdout
+    written = {path.name for path in folder.iterdir()}
+    assert {"report.md", "report.html", "table.csv", "views.png", "curves.png", "detections.png"} <= written
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3 and "box AP75" in page and "mask AP75" in page
+    runs = {
+        name: json.loads((folder / engine / name / "results.json").read_text()) for name in ("random", "rsa")
+    }
+    assert runs["random"]["weights"] is None and runs["rsa"]["weights"]["method"] == "rsa"
+    assert all(run["engine"] == engine and run["ap"]["bbox"]["AP"] is not None for run in runs.values())
+    configs = [yaml.safe_load(run["config"]) for run in runs.values()]
+    for config in configs:
+        del config["OUTPUT_DIR"], config["MODEL"]["WEIGHTS"]
+    assert configs[0] == configs[1]
+
+    model = folder / engine / "rsa" / "model_final.pth"
+    judged = tool(
+        "train_net",
+        "--engine",
+        engine,
+        "--config-file",
+        model.with_name("config.yaml"),
+        "--eval-only",
+        "MODEL.WEIGHTS",
+        model,
+        "OUTPUT_DIR",
+        tmp_path / "judged",
+    )
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    results = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert results["ap"] == runs["rsa"]["ap"] and results["weights"] == runs["rsa"]["weights"]
+
+    before = (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns
+    again = tool("quickstart", "--fast", "--output-dir", folder)
+    assert again.returncode == 0 and (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
+    """Each command, without an argument, finds what the one before leaves."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "imagenet").symlink_to(image_folder.parent)
+    done = tool("pretrain", *TINY, cwd=tmp_path)
+    assert done.returncode == 0 and "recipe pretrain/imagenet_rsa_R50.yaml" in done.stdout, done.stderr
+    refused = tool("convert_to_d2", cwd=tmp_path)  # it was a smaller network
+    assert refused.returncode == 2 and "MODEL.BACKBONE test_resnet" in refused.stderr
+    assert "next: tools/evaluate.py knn" in done.stdout
+    judged = tool("evaluate", "knn", cwd=tmp_path)
+    assert judged.returncode == 0 and 0 <= json.loads(judged.stdout)["knn_top1"] <= 100, judged.stderr
+    linear = tool("evaluate", "linear", "--epochs", "2", cwd=tmp_path)
+    assert linear.returncode == 0 and json.loads(linear.stdout)["protocol"] == "small", linear.stderr
+
+    shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")
+    converted = tool("convert_to_d2", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    for schedule in ("1x", "2x"):
+        cfg = torchvision_defaults()
+        cfg.merge_from_file(str(ROOT / "configs" / "transfer" / f"mask_rcnn_R50_FPN_{schedule}.yaml"))
+        assert len(load_weights(tmp_path / cfg.MODEL.WEIGHTS)[0]) == 265
+
+
+@pytest.mark.parametrize(
+    "options, lr, told",
+    [
+        (["--epochs", 100], 0.9, False),
+        (["--epochs", 200], 0.6, False),
+        ([], 0.6, False),
+        (["--epochs", 90], 0.9, True),
+        (["--epochs", 90, "SOLVER.BASE_LR", 0.7], 0.7, False),
+    ],
+)
+def test_epochs_choose_the_learning_rate(tool, tmp_path, options, lr, told):
+    done = tool("pretrain", *options, cwd=tmp_path)
+    assert (
+        f"imagenet_rsa_R50.yaml: base lr {lr}, batch 2048, {[*options, 0, 200][1] or 200} epochs, lars"
+        in done.stdout
+    )
+    assert ("for 90 epochs (0.9 for 100, 0.6 for 200): taking 0.9; SOLVER.BASE_LR" in done.stdout) == told
+
+
+COMMANDS = {
+    "no data": (
+        ["pretrain", "--epochs", "200"],
+        "no image folder datasets/imagenet/train.*--data PATH.*quickstart.py",
+    ),
+    "no config": (["pretrain", "--config-file", "absent.yaml"], "no config file absent.yaml"),
+    "wrong key": (["pretrain", "--epochs", "200", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
+    "wrong seed": (["pretrain", "--seed", "-1"], "SEED is -1"),
+    "no GPU": (
+        ["pretrain", "--data", "IMAGES", "--num-processes", "0"],
+        "--num-processes 0: it must be at least 1",
+    ),
+    "unwritable": (
+        ["pretrain", "--data", "IMAGES", "--batch-size", "8", "--output-dir", "/proc/run"],
+        "/proc/run",
+    ),
+    "wrong type": (["pretrain", "SOLVER.EPOCHS", "many"], "EPOCHS"),
+    "wrong value": (
+        ["pretrain", "SOLVER.OPTIMIZER", "adam"],
+        "SOLVER.OPTIMIZER is 'adam': choose one of lars, sgd",
+    ),
+    "no value": (["pretrain", "SOLVER.EPOCHS"], "'SOLVER.EPOCHS' has no value"),
+    "no recipe": (
+        ["pretrain", "--method", "byol_aw"],
+        "byol_aw has no ImageNet-1K recipe: give --config-file",
+    ),
+    "short": (["pretrain", "--epochs", "5"], "warm-up of 10 epochs"),
+    "no backbone": (
+        ["pretrain", "MODEL.BACKBONE", "resnet999", "--data", "none"],
+        "resnet999' is not a model that timm knows",
+    ),
+    "micro-batch": (
+        ["pretrain", "--data", "IMAGES", "--batch-size", "24", "--micro-batch", "5", "--amp", "off"],
+        "5 does not divide the 24 images .* --micro-batch 4 or 6",
+    ),
+    "one image at a time": (
+        ["pretrain", "--data", "IMAGES", "--batch-size", "8", "--micro-batch", "1"],
+        "BatchNorm would see one image at a time",
+    ),
+    "views larger than what they are cut from": (
+        ["pretrain", "DATA.IMAGE_SIZE", "320"],
+        "DATA.EVAL_RESIZE is 256: .*320",
+    ),
+    "no checkpoint": (["convert_to_d2"], "no checkpoint output/pretrain/model_final.pth"),
+    "no fine-tuning config": (
+        ["train_net", "--config-file", "absent.yaml", "--engine", "torchvision"],
+        "absent.yaml",
+    ),
+    "wrong detection key": (
+        [
+            "train_net",
+            "--config-file",
+            "transfer/mask_rcnn_R50_FPN_1x.yaml",
+            "--engine",
+            "torchvision",
+            "MODEL.KEYPOINT_ON",
+            "True",
+        ],
+        "MODEL.KEYPOINT_ON",
+    ),
+    "no COCO": (
+        ["train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "--engine", "torchvision"],
+        "datasets/coco/annotations",
+    ),
+    "no evaluation": (["evaluate", "knn", "absent.pth"], "no checkpoint absent.pth"),
+    "no run": (["report", "absent"], "absent/results.json"),
+}
+
+
+@pytest.mark.parametrize("command, message", COMMANDS.values(), ids=COMMANDS)
+def test_wrong_arguments_are_one_line(tool, tmp_path, image_folder, command, message):
+    done = tool(*[image_folder if word == "IMAGES" else word for word in command], cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(message, lines[0]), done.stderr
+
+
+def test_missing_detectron2_says_how_to_install_it(tool, tmp_path):
+    """A finder that hides the package stands for a machine without it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n"
+    )
+    command = [
+        sys.executable,
+        ROOT / "tools" / "train_net.py",
+        "--config-file",
+        "transfer/mask_rcnn_R50_FPN_1x.yaml",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "wheels.astral.sh" in done.stderr and "--engine torchvision" in done.stderr
+
+
+def test_tools_run_as_programs():
+    for path in (ROOT / "tools").glob("[a-z]*.py"):
+        assert path.stat().st_mode & stat.S_IXUSR and path.read_text().startswith(
+            "#!/usr/bin/env python3\n"
+        ), path

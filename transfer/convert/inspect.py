@@ -1,0 +1,43 @@
+"""What a checkpoint holds, in lines for a terminal: tools/convert_to_d2.py --inspect."""
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_shapes
+from rsa_detectron2.transfer.convert.inert import Tensor, local_file, open_checkpoint, printable
+from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, remarks
+from rsa_detectron2.transfer.convert.readers import read_checkpoint
+from rsa_detectron2.transfer.convert.survey import grouped, networks, some, state_dicts
+
+
+def inspect(path, branch=None, pixels=None):
+    """Lines: what lies where in the file, then each branch that can be converted, or why it cannot.
+
+    Raises InputError for a file that cannot be opened.
+    """
+    path = local_file(path, f"no checkpoint {path}")
+    lines = [f"{path}: opened without running any of its code"]
+    with open_checkpoint(path) as contents:
+        for key, held in state_dicts(contents):
+            names = [
+                name for name, value in held.items() if isinstance(name, str) and isinstance(value, Tensor)
+            ]
+            if names:
+                lines.append(
+                    f"  under {printable(key) or 'its own names'}: {len(names)} tensors, {grouped(names)}"
+                )
+        places = ["/".join(filter(None, place)) or "its own names" for place in networks(contents)]
+        lines.append(f"  ResNets: {some(places, 8).strip(' ()') or 'none'}")
+    for wanted in BRANCHES if branch is None else [branch]:
+        try:
+            _, provenance = read_checkpoint(path, wanted, pixels)
+        except InputError as error:
+            lines.append(f"{wanted}: {str(error).removeprefix(path).lstrip(': ')}")
+            continue
+        network = provenance["architecture"]
+        step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
+        lines.append(
+            f"{wanted}: a whole {ARCHITECTURES[network].label}, {len(tensor_shapes(network))} tensors, of "
+            f"{method_of(provenance)}{step}; pixels: mean {provenance['pixel_mean']}, std "
+            f"{provenance['pixel_std']} ({provenance.get('pixel_source', 'file')})"
+        )
+        lines += [f"  {remark}" for remark in remarks(provenance)]
+    return lines

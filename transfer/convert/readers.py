@@ -1,0 +1,270 @@
+"""Checkpoint files -> the tensors of a ResNet under torchvision's names, and what is known of them.
+
+Reading fails closed: a missing, misshapen or not-finite tensor, or a name that no row of formats.py accounts
+for, is an error that names it. Opening a file never runs its code (safe_load.py).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.convert import architectures
+from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, supported
+from rsa_detectron2.transfer.convert.formats import (
+    AVERAGES,
+    CONTAINERS,
+    DETECTRON2,
+    FORMATS,
+    IGNORED,
+    INNER_WRAPPERS,
+    OWN_FILE,
+    WRAPPERS,
+    Format,
+    rename,
+)
+from rsa_detectron2.transfer.convert.inert import Call, as_tensor, local_file, open_checkpoint, printable
+from rsa_detectron2.transfer.convert.metadata import beside, check_network, check_own_network
+from rsa_detectron2.transfer.convert.provenance import (
+    checksum,
+    complete,
+    describe_source,
+    is_sound,
+    is_untrained,
+)
+from rsa_detectron2.transfer.convert.survey import (
+    describe,
+    networks,
+    networks_in,
+    other_network,
+    what_is_wrong,
+)
+
+
+@dataclass
+class Match:
+    """What a row finds at one of its places: ``found`` {torchvision name: stored value} of ``branch``, and
+    ``left_over``, the names that the row does not account for."""
+
+    layout: Format
+    branch: str
+    container: str
+    prefix: str
+    found: dict
+    left_over: list
+
+    def __post_init__(self):
+        self.architecture = architectures.nearest(self.found)
+        shapes = architectures.tensor_shapes(self.architecture)
+        self.missing = [self.prefix + name for name in shapes if name not in self.found]
+        self.left_over += [self.prefix + name for name in self.found if name not in shapes]
+
+    @property
+    def place(self):
+        return "/".join(filter(None, (self.container, self.prefix)))
+
+    def whole(self):
+        return not self.missing and not self.left_over
+
+    def partial(self):
+        """Whether most of a network is there."""
+        return 2 * len(self.missing) < len(architectures.tensor_shapes(self.architecture))
+
+
+def read_checkpoint(path, branch=None, pixels=None):
+    """Checkpoint file -> (float32 CPU tensors under torchvision's names, provenance dict of plain JSON
+    values).
+
+    branch: "online" or "target"; None: online, or the one that a converted file holds. pixels: mean and std
+    of RGB in [0, 1], for a file that does not say. The provenance says what the backbone was trained on, for
+    fine-tuning to check: ``pixel_mean`` and ``pixel_std`` (0-255), ``input_format`` and ``stride_in_1x1``.
+    What this project has converted keeps the provenance that it was written with. Raises InputError with one
+    line that names the file and what is missing, left over, misshapen or not finite.
+    """
+    path = local_file(
+        path, f"no checkpoint {path}: give the file as INPUT, or pre-train first (tools/pretrain.py)"
+    )
+    with open_checkpoint(path) as contents:
+        if type(contents) is not dict or not all(type(name) is str for name in contents):
+            raise InputError(f"{path} {describe(contents)}")
+        if "provenance" in contents:
+            state, provenance = read_converted(contents, path)
+            return state, complete(provenance, path, branch, pixels)
+        if contents.get("format") == OWN_FILE:
+            check_own_network(contents, path)
+        match = find_branch(contents, branch or "online", path)
+        statements = contents | beside(path)
+        check_network(statements, match.architecture, path)
+        state = read_tensors(match.found, path, match.architecture, match.prefix)
+        provenance = describe_source(statements, match, path, pixels)
+    if is_untrained(state):
+        provenance["untrained"] = True
+    return state, provenance
+
+
+def find_branch(contents, branch, path):
+    """The :class:`Match` of ``branch`` in the first row that accounts for the file. Raises InputError."""
+    rows = [(layout, list(_matches(layout, contents))) for layout in FORMATS]
+    for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
+        for layout, matches in rows:
+            if any(match.whole() for match in matches if match.branch == sought):
+                match = _only_one(
+                    [match for match in matches if match.branch == branch], layout, branch, path
+                )
+                _check_no_other(
+                    contents, match, {other.container for other in matches if other.whole()}, path
+                )
+                return match
+    if other := other_network(contents):
+        raise InputError(f"{path} holds {other}; what is converted: {supported()}")
+    nearest = min(
+        (match for _, matches in rows for match in matches if match.branch == branch and match.partial()),
+        key=lambda match: (len(match.missing), len(match.left_over)),
+        default=None,
+    )
+    raise InputError(f"{path}: {what_is_wrong(nearest) if nearest else networks_in(contents)}")
+
+
+def _only_one(matches, layout, branch, path):
+    """The whole one of the ``matches`` of a branch. Raises InputError unless there is exactly one."""
+    whole = [match for match in matches if match.whole()]
+    if len(whole) > 1:
+        raise InputError(
+            f"{path} holds more than one {branch} network, under {' and '.join(m.place for m in whole)}: "
+            "save the state dict of one of them alone"
+        )
+    if whole:
+        return whole[0]
+    if matches:
+        raise InputError(f"{path}: {what_is_wrong(matches[0])}")
+    sought = dict.fromkeys(
+        "/".join(filter(None, place)) for kind, *place in layout.places() if kind == branch
+    )
+    raise InputError(
+        f"{path}: a checkpoint of {layout.name} without the {branch} branch: nothing lies under "
+        f"{' or '.join(sought)}"
+    )
+
+
+def _check_no_other(contents, match, known, path):
+    """Raises InputError where the file has a ResNet in a dict that the row does not know (``known``: those
+    where it found one), and that is no average."""
+    known = known | {container for _, container, _ in match.layout.places() if container}
+    for container, prefix in networks(contents):
+        if container not in known and container.rpartition("/")[2] not in AVERAGES:
+            raise InputError(
+                f"{path} holds a network under {match.place or 'its own names'} and another "
+                f"under {container}/{prefix}, and does not say which is meant: save one of their state dicts "
+                "alone"
+            )
+
+
+def _matches(layout, contents):
+    """A :class:`Match` for each place of ``layout`` where the file has names."""
+    for branch, container, prefix in layout.places():
+        for key, state in _state_dicts(contents, container):
+            if layout.lacks(state) or not any(name.startswith(prefix) for name in state):
+                continue
+            # The other places of the same branch are not accounted for: a file that had both would be
+            # ambiguous.
+            taken = {
+                **dict.fromkeys(layout.drops.split(), False),
+                **{other: False for kind, _, other in layout.places() if kind != branch},
+                prefix: True,
+            }
+            found, left_over = {}, []
+            for name, value in state.items():
+                longest = max((start for start in taken if name.startswith(start)), key=len, default=None)
+                short = rename(name.removeprefix(prefix), layout.rename)
+                if longest is None or taken[longest] and short in found:
+                    left_over.append(name)
+                elif taken[longest] and not short.endswith("num_batches_tracked"):
+                    found[short] = value
+            yield Match(layout, branch, key, prefix, found, left_over)
+
+
+def _state_dicts(contents, container):
+    """(key, {name: value} without wrappers) below "a/b"; for None, below each of :data:`CONTAINERS`."""
+    if container is None:
+        held = [key for key in CONTAINERS if key and type(contents.get(key)) is dict]
+        for key in held or [""]:
+            yield key, state_dict(contents, key)
+    elif state := state_dict(contents, container):
+        yield container, state
+
+
+def state_dict(contents, container):
+    """{name: value} below the keys "a/b" of a file, without wrappers.
+
+    Raises ValueError where two names become one.
+    """
+    for key in filter(None, container.split("/")):
+        contents = contents.get(key) if type(contents) is dict else None
+    contents = contents if type(contents) is dict else {}
+    state = {str(name): value for name, value in contents.items() if name not in IGNORED}
+    while wrapper := next((w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    inner = re.compile("(?<=\\.)(%s)" % "|".join(map(re.escape, INNER_WRAPPERS)))
+    plain = {inner.sub("", name): value for name, value in state.items()}
+    if len(plain) < len(state):
+        raise ValueError("two of its names are the same without their wrappers")
+    return plain
+
+
+def read_tensors(found, path, architecture="resnet50", prefix=""):
+    """{torchvision name: stored value} of a network -> the same, float32 and contiguous, checked.
+
+    Raises InputError.
+    """
+    state, label = {}, ARCHITECTURES[architecture].label
+    for name, shape in architectures.tensor_shapes(architecture).items():
+        tensor = as_tensor(found[name])
+        if tensor is None or tensor.shape != shape:
+            raise InputError(
+                f"{path}: {prefix}{name} has shape {_kind(found[name], tensor)}, "
+                f"a {label} needs {tuple(shape)}"
+            )
+        tensor = tensor.read()
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: {prefix}{name} holds {tensor.dtype}, a {label} needs floats")
+        # A copy, because small tensors may be views of one large storage
+        state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if not torch.isfinite(torch.stack(state[name].aminmax())).all():
+            raise InputError(f"{path}: {prefix}{name} holds NaN or infinite values")
+    return state
+
+
+def read_converted(contents, path):
+    """A file of tools/convert_to_d2.py, of any of its formats -> (tensors, provenance). Raises InputError."""
+    foreign = f"{path} is not a file of tools/convert_to_d2.py: "
+    stored, provenance = contents.get("model", contents.get("state_dict")), contents["provenance"]
+    if type(stored) is not dict or not is_sound(provenance):
+        raise InputError(foreign + "it has no model with its provenance")
+    found = {rename(name, DETECTRON2): value for name, value in stored.items() if type(name) is str}
+    architecture = architectures.nearest(found)
+    shapes = architectures.tensor_shapes(architecture)
+    missing, unknown = shapes.keys() - found.keys(), len(stored) - len(shapes.keys() & found.keys())
+    if missing or unknown:
+        raise InputError(
+            foreign + f"{len(missing)} of {len(shapes)} tensors are missing, {unknown} are unknown"
+        )
+    state = read_tensors(found, path, architecture)
+    # torch.save's archives have checksums of their own, and safetensors of before had none
+    if contents.get("crc32", None if "__author__" in contents else checksum(state, provenance)) != checksum(
+        state, provenance
+    ):
+        raise InputError(
+            f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py"
+        )
+    if provenance.setdefault("architecture", architecture) != architecture:
+        raise InputError(
+            foreign + f"it holds a {architecture} and says {printable(provenance['architecture'])}"
+        )
+    return state, provenance
+
+
+def _kind(value, tensor):
+    if isinstance(value, Call):  # what is to be called may be nested to any depth
+        return printable(value.function if isinstance(value.function, str) else "a call")
+    return printable(tensor.shape if tensor else type(value).__name__)

@@ -1,0 +1,160 @@
+"""The tensors of a pre-trained ResNet -> Detectron2, torchvision and timm files, and back.
+
+Every file carries its provenance (source, sha256, format, branch, method, step), so that a table of results
+can say which weights it measured.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import shlex
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.config import DEFAULT_WEIGHTS
+from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
+from rsa_detectron2.transfer.convert.inert import as_tensor, local_file, open_checkpoint
+from rsa_detectron2.transfer.convert.provenance import checksum, is_plain
+from rsa_detectron2.transfer.convert.readers import read_checkpoint, read_converted
+
+DEFAULT_INPUT = "output/pretrain/model_final.pth"
+SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
+
+
+def convert(
+    source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False, method=None
+):
+    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its
+    method's name, or the source's where the method is unknown; returns (path written, provenance).
+    ``method``: for a file that does not name its own. Raises InputError."""
+    state, provenance = read_checkpoint(source, branch, pixels)
+    if method and provenance["method"] not in ("unknown", method):
+        held = provenance["method"]
+        raise InputError(f"{source} says that its method is {held}: leave out --method {method}")
+    provenance["method"] = method or provenance["method"]
+    if output is None:
+        name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
+        name = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
+        short = ARCHITECTURES[provenance["architecture"]].short
+        target = "_target" * (provenance["branch"] == "target")
+        output = Path(DEFAULT_WEIGHTS).with_name(f"{name}_{short}{target}{SUFFIXES[to]}")
+    output = Path(output).expanduser()
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: give a file as OUTPUT")
+    if output.exists() and not overwrite:
+        _refuse_other_weights(output, provenance)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_bytes(ENCODERS[to](state, provenance))
+    os.replace(temporary, output)
+    return output, provenance
+
+
+def _refuse_other_weights(output, provenance):
+    """Raises InputError unless the file ``output`` was converted from the same branch of the same source."""
+    held = {}
+    with contextlib.suppress(InputError), open_checkpoint(output) as contents:
+        if type(contents) is dict and "provenance" in contents:
+            held = read_converted(contents, output)[1]
+    if any(held.get(key) != provenance[key] for key in ("sha256", "branch")):
+        what = (
+            f"weights of another source ({held.get('source')}, {held.get('branch')} branch)"
+            if held
+            else "something else"
+        )
+        raise InputError(f"{output} is there already, and holds {what}: give another OUTPUT, or --overwrite")
+
+
+def detectron2_name(name):
+    """torchvision's name -> Detectron2's, e.g. layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+    return name if name.startswith("res") else "stem." + name
+
+
+def encode_detectron2(state, provenance):
+    # With "__author__" the checkpointer takes the file as one of its own zoo; the heuristics then match these
+    # names, which lack the prefix "backbone.bottom_up.", by suffix.
+    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    return pickle.dumps(
+        {
+            "model": arrays,
+            "__author__": "RSA",
+            "matching_heuristics": True,
+            "provenance": provenance,
+            "crc32": checksum(state, provenance),
+        },
+        protocol=4,
+    )
+
+
+def encode_torchvision(state, provenance):
+    buffer = io.BytesIO()
+    torch.save({"state_dict": state, "provenance": provenance, "crc32": checksum(state, provenance)}, buffer)
+    return buffer.getvalue()
+
+
+def encode_timm(state, provenance):
+    # timm's ResNets have torchvision's names; load with num_classes=0.
+    return safetensors.torch.save(
+        state,
+        metadata={"provenance": json.dumps(provenance), "crc32": json.dumps(checksum(state, provenance))},
+    )
+
+
+ENCODERS = {"detectron2": encode_detectron2, "torchvision": encode_torchvision, "timm": encode_timm}
+
+
+def load_weights(path):
+    """Detectron2 ``.pkl`` of :func:`convert` -> (float32 tensors under torchvision's names, provenance).
+
+    Raises InputError when the file is absent, unreadable, damaged or not whole. Never runs code of the file.
+    """
+    path = local_file(
+        path,
+        f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
+        'initialisation with MODEL.WEIGHTS ""',
+    )
+    with open_checkpoint(path) as contents:
+        if type(contents) is not dict or "provenance" not in contents or "__author__" not in contents:
+            raise InputError(
+                f"{path} is not a Detectron2 file of tools/convert_to_d2.py; convert it first: "
+                f"tools/convert_to_d2.py {shlex.quote(path)}"
+            )
+        return read_converted(contents, path)
+
+
+def load_model(path, needed):
+    """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them;
+    the iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps
+    there, or None).
+
+    Raises InputError when the file is absent, unreadable, or lacks a tensor. Never runs code of the file.
+    """
+    foreign = f"{path} is not a model that tools/train_net.py has fine-tuned: "
+    path = local_file(path, f"no model {path}: give one that tools/train_net.py has fine-tuned")
+    with open_checkpoint(path) as contents:
+        stored = contents.get("model") if type(contents) is dict else None
+        if type(stored) is not dict:
+            raise InputError(foreign + "it has no model")
+        found = {name: as_tensor(stored.get(name)) for name in needed}
+        wrong = [
+            name for name, tensor in found.items() if tensor is None or tensor.shape != needed[name].shape
+        ]
+        if wrong:
+            raise InputError(
+                f"{path} lacks {len(wrong)} tensors of this config's model, or has them in another shape: "
+                f"{', '.join(wrong[:3])}"
+            )
+        state = {name: tensor.read().to(needed[name].dtype, copy=True) for name, tensor in found.items()}
+        iteration, weights = contents.get("iteration", -2), contents.get("weights")
+        if type(iteration) is not int or weights is not None and not is_plain(weights):
+            raise InputError(foreign + "its iteration or its weights' provenance is of another kind")
+    return state, iteration + 1, weights

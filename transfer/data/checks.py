@@ -1,0 +1,280 @@
+"""Whether the data sets of a run can be trained on and measured with, before anything is."""
+
+import functools
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.config import classes_key, value_of
+from rsa_detectron2.transfer.data.annotations import (
+    COCO_2017,
+    listed,
+    load_datasets,
+    locate_categories,
+    locate_dataset,
+)
+from rsa_detectron2.transfer.data.coco_json import NO_MASK
+from rsa_detectron2.transfer.data.dataset import Dataset
+from rsa_detectron2.transfer.data.masks import has_mask, mask_box
+
+
+def check_datasets(cfg, eval_only=False) -> list[Dataset]:
+    """The training sets of ``cfg`` that are not COCO's own, which are taken as sound.
+
+    Raises InputError unless all sets exist, are sound, and fit the model and each other. Prints what was
+    mended in them, and what is doubtful.
+    """
+    if len(cfg.DATASETS.TEST) != 1:
+        raise InputError(f"DATASETS.TEST is {cfg.DATASETS.TEST}: results are of one data set")
+    if not cfg.DATASETS.TRAIN and not eval_only:
+        raise InputError("DATASETS.TRAIN is empty: give --train JSON IMAGES")
+    training, masks = () if eval_only else cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
+    names = dict.fromkeys((*training, *cfg.DATASETS.TEST))
+    for name in names:
+        locate_dataset(name)
+    datasets = load_datasets(cfg, eval_only, own_only=True)
+    check_classes(cfg, names, datasets)
+    for name, dataset in datasets.items():
+        notes = [*dataset.notes, *class_notes(dataset)]
+        check_masks(dataset, masks)
+        if name in training:
+            notes += check_trainable(dataset, masks)
+        if name in cfg.DATASETS.TEST:
+            notes += check_measurable(dataset, masks, eval_only)
+        if notes:
+            print(f"{dataset.path}: {'; '.join(dict.fromkeys(notes))}", flush=True)
+        warn_of_boxes(dataset)
+        if problems := file_problems(dataset):
+            more = f" (and {len(problems) - 1} more such errors)" if problems[1:] else ""
+            raise InputError(f"{dataset.path}: {problems[0]}{more}")
+    return [datasets[name] for name in training if name in datasets]
+
+
+def check_classes(cfg, names, datasets):
+    """Raises InputError unless the data sets ``names`` have the classes of the model."""
+    key = classes_key(cfg)
+    classes = value_of(cfg, key)
+    reference = next(iter(datasets.values()), None)
+    for name in names:
+        found = len(datasets[name].categories) if name in datasets else 80
+        if found == classes:
+            continue
+        path = locate_dataset(name)[0]
+        hint = f"add {key} {found}"
+        if name not in cfg.DATASETS.TRAIN:  # an evaluation: the model is what it is
+            hint += ", or give --train JSON IMAGES of its training too, whose classes are matched by name"
+        raise InputError(f"{path} has {found} categories, but {key} is {classes}: {hint}")
+    for name in names if reference else ():
+        if name in COCO_2017:  # Detectron2 loads these itself
+            path, categories = locate_categories(name)
+            if differ := [c["name"] for c in categories if c not in reference.categories]:
+                raise InputError(
+                    f"{path} has {listed(differ)} where {reference.path} has others: give both the same "
+                    "category ids and names"
+                )
+
+
+def class_notes(dataset):
+    """A line that names the classes without any object, if there are such."""
+    used = {annotation["category_id"] for annotation in dataset.annotations}
+    if not dataset.measurable or not used:
+        return []
+    without = [category["name"] for category in dataset.categories if category["id"] not in used]
+    absent = any(note.startswith("there is no category") for note in dataset.notes)  # which names them
+    return [f"no object is of category {listed(without)}"] if without and not absent else []
+
+
+def check_masks(dataset, masks):
+    """Raises InputError where objects lack the masks that the model learns or is measured by."""
+    objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    lacking = {}
+    for annotation in objects if masks else ():
+        if reason := dataset.no_mask.get(annotation["id"]):
+            lacking.setdefault(reason, []).append(annotation)
+    whole = sum(map(len, lacking.values())) == len(objects)
+    for reason, found in lacking.items():
+        first = (
+            f"{len(found)} of {len(objects)} objects have {NO_MASK[reason]} (first: {dataset.name(found[0])})"
+        )
+        if reason == "two points":
+            raise InputError(
+                f"{dataset.path}: {first}, which is how labelme's rectangles come out: give their four "
+                "corners as polygons, or train boxes alone with MODEL.MASK_ON False"
+            )
+        if reason in ("box", "keypoints"):
+            words = {"box": "boxes", "keypoints": "keypoints and boxes"}[reason]
+            if whole:
+                raise InputError(
+                    f"{dataset.path} has {words} only, no masks: train boxes alone with MODEL.MASK_ON False"
+                )
+            raise InputError(
+                f"{dataset.path}: {first}, no mask: give them masks, or train boxes alone with MODEL.MASK_ON "
+                "False"
+            )
+
+
+def check_trainable(dataset, masks):
+    """Lines on what of a training set is not trained on. Raises InputError where that is everything."""
+    check_counts(dataset)
+    objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    usable = {a["id"] for image in dataset.images for _, a in dataset.objects(image, masks)}
+    unusable = {"without a mask": [], "outside their image or of no size": []}
+    for annotation in objects:
+        if annotation["id"] not in usable:
+            masked = not masks or has_mask(annotation["segmentation"])
+            unusable["outside their image or of no size" if masked else "without a mask"].append(annotation)
+    lines = [
+        f"objects {reason}, not trained on: {len(found)} of {len(objects)} (first: {dataset.name(found[0])})"
+        for reason, found in unusable.items()
+        if found
+    ]
+    if not usable:
+        raise InputError(f"{dataset.path} has no image with a usable annotation: {'; '.join(lines)}")
+    return [*lines, *crowd_notes(dataset, len(objects))]
+
+
+def check_measurable(dataset, masks, eval_only):
+    """Lines on what of an evaluated set counts. Raises InputError where a training would end without a
+    figure, or with a wrong one."""
+    if not dataset.images:
+        raise InputError(f"{dataset.path} has no image to evaluate")
+    if not dataset.measurable or eval_only and not dataset.annotations:
+        return ["there are no annotations: detections are written, and there is nothing to measure"]
+    check_counts(dataset)
+    objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    short = [annotation for annotation in objects if masks and annotation["id"] in dataset.no_mask]
+    if short:  # pycocotools would take four numbers for a box, and fail with fewer
+        raise InputError(
+            f"{dataset.path}: {len(short)} of {len(objects)} objects have {NO_MASK['short polygon']} (first: "
+            f"{dataset.name(short[0])}), with which AP would be wrong: mend or remove them"
+        )
+    return crowd_notes(dataset, len(objects))
+
+
+def check_counts(dataset):
+    """Raises InputError where no annotation is an object that trains or counts."""
+    if not dataset.annotations:
+        raise InputError(
+            f"{dataset.path} has no annotations, and so nothing to train on or to measure: give a file that"
+            " has some (with --eval-only, detections are written without)"
+        )
+    if all(annotation["iscrowd"] for annotation in dataset.annotations):
+        command = f'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' {shlex.quote(dataset.path)}'
+        raise InputError(
+            f"{dataset.path}: all {len(dataset.annotations)} annotations are crowds (iscrowd 1), which"
+            f" neither train nor count; CVAT exports masks so. To make objects of them: {command}"
+        )
+
+
+def crowd_notes(dataset, num_objects):
+    """A line where crowds are more than the few that COCO has."""
+    crowds = len(dataset.annotations) - num_objects
+    if crowds <= 0.1 * len(dataset.annotations):
+        return []
+    return [
+        f"crowds (iscrowd 1), which neither train nor count: {crowds} of {len(dataset.annotations)}"
+        " annotations; CVAT exports brush masks so"
+    ]
+
+
+def warn_of_boxes(dataset):
+    """Print one warning if boxes contradict masks or images, as x0 y0 x1 y1 and relative coordinates do."""
+    objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    sizes = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
+    found = [(a, doubt) for a in objects if (doubt := box_doubt(a, *sizes[a["image_id"]]))]
+    if found:
+        first, doubt = found[0]
+        print(
+            f"warning: {dataset.path}: the boxes of {len(found)} of {len(objects)} objects look wrong (first:"
+            f" {dataset.name(first)}: box {first['bbox']}, but {doubt}): a box is x, y, width, height in"
+            " pixels",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def box_doubt(annotation, width, height):
+    """What contradicts an annotation's box, in words, or None."""
+    x, y, w, h = annotation["bbox"]
+    box = x, y, x + w, y + h
+    if max(map(abs, annotation["bbox"])) <= 1 < min(width, height):
+        return "its image is larger than a pixel"
+    if annotation["segmentation"] and has_mask(annotation["segmentation"]):
+        around = mask_box(annotation["segmentation"])
+        corners = max(abs(a - b) for a, b in zip(annotation["bbox"], around)) < 1
+        if max(abs(a - b) for a, b in zip(box, around)) > 2 and (corners or overlap(box, around) < 0.5):
+            x0, y0, x1, y1 = (round(v, 1) for v in around)
+            return f"its mask's is {[x0, y0, round(x1 - x0, 1), round(y1 - y0, 1)]}"
+    elif box[0] < width and box[1] < height and (box[2] > 1.1 * width or box[3] > 1.1 * height):
+        return f"its image is {width} x {height} pixels (width x height)"
+    return None
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    w, h = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return w * h / (areas - w * h) if areas > w * h else 0
+
+
+# PIL's modes of 8 bits that convert("RGB") reads right. Of gray with 16 or 32 bits it makes white.
+MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
+
+
+def file_problems(dataset):
+    """What is wrong with the images' files, in words, of each that is not sound."""
+    images = dataset.images
+    with ThreadPoolExecutor(16) as pool:  # on network storage opening a file is waiting
+        problems = pool.map(functools.partial(file_problem, dataset.folder), images)
+        quiet = None if len(images) > 5000 else True  # None: only where stderr is no terminal
+        bar = tqdm(
+            problems,
+            desc="sizes of images",
+            total=len(images),
+            unit="image",
+            dynamic_ncols=True,
+            disable=quiet,
+        )
+        return [problem for problem in bar if problem]
+
+
+def file_problem(folder, image):
+    """What is wrong with the file of an image, in words, or None."""
+    path, given = Path(folder, image["file_name"]), (image["width"], image["height"])
+    try:
+        with Image.open(path) as file:
+            size, mode = upright_size(file), file.mode
+            # A PNG may have its orientation behind its pixels, and PIL itself may turn a TIFF.
+            if size != given:
+                size = ImageOps.exif_transpose(file).size
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return f"image {image['id']}: no file {path}"
+    except Exception as error:  # PIL raises errors of almost any type for a damaged file
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        return f"image {image['id']}: {path} cannot be read as an image ({reason}): restore or replace it"
+    if mode not in MODES:
+        return (
+            f"image {image['id']}: {path} has pixels of more than 8 bits (PIL's mode {mode}), which would be"
+            " read as white: convert it to 8 bits"
+        )
+    if size != given:
+        return (
+            f"image {image['id']}: {path} is {size[0]} x {size[1]} pixels (width x height, upright), but its"
+            f" width and height say {given[0]} x {given[1]}: give those of the file"
+        )
+    return None
+
+
+def upright_size(file):
+    """(width, height) of an opened PIL image as its EXIF orientation turns it, from the header alone."""
+    try:
+        # The method of PNGs would decode the pixels.
+        turned = Image.Image.getexif(file).get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF data, which Detectron2 ignores as well
+        turned = False
+    return file.size[::-1] if turned else file.size

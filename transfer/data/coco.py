@@ -1,0 +1,106 @@
+"""COCO-format data sets as training targets, and COCO's metric, with pycocotools alone."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.data.dataset import Dataset
+from rsa_detectron2.transfer.data.masks import to_rle
+from rsa_detectron2.transfer.report.runs import AP_KEYS
+
+
+class CocoInstances:
+    """A data set to train on; ``self[index, flip]`` is (image uint8 [3, H, W], target), mirrored if ``flip``.
+
+    target: boxes float32 [N, 4] (x0, y0, x1, y1 in pixels), labels int64 [N] from 1 in the order of the
+    categories and, with ``masks``, masks uint8 [N, H, W]; N may be 0. training: leave out images without
+    objects, if ``filter_empty``. Raises InputError.
+    """
+
+    def __init__(self, dataset: Dataset, training: bool, masks: bool = True, filter_empty: bool = True):
+        self.dataset, self.masks = dataset, masks
+        self.categories = [category["id"] for category in dataset.categories]
+        self.images = {image["id"]: image for image in dataset.images}
+        kept = [
+            image
+            for image in dataset.images
+            if not (training and filter_empty) or dataset.objects(image, masks)
+        ]
+        self.ids = [image["id"] for image in kept]
+        if not self.ids:
+            raise InputError(f"{dataset.path} has no image" + training * " with a usable annotation")
+
+    def image(self, image_id):
+        """Image id -> uint8 [3, H, W], RGB, upright."""
+        info = self.images[image_id]
+        path = Path(self.dataset.folder, info["file_name"])
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises errors of almost any type for a damaged file
+            raise InputError(
+                f"{path} cannot be used ({type(error).__name__}: {error}): restore the image, or take it out "
+                "of the annotation file"
+            ) from None
+        if image.size != (info["width"], info["height"]):
+            raise InputError(
+                f"{path} is {image.size}, but {self.dataset.path} says {info['width'], info['height']}"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def __getitem__(self, key):
+        index, flip = key
+        image, objects = (
+            self.image(self.ids[index]),
+            self.dataset.objects(self.images[self.ids[index]], self.masks),
+        )
+        target = {
+            "boxes": torch.tensor([box for box, _ in objects], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(
+                [self.categories.index(annotation["category_id"]) + 1 for _, annotation in objects],
+                dtype=torch.int64,
+            ),
+        }
+        if self.masks:
+            target["masks"] = torch.zeros(len(objects), *image.shape[1:], dtype=torch.uint8)
+            for mask, (_, annotation) in zip(target["masks"], objects):
+                mask.copy_(torch.from_numpy(rle.decode(to_rle(annotation["segmentation"], *mask.shape))))
+        if flip:
+            image = image.flip(-1)
+            target["boxes"][:, [0, 2]] = image.shape[-1] - target["boxes"][:, [2, 0]]
+            if self.masks:
+                target["masks"] = target["masks"].flip(-1)
+        return image, target
+
+
+def coco_ap(dataset: Dataset, detections: list[dict], tasks=("bbox", "segm")) -> dict:
+    """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}.
+
+    {} where the data set has nothing to measure.
+    """
+    if not dataset.annotations:
+        return {}
+    ap = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for task in tasks:
+            truth = COCO()
+            # pycocotools writes into the entries that it is given.
+            truth.dataset = {**dataset.coco(), "annotations": [dict(entry) for entry in dataset.annotations]}
+            truth.createIndex()
+            # Where there is a box, pycocotools would call a mask small, medium or large by its box's area.
+            found = [{key: d[key] for key in d if key != "bbox" or task == "bbox"} for d in detections]
+            evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), task)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            ap[task] = {key: float(100 * v) if v >= 0 else None for key, v in zip(AP_KEYS, evaluation.stats)}
+    return ap

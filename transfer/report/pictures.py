@@ -1,0 +1,398 @@
+"""Pictures of runs: curves, APs, and detections drawn on images."""
+
+import contextlib
+import functools
+import json
+import math
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
+from PIL import Image, ImageOps
+from pycocotools import mask as rle
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.data.coco_json import read_coco
+from rsa_detectron2.transfer.data.masks import to_rle
+from rsa_detectron2.transfer.report.tables import COLUMNS, difference_cell
+
+# Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# title: label of the left axis and {key: label} on it; then the same for the right axis
+PANELS = {
+    "Pre-training loss": (
+        "loss",
+        {"loss": "total", "loss_aa": "aggressive–aggressive", "loss_aw": "aggressive–weak"},
+        "",
+        {},
+    ),
+    "Schedules": ("β", {"beta": "β"}, "τ", {"tau": "τ"}),
+    "Learning rate": ("learning rate", {"lr": "learning rate"}, "", {}),
+    "Collapse watch": (
+        "cosine",
+        {"cos_aa": "aggressive–aggressive", "cos_aw": "aggressive–weak"},
+        "feature std",
+        {"feature_std": "feature std"},
+    ),
+    "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
+}
+
+
+FINE_TUNING = {  # key of metrics.json: title and label of its panel, which has a curve for each run
+    "total_loss": ("Fine-tuning loss", "total loss"),
+    "loss_cls": ("Class", "loss"),
+    "loss_box_reg": ("Box", "loss"),
+    "loss_mask": ("Mask", "loss"),
+    "loss_rpn_cls": ("RPN objectness", "loss"),
+    "loss_rpn_loc": ("RPN box", "loss"),
+    "bbox/AP": ("Box AP", "AP (%)"),
+    "segm/AP": ("Mask AP", "AP (%)"),
+}
+
+
+DEJAVU = "DejaVu Sans"  # matplotlib's own font
+
+
+@contextlib.contextmanager
+def literal_text(*texts):
+    """Let matplotlib draw texts of users as they are: "$" begins no formula, and what its own font lacks,
+    Chinese for one, comes from the fonts that are installed. What no font has is told once, on stderr."""
+    families, missing = fonts_for(frozenset("".join(texts)))
+    if missing:
+        tell_once(
+            f"no installed font has {missing[:20]}: pictures show boxes instead (for Chinese, Japanese and "
+            "Korean, install fonts-noto-cjk)"
+        )
+    options = {"text.parse_math": False, "font.family": [DEJAVU, *families]}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # once for every label
+        yield
+
+
+@functools.cache
+def fonts_for(characters):
+    """Characters -> (names of installed fonts that have what matplotlib's own lacks, those that none has)."""
+
+    def lacking(path, wanted):
+        return {c for c in wanted if ord(c) not in FT2Font(path).get_charmap()}
+
+    missing = lacking(font_manager.findfont(DEJAVU), {c for c in characters if c.isprintable()})
+    families = []
+    for path in sorted(font_manager.findSystemFonts()) if missing else ():
+        try:
+            font = FT2Font(path)
+            rest = lacking(path, missing) if font.scalable else missing
+        except Exception:  # fonts of kinds that matplotlib cannot draw
+            continue
+        if rest < missing:
+            font_manager.fontManager.addfont(path)  # its list is of the fonts at matplotlib's first start
+            families.append(font_manager.FontProperties(fname=path).get_name())
+            missing = rest
+    return families, "".join(sorted(missing))
+
+
+@functools.cache
+def tell_once(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_series(path, x, keys):
+    """JSON lines -> {key: (x values, y values)} for the keys that occur, NaN and all, sorted by x.
+
+    A resumed run writes some steps twice: the later row counts. A line cut short by a crash is passed over.
+    """
+    points = {key: {} for key in keys}
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        for key in keys:
+            if row.get(key) is not None and x in row:
+                points[key][row[x]] = row[key]
+    return {key: tuple(zip(*sorted(series.items()))) for key, series in points.items() if series}
+
+
+def plot_curves(pretrain_folder, runs, path):
+    """Losses, schedules, similarities and kNN accuracy of pre-training; losses and AP of fine-tuning; as one PNG.
+
+    pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}. A panel without data is left
+    out. Returns the path, or None when no panel has data.
+    """
+    panels = []
+    if pretrain_folder is not None:
+        keys = [key for _, left, _, right in PANELS.values() for key in (*left, *right)]
+        series = read_series(Path(pretrain_folder, "metrics.jsonl"), "step", keys)
+        for title, (ylabel, left, ylabel2, right) in PANELS.items():
+            sides = [
+                [(label, series[key]) for key, label in side.items() if key in series]
+                for side in (left, right)
+            ]
+            if any(sides):
+                panels.append((title, "step", (ylabel, ylabel2), sides))
+    series = {
+        name: read_series(Path(folder, "metrics.json"), "iteration", list(FINE_TUNING))
+        for name, folder in runs.items()
+    }
+    for key, (title, ylabel) in FINE_TUNING.items():
+        curves = [(name, found[key]) for name, found in series.items() if key in found]
+        if curves:
+            panels.append((title, "iteration", (ylabel, ""), [curves, []]))
+    if not panels:
+        return None
+    with literal_text(*runs):
+        draw_panels(panels, len(runs), path)
+    return path
+
+
+def draw_panels(panels, num_runs, path):
+    """Panels (title, label of x, labels of both y axes, their curves) -> PNG."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * rows), dpi=150, layout="constrained")
+    for i, (title, xlabel, ylabels, sides) in enumerate(panels):
+        left = figure.add_subplot(rows, columns, i + 1, xlabel=xlabel)
+        both = all(sides)
+        colors = iter(PALETTE * (1 + num_runs))
+        for ax, ylabel, curves in zip((left, left.twinx() if both else left), ylabels, sides):
+            for (label, (x, y)), color in zip(curves, colors):
+                # a few evaluations are points; a line alone would hide how many there were
+                marker = "o" if len(x) < 30 else None
+                ax.plot(
+                    x,
+                    y,
+                    color=color,
+                    linewidth=1.4,
+                    marker=marker,
+                    markersize=3,
+                    label=" " + label if label.startswith("_") else label,
+                )  # legends leave out "_..."
+            if curves:
+                # an axis of its own for one curve is told apart by that curve's colour
+                ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
+            if len(curves) > 1:
+                beside = (
+                    {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2} if both else {}
+                )
+                ax.legend(
+                    fontsize=8, frameon=False, **beside
+                )  # it would not see the curves of the other axis
+            ax.spines["top"].set_visible(False)
+        left.set_title(title, fontsize=11, loc="left")
+        left.xaxis.set_major_formatter(EngFormatter(sep=""))
+        left.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def plot_ap(rows, path):
+    """Rows of ``report.make_rows`` -> PNG: the six APs of what was run, ± std over seeds, beside what is published, with
+    the difference where there is one."""
+    rows = [row for row in rows if row.runs]
+    with literal_text(*(row.title for row in rows)):
+        draw_ap(rows, path)
+    return path
+
+
+def draw_ap(rows, path):
+    figure = Figure(figsize=(11, 2 * (0.4 * len(rows) + 1.1)), dpi=150, layout="constrained")
+    for ax, column in zip(figure.subplots(2, 3, sharey=True).flat, COLUMNS["ap"]):
+        for place, row in enumerate(rows):
+            if row.figures[column]:
+                mean, std = row.figures[column]
+                ax.errorbar(mean, place, xerr=std, capsize=3, color=PALETTE[0], marker="o", linestyle="")
+            if row.published.get(column):
+                ax.plot(
+                    row.published[column][0],
+                    place,
+                    color=PALETTE[1],
+                    marker="D",
+                    markerfacecolor="none",
+                    linestyle="",
+                )
+            if row.difference(column) is not None:
+                ax.annotate(
+                    difference_cell(row, column),
+                    (mean, place),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
+        ax.set(
+            title=column, xlabel="AP (%)", yticks=range(len(rows)), yticklabels=[row.title for row in rows]
+        )
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    if any(row.published for row in rows):
+        figure.suptitle(
+            "dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
+            "* where it exceeds what another seed may change",
+            fontsize=9,
+        )
+    figure.savefig(path)
+
+
+def plot_sweep(rows, titles, path):
+    """Rows of Figure 3 -> PNG: a panel for each column, {name: title}: top-1 over beta_base, with a dashed line for
+    beta_base 0 and a dotted one for BYOL. Filled: the paper's settings; hollow: other settings; diamonds: published."""
+    figure = Figure(figsize=(3.8 * len(titles), 3.4), dpi=150, layout="constrained")
+    for ax, (column, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
+        for row in (row for row in rows if row.place[1:] == (column,)):
+            name = next(iter(row.published), "best epoch" if row.figures.get("best epoch") else "")
+            name = "train BN, best" if row.figures.get("train BN, best") else name
+            ours, published = row.figures.get(name), row.published.get(name)
+            if row.place[0] == "byol":
+                level = ours or published
+                ax.axhline(level[0], color="0.5", ls=":", label="BYOL" + " (published)" * (not ours))
+                continue
+            beta = float(row.place[0].removeprefix("beta_"))
+            if beta == 0 and (ours or published):
+                ax.axhline(
+                    (ours or published)[0],
+                    color=PALETTE[2],
+                    ls="--",
+                    label="β_base = 0" + " (published)" * (not ours),
+                )
+            if published:
+                ax.plot(beta, published[0], "D", color=PALETTE[1], mfc="none", label="published")
+            if ours:
+                ax.errorbar(
+                    beta,
+                    ours[0],
+                    ours[1],
+                    fmt="o",
+                    color=PALETTE[0],
+                    mfc="none" if row.words else PALETTE[0],
+                    label="other settings" if row.words else "these runs",
+                )
+        ax.set(title=title, xlabel="β_base", ylabel="top-1 (%)")
+        handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        if handles:
+            ax.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
+def draw_instances(ax, image, instances, names, colors):
+    """Image uint8 [H, W, 3] with COCO instances over it: translucent mask, box, class name and, if any, score."""
+    height, width = image.shape[:2]
+    blended = image.astype(np.float32)
+    for instance in instances:
+        if instance.get("segmentation"):
+            inside = rle.decode(to_rle(instance["segmentation"], height, width)).astype(bool)
+            color = 255 * np.array(to_rgb(colors[instance["category_id"]]))
+            blended[inside] = 0.5 * blended[inside] + 0.5 * color
+            p = np.pad(inside, 1)
+            core = p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+            blended[inside & ~core] = color
+    ax.imshow(blended.astype(np.uint8))
+    taken = []
+    for instance in instances:
+        x, y, w, h = instance["bbox"]
+        color = colors[instance["category_id"]]
+        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=1))
+        text = names[instance["category_id"]] + (f" {instance['score']:.2f}" if "score" in instance else "")
+        # a label's size in pixels of the image, to find a place at the box that no other label has taken
+        tw, th = 0.021 * (len(text) + 1) * width, 0.06 * width
+        places = [(x, y), (x + w - tw, y), (x, y + h - th), (x + w - tw, y + h - th), (x, y - th), (x, y + h)]
+        places = [(min(max(a, 0), width - tw), min(max(b, 0), height - th)) for a, b in places]
+        place = next(
+            (
+                p
+                for p in places
+                if all(abs(p[1] - b) >= th or p[0] + tw <= a or p[0] >= a + u for a, b, u in taken)
+            ),
+            places[0],
+        )
+        taken.append((*place, tw))
+        ax.text(
+            place[0] + 0.01 * width,
+            place[1] + th / 2,
+            text,
+            fontsize=7,
+            color="white",
+            va="center_baseline",
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
+            clip_on=True,
+        )
+
+
+def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
+    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, if any, then detections of runs.
+
+    The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections
+    scoring at least ``threshold``; where a run has none of those on an image, its three best. Raises
+    InputError when a file is missing or useless.
+    """
+    sets = {name: evaluated_set(folder, annotations, image_folder) for name, folder in runs.items()}
+    dataset = next(iter(sets.values()), None) or read_coco(str(annotations), str(image_folder))
+    truth = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
+    columns = {"ground truth": (truth, dataset.categories)} if truth else {}
+    columns |= {name: (read_detections(folder), sets[name].categories) for name, folder in runs.items()}
+    marked = {a["image_id"] for a in truth or [a for instances, _ in columns.values() for a in instances]}
+    images = [image for image in dataset.images if image["id"] in marked][:num_images]
+    if not images:
+        raise InputError(f"no annotations to draw in {annotations}")
+    with literal_text(*runs, *(c["name"] for _, categories in columns.values() for c in categories)):
+        draw_grid(dataset, images, columns, path, threshold)
+    return path
+
+
+def evaluated_set(folder, annotations, image_folder):
+    """The data set that a run's detections belong to: the run's own copy, if it has one, knows their ids."""
+    own = Path(folder, "inference", "annotations.json")
+    return read_coco(str(own if own.is_file() else annotations), str(image_folder))
+
+
+def read_detections(folder):
+    """Run folder -> COCO detections. Raises InputError."""
+    file = Path(folder, "inference", "coco_instances_results.json")
+    if not file.is_file():
+        raise InputError(f"no detections in {file}: tools/train_net.py writes them when it evaluates")
+    return json.loads(file.read_text())
+
+
+def draw_grid(dataset, images, columns, path, threshold):
+    """Images' entries and {title: (instances, categories)} -> PNG with a row for each image."""
+    palette = {}
+    for _, categories in columns.values():
+        for category in categories:
+            palette.setdefault(category["name"], PALETTE[len(palette) % len(PALETTE)])
+    heights = [max(0.4, i["height"] / i["width"]) for i in images]
+    figure = Figure(
+        figsize=(3 * len(columns), 3 * sum(heights) + 0.25 * len(images) + 0.5), dpi=150, layout="constrained"
+    )
+    figure.suptitle(f"detections scoring ≥ {threshold:g}", fontsize=10)
+    grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
+    for row, info in zip(grid, images):
+        try:
+            image = Image.open(Path(dataset.folder, info["file_name"]))
+            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # as both engines read it
+        except OSError as error:
+            raise InputError(f"cannot read an image of {dataset.path}: {error}") from None
+        for ax, (title, (instances, categories)) in zip(row, columns.items()):
+            shown = [a for a in instances if a["image_id"] == info["id"]]
+            if title != "ground truth":
+                ranked = sorted(shown, key=lambda a: -a["score"])
+                shown = [a for a in ranked if a["score"] >= threshold] or ranked[:3]
+                if not shown or shown[0]["score"] < threshold:
+                    ax.set_xlabel(f"none ≥ {threshold:g}; best {len(shown)} shown", fontsize=8)
+            names = {category["id"]: category["name"] for category in categories}
+            draw_instances(ax, image, shown, names, {number: palette[name] for number, name in names.items()})
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, name in zip(grid[0], columns):
+        ax.set_title(textwrap.fill(name, 36), fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,110 @@
+"""The folder of a fine-tuning run: what it holds already, and which checkpoint to go on from."""
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import check_tensors, save_tensors, write_atomically
+
+FINAL = "model_final.pth"
+LAST = "last_checkpoint"  # Detectron2's: a file that holds the name of one
+TRAINING = "training.json"  # from the first iteration on: the weights' provenance, and the config
+RESULTS = "results.json"  # at the end
+
+
+def checkpoints(folder):
+    """A run's checkpoints: first the one that last_checkpoint names, then the newest."""
+    numbered = sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
+    paths = dict.fromkeys([folder / last_name(folder), folder / FINAL, *numbered])
+    return [path for path in paths if path.is_file()]
+
+
+def last_name(folder):
+    """What last_checkpoint says, "" where it is lost."""
+    path = folder / LAST
+    return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
+
+
+def save_checkpoint(folder, name, state):
+    """Write a checkpoint, whole or not at all, and last_checkpoint, which names it.
+
+    Where the disk is full, a line says so and training goes on. Raises InputError at its end.
+    """
+    folder = Path(folder)
+    try:
+        save_tensors(folder / name, state)
+        write_atomically(folder / LAST, lambda file: file.write(name.encode()))
+    except OSError as error:
+        reason = f"cannot write {folder / name} ({error.strerror or error})"
+        if name == FINAL:
+            raise InputError(f"{reason}: make room, and run it again with --resume") from None
+        print(
+            f"warning: {reason}; training goes on, and tries again at the next checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def find_start(folder, resume):
+    """Path of the checkpoint that training in ``folder`` goes on from; None where it starts anew.
+
+    Without ``resume``, a folder that holds a run is refused. With it, a damaged checkpoint is passed
+    over and a lost last_checkpoint written again, and a line says so. Raises InputError.
+    """
+    folder = Path(folder)
+    found, results = checkpoints(folder), has_training_results(folder)
+    if not resume:
+        left = [path.name for path in found] + [RESULTS] * results
+        left += [TRAINING] * (folder / TRAINING).is_file()
+        if left:
+            raise InputError(
+                f"{folder} holds a run ({left[0]}): give --resume to go on with it, or another OUTPUT_DIR"
+            )
+        return None
+    if start := first_whole(found):
+        if last_name(folder) != start.name:
+            print(
+                f"{folder / LAST} names no whole checkpoint: training goes on from {start.name}", flush=True
+            )
+            write_atomically(folder / LAST, lambda file: file.write(start.name.encode()))
+        return start
+    if found or results:
+        raise InputError(
+            f"{folder} holds a run, but no whole checkpoint of it (model_*.pth): restore "
+            "one, or give another OUTPUT_DIR"
+        )
+    print(f"--resume: {folder} holds no checkpoint; training starts at iteration 0", flush=True)
+    return None
+
+
+def first_whole(paths):
+    """The first of these checkpoints that is not damaged, or None."""
+    for path in paths:
+        try:
+            check_tensors(path)
+            return path
+        except (OSError, zipfile.BadZipFile) as error:
+            print(f"warning: {path} is damaged ({error})", file=sys.stderr, flush=True)
+    return None
+
+
+def has_training_results(folder):
+    """Whether results.json is a training's; those of an evaluation may be overwritten."""
+    path = folder / RESULTS
+    try:
+        return path.is_file() and not json.loads(path.read_text())["eval_only"]
+    except (ValueError, TypeError, KeyError):
+        return True
+
+
+def trained_model(folder):
+    """Path of the model in a run's folder. Raises InputError where there is none."""
+    found = checkpoints(Path(folder))
+    if not found:
+        raise InputError(
+            f"{folder} holds no model to evaluate (model_*.pth): train one, or leave out "
+            "--resume and give MODEL.WEIGHTS"
+        )
+    return found[0]

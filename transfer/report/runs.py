@@ -1,0 +1,308 @@
+"""What a fine-tuning run leaves in its folder besides Detectron2's own files, from either engine.
+
+``training.json`` is the run's record (common/record.py) from the first iteration on, ``results.json`` at its end the same
+with what came out.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from rsa_detectron2.common import record
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.config import protocol_of
+from rsa_detectron2.transfer.convert.provenance import sha256
+from rsa_detectron2.transfer.data.annotations import locate_dataset
+from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
+
+AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def describe(cfg, engine, weights, processes=1, accumulate=1, origin=record.Origin()):
+    """The record of a run with ``cfg``, which came from ``origin``.
+
+    engine: "detectron2" or "torchvision"; weights: provenance of the converted file, None for random initialization;
+    processes, accumulate: GPUs (or CPU processes), and passes that each splits its images of an iteration into.
+    """
+    import torch  # here, because reports read results without it
+
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu" else "CPU"
+    )
+    return record.describe(
+        "finetune",
+        cfg,
+        origin,
+        engine=engine,
+        seed=cfg.SEED,
+        weights=weights,
+        method=(weights or {}).get("method"),
+        steps=cfg.SOLVER.MAX_ITER,
+        processes=processes,
+        accumulate=accumulate,
+        device=device,
+        config=cfg.dump(),
+        bn_batch_size=normalised(yaml.safe_load(cfg.dump()), processes, accumulate),
+    )
+
+
+def write_results(
+    cfg,
+    engine,
+    ap,
+    weights,
+    iterations,
+    seconds,
+    eval_only=False,
+    processes=1,
+    accumulate=1,
+    origin=record.Origin(),
+):
+    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs of a training also end
+    its ``metrics.json``.
+
+    ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a model that has them, where a missing or
+    non-finite number becomes null; iterations: that the model which was judged has been trained for; eval_only: it may
+    have been trained with another config; seconds: wall time of the command that ended the run; the others as in
+    :func:`describe`.
+    """
+
+    def percent(task, key):
+        value = ap.get(task, {}).get(key)
+        return float(value) if value is not None and math.isfinite(value) else None
+
+    results = {
+        **describe(cfg, engine, weights, processes, accumulate, origin),
+        "ap": {
+            task: {key: percent(task, key) for key in AP_KEYS}
+            for task in ("bbox", "segm", *ap.keys() & {"keypoints"})
+        },
+        "iterations": iterations,
+        "eval_only": eval_only,
+        "seconds": float(seconds),
+        "data": (read_training(cfg.OUTPUT_DIR) or {}).get("data"),
+    }
+    record.write(cfg.OUTPUT_DIR, results, RESULTS)
+    if not eval_only:
+        last = {
+            f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()
+        }
+        with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
+            metrics.write(json.dumps({"iteration": iterations - 1, **last}) + "\n")
+    return results
+
+
+NUMBER, NOTHING = (int, float), type(None)
+CONTENT = {
+    "engine": str,
+    "ap": dict,
+    "iterations": int,
+    "eval_only": bool,
+    "seed": int,
+    "weights": (dict, NOTHING),
+    "config": str,
+    "seconds": NUMBER,
+    "kind": str,
+    "recipe": str,
+    "settings": dict,
+    "changed": dict,
+    "processes": int,
+    "accumulate": int,
+    "bn_batch_size": int,
+    "steps": int,
+}
+
+
+def load_results(folder):
+    """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
+    path = Path(folder, RESULTS)
+    try:
+        results = json.loads(path.read_text())
+        wrong = [key for key, kind in CONTENT.items() if not isinstance(results[key], kind)]
+        wrong += [
+            f"{task} AP"
+            for task in ("bbox", "segm")
+            for value in results["ap"][task].values()
+            if not isinstance(value, (*NUMBER, NOTHING))
+        ]
+        weights = results["weights"] or {}
+        wrong += [
+            f"weights' {key}"
+            for key, kind in (("method", str), ("step", int))
+            if not isinstance(weights.get(key, kind()), kind)
+        ]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of another kind")
+        config = yaml.safe_load(results["config"])
+        protocol_of(config)
+        config["DATASETS"]["TEST"], config["SOLVER"]["IMS_PER_BATCH"], results["settings"]["DATASETS.TEST"]
+        return results
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        reason = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"lacks {error}"
+            if isinstance(error, KeyError)
+            else " ".join(str(error).split())
+        )
+        raise InputError(
+            f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it when a run ends"
+        ) from None
+
+
+# Settings that may change when a run goes on, or when what it has trained is evaluated again.
+EVALUATION = re.compile(
+    r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
+    r"DATALOADER\.NUM_WORKERS|DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST"
+)
+# And those that make the network, and what it sees, what they were in training.
+NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
+
+
+def begin_training(
+    cfg, weights, processes=1, accumulate=1, engine="torchvision", origin=record.Origin(), num_images=None
+):
+    """Write the record of a run that begins, as in :func:`describe`, and return it. num_images: that it trains on.
+
+    The metrics.json of a run that came to no checkpoint is emptied.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if (folder / "metrics.json").is_file():
+        os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
+    about = describe(cfg, engine, weights, processes, accumulate, origin)
+    about["annotations"] = annotation_digests(cfg)
+    about["data"] = {
+        "name": ", ".join(set_names(cfg.DATASETS.TRAIN)),
+        "images": num_images,
+        "sha256": about["annotations"],
+    }
+    record.write(folder, about, TRAINING)
+    return about
+
+
+def annotation_digests(cfg):
+    """The sha256 of each annotation file of the training set."""
+    return [sha256(locate_dataset(name)[0]) for name in cfg.DATASETS.TRAIN]
+
+
+def read_training(folder):
+    """What :func:`begin_training` left in ``folder``, or None. Raises InputError."""
+    path = Path(folder, TRAINING)
+    if not path.is_file():
+        return None
+    try:
+        training = json.loads(path.read_text())
+        settings(training["config"])
+        training.setdefault("annotations", None)  # an older version's
+        return {
+            key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")
+        } | {"data": training.get("data")}
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        raise InputError(
+            f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "
+            "OUTPUT_DIR"
+        ) from None
+
+
+def differences(cfg, training, of=None):
+    """Words for each setting on which ``cfg`` and a ``training`` disagree.
+
+    ``of``: a pattern of the settings that count, by default all but those of evaluation. The training
+    set is known by its files' names, for it may lie elsewhere on another machine.
+    """
+
+    def plain(key, value):
+        if key.endswith(".NORM"):  # over how many images is another question
+            return value.replace("SyncBN", "BN")
+        return set_names(value) if key == "DATASETS.TRAIN" else value
+
+    before, now = settings(training["config"]), settings(cfg.dump())
+    counts = of.fullmatch if of else lambda key: not EVALUATION.fullmatch(key)
+    return [
+        f"{key} {before[key]} and not {value}"
+        for key, value in now.items()
+        if key in before and counts(key) and plain(key, before[key]) != plain(key, value)
+    ]
+
+
+def set_names(names):
+    """Data sets' names as they are on any machine: a COCO-format one's is that of its annotation file."""
+    return [name.split("::")[0].split("/")[-1] for name in names]
+
+
+def check_unchanged(cfg, processes=1, accumulate=1):
+    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings. Resuming restores some of
+    them from the checkpoint, the learning rate for one, so that changed ones would hold in part only."""
+    training = read_training(cfg.OUTPUT_DIR)
+    if training is None:
+        raise InputError(
+            f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
+            "it, or give another OUTPUT_DIR"
+        )
+    if found := differences(cfg, training):
+        raise InputError(
+            f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another "
+            f"OUTPUT_DIR, or leave {'it' if len(found) == 1 else 'them'} unchanged"
+        )
+    before = normalised(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
+    now = normalised(yaml.safe_load(cfg.dump()), processes, accumulate)
+    if before != now:
+        raise InputError(
+            f"the run in {cfg.OUTPUT_DIR} began with {training['processes']} x {training['accumulate']} passes "
+            f"(processes, --accumulate), BatchNorm over {before} images at once, and not {now}: give as many "
+            "again, or another OUTPUT_DIR"
+        )
+    if training["annotations"] not in (None, annotation_digests(cfg)):
+        print(
+            f"warning: {', '.join(set_names(cfg.DATASETS.TRAIN))} has changed since the run in "
+            f"{cfg.OUTPUT_DIR} began, which goes on with the annotations of now",
+            flush=True,
+        )
+
+
+def normalised(config, processes, accumulate):
+    """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all GPUs with SyncBN."""
+    synchronised = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
+    return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronised else processes))
+
+
+def check_network(cfg, folder):
+    """Raises InputError where the training in ``folder`` had another input or other layers than ``cfg``, of which the
+    tensors of its model need not show a thing."""
+    training = read_training(folder)
+    if training and (found := differences(cfg, training, NETWORK)):
+        raise InputError(
+            f"the model in {folder} was trained with {'; '.join(found)}: evaluate it with "
+            "the config of its training"
+        )
+
+
+def own_training(cfg):
+    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the settings of ``cfg``, else
+    None."""
+    training = read_training(cfg.OUTPUT_DIR)
+    return training if training and not differences(cfg, training) else None
+
+
+def settings(config):
+    """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...}."""
+
+    def leaves(node, prefix=""):
+        for key, value in node.items():
+            yield from (
+                leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else ((prefix + key, value),)
+            )
+
+    return dict(leaves(yaml.safe_load(config)))
