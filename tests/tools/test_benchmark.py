@@ -1,4 +1,4 @@
-"""tools/benchmark.py: that it measures what it says. No test looks at how long anything took."""
+"""tools/benchmark.py: it measures what it says. No test depends on how long anything took."""
 
 import json
 import shutil
@@ -10,9 +10,12 @@ import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.engine import trainer as train_loop
+from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.method.augment import aggressive
 from rsa_detectron2.tools import benchmark
+from rsa_detectron2.tools.benchmarks import pil, step
+from rsa_detectron2.tools.benchmarks.augment import one_by_one, synthetic_views
+from rsa_detectron2.tools.benchmarks.timing import take_turns
 
 
 @pytest.fixture
@@ -48,9 +51,7 @@ def test_turns_are_interleaved_and_their_medians_summed_up():
         return of_part
 
     a = [99, 1, 99, 30, 99, 10, 99, 2, 99, 5, 99, 5]
-    seconds = benchmark.take_turns(
-        {"a": work("a", a), "b": work("b", [99, 1] * 6)}, ["1", "2"], 3, lambda: now
-    )
+    seconds = take_turns({"a": work("a", a), "b": work("b", [99, 1] * 6)}, ["1", "2"], 3, lambda: now)
     assert seconds == {
         "a": 10,
         "b": 2,
@@ -104,13 +105,13 @@ def test_data_draws_images_where_there_are_none(bench, monkeypatch, tmp_path):
 
 
 def test_pil_pipelines_make_the_papers_views(image_folder, monkeypatch):
-    """Without the aggressive operations a view's aggressive counterpart is the view itself: it shares its crop."""
+    """Without aggressive operations both views of a pair are equal: they share their crop."""
     name = next(image_folder.rglob("*.jpg"))
-    four, two = benchmark.rsa_in_pil(24)(name), benchmark.byol_in_pil(24)(name)
+    four, two = pil.rsa_views(24)(name), pil.byol_views(24)(name)
     assert len(four) == 4 and len(two) == 2
     assert all(view.shape == (3, 24, 24) and view.dtype == torch.float32 for view in four + two)
-    monkeypatch.setattr(benchmark, "aggressive_in_pil", lambda: lambda image: image)
-    four = benchmark.rsa_in_pil(24)(name)
+    monkeypatch.setattr(pil, "aggressive_stage", lambda: lambda image: image)
+    four = pil.rsa_views(24)(name)
     assert (
         torch.equal(four[0], four[2]) and torch.equal(four[1], four[3]) and not torch.equal(four[0], four[1])
     )
@@ -123,8 +124,8 @@ def test_augment(bench):
 
 
 def test_the_reference_does_the_same_as_what_it_is_compared_with():
-    views, params = benchmark.synthetic(8, 32)
-    assert (benchmark.one_by_one(views, params) - aggressive(views, params)).abs().max() < 1e-4
+    views, params = synthetic_views(8, 32)
+    assert (one_by_one(views, params) - aggressive(views, params)).abs().max() < 1e-4
 
 
 def test_step(bench, image_folder):
@@ -133,7 +134,7 @@ def test_step(bench, image_folder):
         (method, source) for source in ("synthetic", "0 workers") for method in ("byol", "rsa", "simsiam")
     ]
     for row in rows:
-        for part in benchmark.PARTS:
+        for part in step.PARTS:
             assert (row[part] > 0) == (part != "forward target" or row["method"] != "simsiam"), (
                 row["method"],
                 part,
@@ -142,7 +143,7 @@ def test_step(bench, image_folder):
 
 
 def test_step_of_a_recipe(bench, tmp_path):
-    """Networks, size, batch and AMP are the recipe's, but for what is given; what is printed is written too."""
+    """Options that are given replace the recipe's settings. The printed rows are written, too."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "MODEL:\n  BACKBONE: test_resnet\n  HIDDEN_DIM: 16\n  OUT_DIM: 8\nDATA:\n  IMAGE_SIZE: 24\n"
@@ -176,38 +177,34 @@ def test_step_of_a_recipe(bench, tmp_path):
         assert row["s per epoch"] == pytest.approx(100 / 4 * row["ms"] / 1000)
 
 
-def test_hooks_leave_the_step_as_it_is(monkeypatch):
+def small_cfg():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE, cfg.DATA.IMAGE_SIZE = "test_resnet", 32
+    cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.AMP = 4, "off"
+    return cfg
+
+
+def test_hooks_leave_the_step_as_it_is():
     """Three measured steps end with the weights of the same three steps by train_step alone."""
-    args = benchmark.argparse.Namespace(
-        cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off"
-    )
-    measured = benchmark.Contender("rsa", args)  # has done three steps
-    with monkeypatch.context() as patch:
-        patch.setattr(benchmark.Contender, "turn", lambda *_: None)
-        plain = benchmark.Contender("rsa", args)
-    views, params = benchmark.synthetic(4, 32)
-    pair = train_loop.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
+    measured, plain = (step.StepTimer(small_cfg(), "rsa") for _ in range(2))
+    measured.run(step.synthetic_batches(small_cfg()), 3)
+    views, params = synthetic_views(4, 32)
+    pair = trainer.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
     for _ in range(3):
-        train_loop.train_step(plain.networks, plain.optimizer, plain.scaler, None, [pair], 1, 0.2, 0.99)
+        trainer.train_step(plain.networks, plain.optimizer, plain.scaler, None, [pair], 1, 0.2, 0.99)
     weights = measured.networks.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.networks.state_dict().items())
 
 
 def test_parts_add_up_to_the_step(monkeypatch):
     ticks = iter(np.arange(1000.0))
-    args = benchmark.argparse.Namespace(
-        cfg=get_cfg(), backbone="test_resnet", size=32, batch_size=4, amp="off"
-    )
-    contender = benchmark.Contender("rsa", args)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks))
-    views, params = benchmark.synthetic(4, 32)
-    turn = contender.turn(iter([{"views": views, "params": params}] * 2), 2)
-    marks = {
-        "optimizer": 2,
-        "forward target": 2,
-        "forward online": 3,
-    }  # how often a step ends such a part; the others once
-    assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in benchmark.PARTS}}
+    timer = step.StepTimer(small_cfg(), "rsa")
+    timer.warm_up()
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(ticks))
+    turn = timer.run(step.synthetic_batches(small_cfg()), 2)
+    # How often a step ends such a part; the others once.
+    marks = {"optimizer": 2, "forward target": 2, "forward online": 3}
+    assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in step.PARTS}}
 
 
 def test_optim(bench):
@@ -226,6 +223,11 @@ def test_optim(bench):
     [
         (["data", "--data", "absent"], "no image folder absent"),
         (["augment", "--repeats", "0"], "0 is not positive"),
+        (["--repeats", "1", "step"], "options follow the benchmark: tools/benchmark.py step --repeats"),
+        (["augment", "--data", "x"], "augment has no option --data x: tools/benchmark.py augment --help"),
+        (["data", "--batch-size", "2"], "data has no option --batch-size 2"),
+        (["optim", "--amp", "off"], "optim has no option --amp off"),
+        (["step", "--workers", "2"], "--workers sets those of the loader"),
     ],
 )
 def test_bad_input_is_one_line(tool, arguments, message):

@@ -1,0 +1,1 @@
+"""One module per benchmark: ``add_options(parser)``, and ``measure(args)``, which returns the rows."""
