@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The whole chain on a machine with nothing but a CPU: pre-train, convert, fine-tune, compare, in minutes.
+"""The whole chain on a CPU, in minutes: pre-train, convert, fine-tune, compare.
 
     tools/quickstart.py           # about 8 minutes on 2 cores
-    tools/quickstart.py --fast    # the same in little
+    tools/quickstart.py --fast    # much less of everything
 
-Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA, converts it, fine-tunes Mask R-CNN FPN from
-random and from the RSA weights under one config, and writes report.html. Run again it goes on where it stopped.
+Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA and converts it.
+Then fine-tunes Mask R-CNN FPN from random and from the RSA weights, under one config, and
+writes report.html. Run again, it goes on where it stopped.
 """
 
 import argparse
@@ -17,14 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-import rsa_detectron2.pretrain.config
-import rsa_detectron2.transfer.config
+from fvcore.common.config import CfgNode
+
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS, merge_config, origin
-from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
-from rsa_detectron2.pretrain.engine import trainer as train_loop
+from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.evaluate.pictures import draw_views
+from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data import shapes
 from rsa_detectron2.transfer.data.annotations import dataset_name
@@ -35,17 +38,66 @@ from rsa_detectron2.transfer.report.tables import own_row, table_cells, to_markd
 PRETRAIN_CONFIG = CONFIGS / "pretrain" / "quickstart_rsa_R50.yaml"
 TRANSFER_CONFIG = CONFIGS / "transfer" / "quickstart_mask_rcnn_R50_FPN.yaml"
 
-# What --fast makes smaller: images per class and of the COCO-format set, and overrides of the two configs.
+# Images per class, and images of the COCO-format set.
 SIZES = {"train": 192, "val": 48, "coco_train": 200, "coco_val": 50}
+# What --fast reduces: these numbers, and settings of the two configs.
 FAST_SIZES = {"train": 16, "val": 8, "coco_train": 12, "coco_val": 4}
 FAST_PRETRAIN = "SOLVER.EPOCHS 2 SOLVER.WARMUP_EPOCHS 0 DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32".split()
 FAST_TRANSFER = (
     "SOLVER.MAX_ITER 6 SOLVER.STEPS (4,) SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (96,) "
     "INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 2"
 ).split()
+NOTE = (
+    "These are small networks' figures on drawn shapes from one short run: they show that the chain holds, "
+    "and say nothing about COCO."
+)
 
 
 def main():
+    args = parse()
+    engine = choose_engine(args.engine)
+    folder = Path(args.output_dir or ("output/quickstart-fast" if args.fast else "output/quickstart"))
+    start = time.perf_counter()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    say(f"everything goes to {folder}; detection engine: {engine}")
+
+    say("1/5 drawing the shapes")
+    draw_shapes(folder, FAST_SIZES if args.fast else SIZES)
+
+    say("2/5 pre-training a ResNet-50 with RSA")
+    cfg, overrides = pretrain_settings(folder, args.fast)
+    try:
+        checkpoint = trainer.train(cfg, origin(PRETRAIN_CONFIG, overrides, get_cfg()))
+    except Interrupted as interruption:
+        say(str(interruption))
+        return trainer.REQUEUE
+
+    say("3/5 converting it")
+    weights, _ = convert(checkpoint, folder / "rsa_r50.pkl")
+
+    say("4/5 fine-tuning Mask R-CNN FPN, from random and from RSA weights")
+    starts = {"random": "", "RSA": str(weights)}
+    folders = {name: folder / engine / name.lower() for name in starts}
+    # Detectron2 prints a page per iteration.
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        results = {
+            name: fine_tune(engine, path, folder / "coco", folders[name], FAST_TRANSFER if args.fast else [])
+            for name, path in starts.items()
+        }
+
+    say("5/5 writing the report")
+    rows = [own_row("ap", name, {name: result}) for name, result in results.items()]
+    write_csv("ap", rows, folder / "table.csv")
+    cells = table_cells("ap", rows)
+    summary = summarize(folder / "pretrain", results)
+    minutes = (time.perf_counter() - start) / 60
+    came_out = f"{summary} {NOTE} Engine: {engine}; {minutes:.1f} minutes in this call."
+    sections = [("What came out", came_out), ("AP (%)", cells), *pictures(cfg, folder, folders)]
+    write_report(folder, "Quick start", sections)
+    print(f"\n{to_markdown(cells)}\n{summary}\n{NOTE}\n{folder / 'report.html'}, after {minutes:.1f} minutes")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,95 +106,24 @@ def main():
     parser.add_argument(
         "--engine", choices=("detectron2", "torchvision"), help="default: detectron2 if it works"
     )
-    args = parser.parse_args()
-    engine = args.engine or ("detectron2" if detectron2_works() else "torchvision")
-    if args.engine == "detectron2" and not detectron2_works():
+    return parser.parse_args()
+
+
+def choose_engine(wanted: str | None) -> str:
+    """Raises InputError where Detectron2 is wanted and does not work."""
+    if wanted == "torchvision":
+        return wanted
+    if detectron2_works():
+        return "detectron2"
+    if wanted:
         raise InputError(
             "Detectron2 is not installed, or not for this torch: see the README, or leave --engine out"
         )
-    folder = Path(args.output_dir or "output/quickstart" + ("-fast" if args.fast else ""))
-    start = time.perf_counter()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-
-    say(f"everything goes to {folder}; detection engine: {engine}")
-    say("1/5 drawing the shapes")
-    sizes = FAST_SIZES if args.fast else SIZES
-    for seed, split in enumerate(("train", "val")):
-        shapes.write_image_folder(folder / "images" / split, sizes[split], 64, seed)
-        shapes.write_coco(folder / "coco", split, sizes["coco_" + split], 160, seed + 2)
-
-    say("2/5 pre-training a ResNet-50 with RSA")
-    options = ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain")]
-    cfg = merge_config(
-        rsa_detectron2.pretrain.config.get_cfg(),
-        str(PRETRAIN_CONFIG),
-        options + FAST_PRETRAIN * args.fast,
-    )
-    try:
-        final = train_loop.train(
-            cfg, origin(PRETRAIN_CONFIG, options, rsa_detectron2.pretrain.config.get_cfg())
-        )
-    except rsa_detectron2.pretrain.config.Interrupted as interruption:
-        say(str(interruption))
-        return train_loop.REQUEUE
-
-    say("3/5 converting it")
-    weights, _ = convert(final, folder / "rsa_r50.pkl")
-
-    say("4/5 fine-tuning Mask R-CNN FPN, from random and from RSA weights")
-    runs = {"random": "", "RSA": str(weights)}
-    folders = {name: folder / engine / name.lower() for name in runs}
-    with (
-        open(folder / "log.txt", "a") as log,
-        contextlib.redirect_stdout(log),
-    ):  # Detectron2 prints a page an iteration
-        results = {
-            name: fine_tune(engine, path, folder, folders[name], args.fast) for name, path in runs.items()
-        }
-
-    say("5/5 writing the report")
-    rows = [own_row("ap", name, {name: result}) for name, result in results.items()]
-    cells = table_cells("ap", rows)
-    write_csv("ap", rows, folder / "table.csv")
-    knn = [
-        row["knn_top1"]
-        for row in map(json.loads, open(folder / "pretrain" / "metrics.jsonl"))
-        if "knn_top1" in row
-    ]
-    minutes = (time.perf_counter() - start) / 60
-    summary = (
-        f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training "
-        f"({len(shapes.CLASSES)} classes). {compare(results)}"
-    )
-    note = (
-        "These are small networks' figures on drawn shapes from one short run: they show that the chain holds, "
-        "and say nothing about COCO."
-    )
-    coco = folder / "coco"
-    write_report(
-        folder,
-        "Quick start",
-        [
-            ("What came out", f"{summary} {note} Engine: {engine}; {minutes:.1f} minutes in this call."),
-            ("AP (%)", cells),
-            (
-                "Weak views beside their aggressive views",
-                draw_views(
-                    open_images(cfg.DATA.PATH), cfg.DATA.IMAGE_SIZE, cfg.SEED, 4, folder / "views.png"
-                ),
-            ),
-            ("Curves", plot_curves(folder / "pretrain", folders, folder / "curves.png")),
-            (
-                "Detections",
-                draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png"),
-            ),
-        ],
-    )
-    print(f"\n{to_markdown(cells)}\n{summary}\n{note}\n{folder / 'report.html'}, after {minutes:.1f} minutes")
+    return "torchvision"
 
 
-def detectron2_works():
-    """Whether Detectron2 is installed and loads: one built for another torch does not, nor one too old for Pillow."""
+def detectron2_works() -> bool:
+    """Whether Detectron2 loads. One built for another torch, or too old for Pillow, does not."""
     try:
         importlib.import_module("rsa_detectron2.transfer.d2.trainer")
     except Exception:
@@ -150,36 +131,52 @@ def detectron2_works():
     return True
 
 
-def fine_tune(engine, weights, folder, output, fast):
-    """Fine-tune with ``engine`` into ``output``, unless that is done."""
+def draw_shapes(folder: Path, sizes: dict[str, int]) -> None:
+    """Images in class folders for pre-training, and a data set in COCO's format for fine-tuning."""
+    for seed, split in enumerate(("train", "val")):
+        shapes.write_image_folder(folder / "images" / split, sizes[split], 64, seed)
+        shapes.write_coco(folder / "coco", split, sizes[f"coco_{split}"], 160, seed + 2)
+
+
+def pretrain_settings(folder: Path, fast: bool) -> tuple[CfgNode, list[str]]:
+    """The config of the pre-training, and its overrides for the record of the run."""
+    overrides = ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain")]
+    if fast:
+        overrides += FAST_PRETRAIN
+    return merge_config(get_cfg(), str(PRETRAIN_CONFIG), overrides), overrides
+
+
+def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: list[str]) -> dict:
+    """Fine-tune from ``weights`` ("": random) in ``output``, from where it stopped; returns the results."""
     if (output / "results.json").is_file():
         return load_results(output)
     if engine == "detectron2":
-        from rsa_detectron2.transfer.d2 import trainer as module
+        from rsa_detectron2.transfer.d2 import trainer as detector
 
-        cfg = module.get_cfg()
+        defaults = detector.get_cfg()
     else:
-        from rsa_detectron2.transfer.tv import engine as module
+        from rsa_detectron2.transfer.tv import engine as detector
 
-        cfg = rsa_detectron2.transfer.config.torchvision_defaults()
-    defaults, coco = cfg.clone(), folder / "coco"
-    train, val = ((dataset_name(coco / f"{name}.json", coco / "images"),) for name in ("train", "val"))
-    options = [
-        "DATASETS.TRAIN",
-        train,
-        "DATASETS.TEST",
-        val,
-        "MODEL.WEIGHTS",
-        weights,
-        "OUTPUT_DIR",
-        str(output),
+        defaults = torchvision_defaults()
+    train, val = (dataset_name(coco / f"{split}.json", coco / "images") for split in ("train", "val"))
+    overrides = [
+        *("DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)),
+        *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output)),
+        *overrides,
     ]
-    options += FAST_TRANSFER * fast
-    merge_config(cfg, str(TRANSFER_CONFIG), options)
-    return module.train(cfg, resume=True, origin=origin(TRANSFER_CONFIG, options, defaults))
+    cfg = merge_config(defaults.clone(), str(TRANSFER_CONFIG), overrides)
+    return detector.train(cfg, resume=True, origin=origin(TRANSFER_CONFIG, overrides, defaults))
 
 
-def compare(results):
+def summarize(pretrain_folder: Path, results: dict[str, dict]) -> str:
+    """kNN before and after pre-training, and the APs, better or not."""
+    with open(pretrain_folder / "metrics.jsonl") as lines:
+        knn = [row["knn_top1"] for row in map(json.loads, lines) if "knn_top1" in row]
+    before_and_after = f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training"
+    return f"{before_and_after} ({len(shapes.CLASSES)} classes). {compare(results)}"
+
+
+def compare(results: dict[str, dict]) -> str:
     """One sentence on what the RSA weights gave, better or not."""
     parts = []
     for task, word in (("bbox", "box"), ("segm", "mask")):
@@ -190,7 +187,20 @@ def compare(results):
     return "; ".join(parts) + "."
 
 
-def say(line):
+def pictures(cfg: CfgNode, folder: Path, folders: dict[str, Path]) -> list[tuple]:
+    """(heading, picture) of the report: views, curves, and detections of the runs in ``folders``."""
+    source, coco = open_images(cfg.DATA.PATH), folder / "coco"
+    views = draw_views(source, cfg.DATA.IMAGE_SIZE, cfg.SEED, 4, folder / "views.png")
+    curves = plot_curves(folder / "pretrain", folders, folder / "curves.png")
+    detections = draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png")
+    return [
+        ("Weak views beside their aggressive views", views),
+        ("Curves", curves),
+        ("Detections", detections),
+    ]
+
+
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
