@@ -1,4 +1,4 @@
-"""Shared by the tests: the tools' command lines, small images on disk, and a ResNet-50 checkpoint of random weights."""
+"""Fixtures that tests share: command lines of the tools, small images, a ResNet-50 checkpoint."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the tests are those of a CPU, to the bit
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests expect a CPU's bits
 
 import numpy as np
 import pytest
@@ -20,20 +20,21 @@ from PIL import Image
 from rsa_detectron2.pretrain.config import get_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
-# A run of a second: timm's smallest ResNet, 32 px, the 24 images of ``image_folder`` in batches of 8, three epochs.
+# A run of a second: timm's smallest ResNet, and three epochs of the 24 images of ``image_folder``.
 TINY = (
-    "DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 "
-    "MODEL.OUT_DIM 8 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 "
-    "SOLVER.WARMUP_EPOCHS 1 SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0"
+    "DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32 DATA.NUM_WORKERS 0 "
+    "MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 32 MODEL.OUT_DIM 8 "
+    "SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 1.0 SOLVER.BATCH_SIZE 8 SOLVER.EPOCHS 3 SOLVER.WARMUP_EPOCHS 1 "
+    "SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0"
 ).split()
 
-# Processes of tests are children of a server that has imported torch already: a start costs that of a run, not of Python.
+# Programs under test are forked from a server that has imported torch already, which is faster.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.preload"])
 
-# Small tensors: more threads only wait for one another. And runs are compared to the bit, wherever they ran.
-os.environ["OMP_NUM_THREADS"] = "1"  # in processes of tests
-# Activations in huge pages that are kept: on some virtual machines half of a step on CPU is page faults (glibc >= 2.35).
+# With small tensors, threads only wait for each other. And runs must be equal to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs under test
+# Keep activations in huge pages (glibc >= 2.35). On some virtual machines page faults take half of a step.
 os.environ["GLIBC_TUNABLES"] = ":".join(
     f"glibc.malloc.{option}"
     for option in ("hugetlb=1", f"mmap_threshold={1 << 32}", f"trim_threshold={1 << 33}")
@@ -67,8 +68,10 @@ def pytest_terminal_summary(terminalreporter):
 
 
 class Program:
-    """``python3 tools/<name>.py arguments...`` in a session of its own, started at once; its stdout and stderr go to new
-    files in ``folder``. The environment is what the server was started with, and ``environment``."""
+    """``python3 tools/<name>.py arguments...``, started at once in a new session.
+
+    stdout and stderr go to new files in ``folder``. ``environment`` adds to the server's.
+    """
 
     def __init__(self, folder, name, *arguments, cwd=ROOT, environment=None):
         self.command = [str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
@@ -79,7 +82,7 @@ class Program:
         self.process.start()
 
     def wait_for(self, path, text=""):
-        """Until the file holds the text, or the program has ended."""
+        """Return when the file holds the text, or the program has ended."""
         until = time.monotonic() + 900
         while (
             self.process.is_alive()
@@ -89,7 +92,7 @@ class Program:
             time.sleep(0.01)
 
     def finish(self):
-        """Wait for its end: a CompletedProcess."""
+        """Wait for the end; returns a CompletedProcess."""
         self.process.join(900)
         if self.process.is_alive():
             self.process.kill()
@@ -106,20 +109,19 @@ def run_program(command, cwd, environment, streams):
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY), number)
     sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.fixture(scope="session")
 def tool(tmp_path_factory):
-    """``tool("pretrain", "--data", ...)``: run a tool as a user does, from another folder if ``cwd`` is given."""
+    """``tool("pretrain", "--data", ...)`` runs a tool as a user does, in the folder ``cwd``."""
     folder = tmp_path_factory.mktemp("tools")
     return lambda name, *arguments, cwd=ROOT: Program(folder, name, *arguments, cwd=cwd).finish()
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """24 random images of various sizes in two classes, grayscale ones among them, with a val/ beside train/."""
+    """24 random images of several sizes in two classes, some grayscale; val/ lies beside train/."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):

@@ -1,6 +1,11 @@
-"""What the server of conftest.py imports once, for the processes of all tests."""
+"""Imported once by the server of conftest.py, for the processes of all tests."""
 
-import matplotlib.figure  # noqa: F401
-import pycocotools.mask  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
-import torchvision.models.detection  # noqa: F401
+import importlib
+
+for name in (
+    "matplotlib.figure",
+    "pycocotools.mask",
+    "torch.utils.tensorboard",
+    "torchvision.models.detection",
+):
+    importlib.import_module(name)

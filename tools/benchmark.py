@@ -30,7 +30,7 @@ from rsa_detectron2.tools.benchmarks import augment, data, optim, options, step
 BENCHMARKS = {"data": data, "augment": augment, "step": step, "optim": optim}
 
 
-def main():
+def main() -> None:
     args = parse()
     machine = describe_machine()
     name, *versions = machine.items()
@@ -97,7 +97,7 @@ def print_table(rows: list[dict]) -> None:
     print()
 
 
-def as_text(value) -> str:
+def as_text(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

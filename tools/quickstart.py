@@ -53,7 +53,7 @@ NOTE = (
 )
 
 
-def main():
+def main() -> int | None:
     args = parse()
     engine = choose_engine(args.engine)
     folder = Path(args.output_dir or ("output/quickstart-fast" if args.fast else "output/quickstart"))

@@ -1,4 +1,4 @@
-"""The tools as a user types them: the quick start, and what a wrong argument says."""
+"""The tools as a user types them: the quick start, and the errors of wrong arguments."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ from tests.conftest import ROOT, TINY
     "name, options", [("pretrain", ["--epochs", "3"]), ("train_net", ["--config-file", "a.yaml"])]
 )
 def test_overrides_may_stand_before_between_and_after_options(name, options, monkeypatch):
-    tool = importlib.import_module(f"tools.{name}")
+    tool = importlib.import_module(f"rsa_detectron2.tools.{name}")
     for words in (
         ["A", "1", *options, "B", "-2"],
         [*options, "A", "1", "B", "-2"],
@@ -35,7 +35,7 @@ def test_overrides_may_stand_before_between_and_after_options(name, options, mon
 
 
 def test_quickstart_fast(tool, tmp_path):
-    """With the engine that it chooses; the tests of each engine run it by itself."""
+    """With the engine that it chooses; each engine has tests of its own."""
     engine = "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
     folder = tmp_path / "quick start"
     done = tool("quickstart", "--fast", "--output-dir", folder)
@@ -80,7 +80,7 @@ def test_quickstart_fast(tool, tmp_path):
 
 
 def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
-    """Each command, without an argument, finds what the one before leaves."""
+    """Each command, without arguments, finds what the one before left."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "imagenet").symlink_to(image_folder.parent)
     done = tool("pretrain", *TINY, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What libraries print: nothing of theirs stands before an error, and nothing beside a help text."""
+"""Libraries print nothing before an error line, nor beside a help text."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ MISTAKES = {
 
 
 def test_every_tool_is_here():
-    """But for the quick start, which has only choices; its test is in test_cli.py."""
+    """All but the quick start, which takes only choices; test_cli.py tests it."""
     assert {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")} == {*MISTAKES, "quickstart"}
 
 
@@ -43,7 +43,7 @@ def test_help_is_all_that_is_printed(tool, name):
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
 def test_a_mistake_is_one_line_in_a_fresh_process(engine, tmp_path):
-    """Both engines import what warns when imported, and the server of the other tests may have done so."""
+    """Both engines import modules that warn. The test server may have imported them before."""
     if engine == "detectron2":
         pytest.importorskip("detectron2")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}

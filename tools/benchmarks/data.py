@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import ImageFolder, open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.tools.benchmarks import pil
 from rsa_detectron2.tools.benchmarks.options import positive
 from rsa_detectron2.tools.benchmarks.timing import take_turns
@@ -78,7 +79,7 @@ def in_pil(source: ImageFolder, views: Callable) -> Callable:
     return lambda part: default_collate([views(source.name(i)) for i in part])
 
 
-def in_this_project(source, size: int) -> Callable:
+def in_this_project(source: Source, size: int) -> Callable:
     """The loader's batches; each call is an epoch of its own, so that crops differ."""
     views, epochs = MultiStageViews(source, size, seed=0), itertools.count()
 

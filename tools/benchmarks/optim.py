@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.pretrain.method.networks import build_networks
@@ -43,7 +44,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def lars(networks: torch.nn.Module, solver, foreach: bool) -> Callable:
+def lars(networks: torch.nn.Module, solver: CfgNode, foreach: bool) -> Callable:
     """A step of LARS, with a learning rate that leaves the weights about as they are."""
     optimizer = build_optimizer(networks, solver)
     for group in optimizer.param_groups:

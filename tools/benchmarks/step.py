@@ -142,7 +142,7 @@ class StepTimer:
         yield views
 
 
-def milliseconds(before, after) -> float:
+def milliseconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
     """Between two marks: events of the GPU, or seconds."""
     if device().type == "cuda":
         return before.elapsed_time(after)
