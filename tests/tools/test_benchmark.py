@@ -13,8 +13,9 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.method.augment import aggressive
 from rsa_detectron2.tools import benchmark
-from rsa_detectron2.tools.benchmarks import pil, step
+from rsa_detectron2.tools.benchmarks import pil, step_timer
 from rsa_detectron2.tools.benchmarks.augment import one_by_one, synthetic_views
+from rsa_detectron2.tools.benchmarks.step_timer import PARTS, StepTimer, synthetic_batches
 from rsa_detectron2.tools.benchmarks.timing import take_turns
 
 
@@ -134,7 +135,7 @@ def test_step(bench, image_folder):
         (method, source) for source in ("synthetic", "0 workers") for method in ("byol", "rsa", "simsiam")
     ]
     for row in rows:
-        for part in step.PARTS:
+        for part in PARTS:
             assert (row[part] > 0) == (part != "forward target" or row["method"] != "simsiam"), (
                 row["method"],
                 part,
@@ -186,8 +187,8 @@ def small_cfg():
 
 def test_hooks_leave_the_step_as_it_is():
     """Three measured steps end with the weights of the same three steps by train_step alone."""
-    measured, plain = (step.StepTimer(small_cfg(), "rsa") for _ in range(2))
-    measured.run(step.synthetic_batches(small_cfg()), 3)
+    measured, plain = (StepTimer(small_cfg(), "rsa") for _ in range(2))
+    measured.run(synthetic_batches(small_cfg()), 3)
     views, params = synthetic_views(4, 32)
     pair = trainer.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
     for _ in range(3):
@@ -198,13 +199,13 @@ def test_hooks_leave_the_step_as_it_is():
 
 def test_parts_add_up_to_the_step(monkeypatch):
     ticks = iter(np.arange(1000.0))
-    timer = step.StepTimer(small_cfg(), "rsa")
+    timer = StepTimer(small_cfg(), "rsa")
     timer.warm_up()
-    monkeypatch.setattr(step.time, "perf_counter", lambda: next(ticks))
-    turn = timer.run(step.synthetic_batches(small_cfg()), 2)
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(ticks))
+    turn = timer.run(synthetic_batches(small_cfg()), 2)
     # How often a step ends such a part; the others once.
     marks = {"optimizer": 2, "forward target": 2, "forward online": 3}
-    assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in step.PARTS}}
+    assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in PARTS}}
 
 
 def test_optim(bench):

@@ -1,1 +1,1 @@
-"""One module per benchmark: ``add_options(parser)``, and ``measure(args)``, which returns the rows."""
+"""Each benchmark of BENCHMARKS (tools/benchmark.py) is a module with ``add_options`` and ``measure``."""

@@ -1,28 +1,18 @@
 """Milliseconds of one optimizer step, by its parts, for each method."""
 
 import argparse
-import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
 
 import torch
-from fvcore.common.config import CfgNode
 
-from rsa_detectron2.common.distributed import amp_dtype, device
+from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader, resolve_workers
 from rsa_detectron2.pretrain.engine import trainer
-from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
-from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
-from rsa_detectron2.tools.benchmarks.augment import synthetic_views
 from rsa_detectron2.tools.benchmarks.options import add_recipe, positive
-from rsa_detectron2.tools.benchmarks.timing import device_clock
-
-PARTS = ("data wait", "aggressive stage", "forward target", "forward online", "backward", "optimizer", "EMA")
-WARM_UP = 3  # steps in which cuDNN chooses its algorithms and torch.compile compiles
+from rsa_detectron2.tools.benchmarks.step_timer import StepTimer, synthetic_batches
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,107 +51,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return [{**row, f"x {rows[0]['method']}": row["ms"] / first} for row in rows]
 
 
-class StepTimer:
-    """A method's networks and optimizer, with hooks that time the parts of a training step."""
-
-    def __init__(self, cfg: CfgNode, method: str, compiled: bool = False):
-        self.memory_before = gpu_memory(torch.cuda.memory_allocated)
-        self.peak = None  # MiB
-        self.cfg = cfg.clone()
-        self.cfg.METHOD = method
-        self.label = f"{method}, compiled" if compiled else method
-        self.amp = amp_dtype(cfg.SOLVER.AMP)
-        torch.manual_seed(0)
-        self.networks = build_networks(self.cfg, METHODS[method]).to(device()).train()
-        if compiled:
-            self.networks.compile_backbones()
-        self.optimizer = build_optimizer(self.networks, cfg.SOLVER, METHODS[method].fix_predictor_lr)
-        set_lr(self.optimizer, 0.01, 0.01)
-        self.scaler = torch.amp.GradScaler(
-            device().type,
-            init_scale=1024.0,  # low enough that no step is skipped
-            enabled=self.amp == torch.float16,
-        )
-        self.mean, self.std = (
-            torch.tensor(values, device=device()) for values in (cfg.DATA.MEAN, cfg.DATA.STD)
-        )
-        self.marks = []
-        self.add_hooks()
-
-    def add_hooks(self) -> None:
-        """Mark where each part ends. Hooks are called with arguments that do not matter here."""
-        target = self.networks.target
-        if target is not None:
-            target.register_forward_pre_hook(lambda *_: self.mark("forward online"))
-            target.register_forward_hook(lambda *_: self.mark("forward target"))
-        self.networks.register_forward_hook(lambda *_: self.mark("forward online"))
-        self.optimizer.register_step_pre_hook(lambda *_: self.mark("backward"))
-        self.optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
-
-    def mark(self, part: str | None) -> None:
-        """``part`` has run since the last mark."""
-        if device().type == "cuda":
-            point = torch.cuda.Event(enable_timing=True)
-            point.record()
-        else:
-            point = time.perf_counter()
-        self.marks.append((part, point))
-
-    def warm_up(self) -> None:
-        """Some steps that are not timed; they show the peak of memory."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.run(synthetic_batches(self.cfg), WARM_UP)
-        self.peak = gpu_memory(torch.cuda.max_memory_allocated, self.memory_before)
-
-    def run(self, batches: Iterator[dict], steps: int) -> dict[str, float]:
-        """Milliseconds per step over ``steps`` steps: {part: ms}, and their sum as "ms"."""
-        self.marks = []
-        self.mark(None)
-        for _ in range(steps):
-            self.step(batches)
-            self.mark("EMA")
-        device_clock()
-        parts = dict.fromkeys(PARTS, 0.0)
-        for (_, before), (part, after) in zip(self.marks, self.marks[1:]):
-            parts[part] += milliseconds(before, after) / steps
-        return {"ms": sum(parts.values()), **parts}
-
-    def step(self, batches: Iterator[dict]) -> None:
-        trainer.train_step(
-            self.networks, self.optimizer, self.scaler, self.amp, self.views(batches), 1, beta=0.2, tau=0.99
-        )
-
-    def views(self, batches: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The one micro-batch of a step: normalized weak and aggressive views."""
-        self.mark("optimizer")  # which has cleared the gradients
-        batch = next(batches)
-        self.mark("data wait")
-        views = trainer.normalised_views(batch, self.mean, self.std)
-        self.mark("aggressive stage")
-        yield views
-
-
-def milliseconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    """Between two marks: events of the GPU, or seconds."""
-    if device().type == "cuda":
-        return before.elapsed_time(after)
-    return 1000 * (after - before)
-
-
-def gpu_memory(read: Callable[[], int], before: float | None = None) -> float | None:
-    """MiB that ``read`` reports beyond ``before``; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    return read() / 2**20 - (before or 0)
-
-
-def synthetic_batches(cfg: CfgNode) -> Iterator[dict]:
-    """One batch of noise that lies on the device, again and again."""
-    views, params = synthetic_views(cfg.SOLVER.BATCH_SIZE, cfg.DATA.IMAGE_SIZE)
-    return itertools.repeat({"views": views.to(device()), "params": params})
-
-
 def on_synthetic(timers: list[StepTimer], args: argparse.Namespace) -> dict[StepTimer, list[dict]]:
     """The turns of each timer, on a batch that lies on the device."""
     batches = synthetic_batches(args.cfg)
@@ -177,13 +66,13 @@ def with_loader(
 ) -> dict[StepTimer, list[dict]]:
     """The turns of each timer, with a loader. Raises InputError.
 
-    Each turn starts a loader of its own: another's would fill its queue while it waits, and slow this one.
+    Each turn starts its own loader. A loader that waits would fill its queue meanwhile, and slow the others.
     """
     source, batch_size = open_images(args.data), args.cfg.SOLVER.BATCH_SIZE
     views = MultiStageViews(source, args.cfg.DATA.IMAGE_SIZE, seed=0)
     # Batches that are ready when the clock starts do not show the workers' speed: use them up first.
     ready = 2 * workers + 2
-    # Datasets start again at their end, so a folder may be smaller than the batches.
+    # An index beyond the end starts over, so a folder may hold fewer images than the batches.
     num_images = max(len(source), (ready + args.steps) * batch_size)
     turns = {timer: [] for timer in timers}
     for seed in range(args.repeats):
