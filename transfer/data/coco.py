@@ -1,20 +1,15 @@
-"""COCO-format data sets as training targets, and COCO's metric, with pycocotools alone."""
+"""COCO-format data sets as training targets, with pycocotools alone."""
 
-import contextlib
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.masks import to_rle
-from rsa_detectron2.transfer.report.runs import AP_KEYS
 
 
 class CocoInstances:
@@ -80,27 +75,3 @@ class CocoInstances:
             if self.masks:
                 target["masks"] = target["masks"].flip(-1)
         return image, target
-
-
-def coco_ap(dataset: Dataset, detections: list[dict], tasks=("bbox", "segm")) -> dict:
-    """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}.
-
-    {} where the data set has nothing to measure.
-    """
-    if not dataset.annotations:
-        return {}
-    ap = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for task in tasks:
-            truth = COCO()
-            # pycocotools writes into the entries that it is given.
-            truth.dataset = {**dataset.coco(), "annotations": [dict(entry) for entry in dataset.annotations]}
-            truth.createIndex()
-            # Where there is a box, pycocotools would call a mask small, medium or large by its box's area.
-            found = [{key: d[key] for key in d if key != "bbox" or task == "bbox"} for d in detections]
-            evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), task)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            ap[task] = {key: float(100 * v) if v >= 0 else None for key, v in zip(AP_KEYS, evaluation.stats)}
-    return ap

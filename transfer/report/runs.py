@@ -17,9 +17,8 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import protocol_of
 from rsa_detectron2.transfer.convert.provenance import sha256
 from rsa_detectron2.transfer.data.annotations import locate_dataset
+from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
-
-AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def describe(cfg, engine, weights, processes=1, accumulate=1, origin=record.Origin()):

@@ -20,8 +20,9 @@ import yaml
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import protocol_of
+from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report import paper
-from rsa_detectron2.transfer.report.runs import AP_KEYS, set_names
+from rsa_detectron2.transfer.report.runs import set_names
 
 AP = {f"{word} {key}": (task, key) for word, task in (("box", "bbox"), ("mask", "segm")) for key in AP_KEYS}
 TOP1 = {

@@ -31,8 +31,9 @@ from rsa_detectron2.common.record import Origin
 from rsa_detectron2.transfer.config import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model, load_weights
 from rsa_detectron2.transfer.data.annotations import load_datasets
+from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
-from rsa_detectron2.transfer.data.coco import CocoInstances, coco_ap
+from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.precise_bn import update_statistics
 from rsa_detectron2.transfer.report.run_folder import FINAL, find_start, save_checkpoint
 from rsa_detectron2.transfer.report.runs import (

@@ -19,8 +19,9 @@ from rsa_detectron2.transfer.data.annotations import (
     load_datasets,
     locate_dataset,
 )
+from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
-from rsa_detectron2.transfer.data.coco import CocoInstances, coco_ap
+from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.data.coco_json import read_coco
 from rsa_detectron2.transfer.data.dataset import usable_objects
 from tests.conftest import write_json

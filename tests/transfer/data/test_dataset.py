@@ -21,10 +21,12 @@ from detectron2.data import (
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Boxes, Instances
 
+from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.data.annotations import dataset_name, forget_datasets, load_datasets
+from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
-from rsa_detectron2.transfer.data.coco import CocoInstances, coco_ap
+from rsa_detectron2.transfer.data.coco import CocoInstances
 
 
 def config(folder, train="a.json", val="a.json", masks=True):
@@ -37,7 +39,7 @@ def config(folder, train="a.json", val="a.json", masks=True):
 
 
 def training_dicts(cfg, filter_empty=True):
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     return get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
 
 
@@ -115,12 +117,12 @@ def test_boxes_alone(tiny_coco, tmp_path):
 
 def write_sound(cfg):
     """As :func:`d2_trainer.train` does before it starts processes."""
-    load_datasets(cfg)[cfg.DATASETS.TEST[0]].save(d2_trainer.sound_annotations(cfg))
+    load_datasets(cfg)[cfg.DATASETS.TEST[0]].save(d2_data.sound_annotations(cfg))
 
 
 def evaluate(cfg, detections):
     """Detections [(image id, class, box x0 y0 x1 y1)] -> box AP by Detectron2's evaluator, and its file."""
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     write_sound(cfg)
     evaluator = d2_trainer.Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
     evaluator._distributed = False
@@ -134,7 +136,7 @@ def evaluate(cfg, detections):
         )
         evaluator.process([{"image_id": image_id}], [{"instances": instances}])
     results = evaluator.evaluate()
-    path = d2_trainer.sound_annotations(cfg).with_name("coco_instances_results.json")
+    path = d2_data.sound_annotations(cfg).with_name("coco_instances_results.json")
     return results.get("bbox", {}).get("AP"), json.loads(path.read_text())
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import torchvision_defaults
+from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report import runs as results
 
 
@@ -21,8 +22,8 @@ def test_results_round_trip_as_valid_json(tmp_path):
     stored = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)
     loaded = results.load_results(tmp_path / "run")
     assert loaded == stored
-    assert loaded["ap"]["bbox"] == dict.fromkeys(results.AP_KEYS, None) | {"AP50": 61.5}
-    assert loaded["ap"]["segm"] == dict.fromkeys(results.AP_KEYS, None)
+    assert loaded["ap"]["bbox"] == dict.fromkeys(AP_KEYS, None) | {"AP50": 61.5}
+    assert loaded["ap"]["segm"] == dict.fromkeys(AP_KEYS, None)
     assert (loaded["engine"], loaded["iterations"], loaded["seed"], loaded["seconds"]) == (
         "torchvision",
         700,

@@ -16,6 +16,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin, describe, flatten
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.annotations import dataset_name
+from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.data.masks import to_rle
 from rsa_detectron2.transfer.report import paper, pictures
 from rsa_detectron2.transfer.report import runs as results
@@ -24,7 +25,7 @@ from tests.conftest import ROOT
 
 
 def aps(box, mask=None):
-    return {"bbox": dict.fromkeys(results.AP_KEYS, box), "segm": dict.fromkeys(results.AP_KEYS, mask)}
+    return {"bbox": dict.fromkeys(AP_KEYS, box), "segm": dict.fromkeys(AP_KEYS, mask)}
 
 
 def make_dataset(folder):

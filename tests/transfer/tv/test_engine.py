@@ -18,7 +18,8 @@ from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_shapes
 from rsa_detectron2.transfer.convert.writers import convert, detectron2_name
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
-from rsa_detectron2.transfer.data.coco import CocoInstances, coco_ap
+from rsa_detectron2.transfer.data.average_precision import coco_ap
+from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.report import run_folder
 from rsa_detectron2.transfer.tv import engine
 from tests.transfer.report.test_run_folder import full_after
