@@ -1,18 +1,14 @@
 """Fine-tuning with Detectron2: its own trainer, fail-closed weights, and one results.json at the end.
 
-This file and d2_weights.py alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may
+The files of this folder alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may
 be several forward and backward passes (accumulation), a pass may have no object, precise-BN statistics are the same on
 all ranks, several processes also work on a CPU, the backbone is known to have arrived, an image that cannot be read is
 named, and the final AP is that of the saved file, read back.
 """
 
-import contextlib
-import functools
-import itertools
 import logging
 import os
 import re
-import sys
 import time
 import traceback
 import weakref
@@ -22,24 +18,17 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
-    DatasetMapper,
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks, launch
+from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from rsa_detectron2.common import workers
 from rsa_detectron2.common.distributed import OWN_BUFFERS
@@ -53,6 +42,9 @@ from rsa_detectron2.transfer.config import (
     check_weights,
 )
 from rsa_detectron2.transfer.convert.writers import load_model
+from rsa_detectron2.transfer.d2.accumulation import AccumulatingTrainer
+from rsa_detectron2.transfer.d2.data import Mapper, SkipFirst, register_datasets, sound_annotations
+from rsa_detectron2.transfer.d2.hooks import PreciseBN, ProgressBar
 from rsa_detectron2.transfer.d2.weights import (
     ZOO,
     Checkpointer,
@@ -63,9 +55,8 @@ from rsa_detectron2.transfer.d2.weights import (
 )
 from rsa_detectron2.transfer.data.annotations import forget_datasets, load_datasets
 from rsa_detectron2.transfer.data.checks import check_datasets
-from rsa_detectron2.transfer.data.keypoints import check_keypoints, keypoint_metadata
-from rsa_detectron2.transfer.data.masks import to_rle
-from rsa_detectron2.transfer.precise_bn import norm_layers, update_statistics
+from rsa_detectron2.transfer.data.keypoints import check_keypoints
+from rsa_detectron2.transfer.precise_bn import norm_layers
 from rsa_detectron2.transfer.report.run_folder import find_start, trained_model
 from rsa_detectron2.transfer.report.runs import (
     begin_training,
@@ -95,62 +86,6 @@ if not hasattr(SimpleTrainer, "_data_loader_iter"):
     )
 
 
-class AccumulatingTrainer(SimpleTrainer):
-    """SimpleTrainer whose iteration is ``accumulate`` forward and backward passes and one optimizer step.
-
-    ``data_loader`` gives the images of a pass, an equal share of the iteration's. They alone are what its BatchNorm sees;
-    the gradient is the mean over the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient scaler over all
-    passes.
-    """
-
-    def __init__(self, model, data_loader, optimizer, accumulate=1, amp=False):
-        super().__init__(model, data_loader, optimizer)
-        self.accumulate, self.amp = accumulate, amp
-        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
-
-    def run_step(self):
-        self.optimizer.zero_grad()
-        losses, data_time = {}, 0
-        for n in range(1, self.accumulate + 1):
-            start = time.perf_counter()
-            images = next(self._data_loader_iter)
-            data_time += time.perf_counter() - start
-            distributed = isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if distributed and n < self.accumulate else contextlib.nullcontext():
-                with torch.autocast("cuda", torch.float16, enabled=self.amp):
-                    part = {name: loss / self.accumulate for name, loss in self.model(images).items()}
-                self.grad_scaler.scale(sum(part.values())).backward()
-            for name, loss in part.items():
-                losses[name] = losses.get(name, 0) + loss.detach()
-        self._write_metrics(losses, data_time)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def state_dict(self):
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        if self.amp and state_dict["grad_scaler"]:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-class Mapper(DatasetMapper):
-    """DatasetMapper whose errors name the image's file."""
-
-    def __call__(self, dataset_dict):
-        try:
-            return super().__call__(dataset_dict)
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL raises errors of almost any type for a damaged file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(
-                f"{dataset_dict['file_name']} cannot be used ({reason}): restore the image, or take it "
-                "out of the annotation file"
-            ) from error
-
-
 class Record(dict):
     """The run's record, which its checkpoints hold as well."""
 
@@ -159,16 +94,6 @@ class Record(dict):
 
     def load_state_dict(self, state):
         self.update(state)
-
-
-class Onwards(torch.utils.data.Sampler):
-    """A ``sampler`` without its first ``count`` indices."""
-
-    def __init__(self, sampler, count):
-        self.sampler, self.count = sampler, count
-
-    def __iter__(self):
-        return itertools.islice(iter(self.sampler), self.count, None)
 
 
 class Trainer(DefaultTrainer):
@@ -209,7 +134,7 @@ class Trainer(DefaultTrainer):
         sampler = None
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             seen = start * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-            sampler = Onwards(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
+            sampler = SkipFirst(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
         mapper = workers.Reader(Mapper(cfg, True), WORKERS)
         loader = build_detection_train_loader(cfg, mapper=mapper, dataset=self.images, sampler=sampler)
         if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -319,42 +244,6 @@ def with_empty_passes(cfg):
         if head.NORM == "SyncBN":
             head.NORM = "naiveSyncBN_N"
     return cfg
-
-
-class PreciseBN(hooks.PreciseBN):
-    """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2 leaves each its own."""
-
-    def update_stats(self):
-        if self._data_iter is None:
-            self._data_iter = iter(self._data_loader)
-        with EventStorage():  # what the layers log is not the training's
-            update_statistics(self._model, itertools.islice(self._data_iter, self._num_iter))
-
-
-class ProgressBar(HookBase):
-    """Iterations done, loss and time left, beside Detectron2's own lines."""
-
-    bar = None
-
-    def before_train(self):
-        self.bar = tqdm(
-            total=self.trainer.max_iter,
-            initial=self.trainer.start_iter,
-            desc="fine-tuning",
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
-
-    def after_step(self):
-        losses = self.trainer.storage.histories().get("total_loss")
-        if losses:
-            self.bar.set_postfix(loss=f"{losses.median(20):.3f}", refresh=False)
-        self.bar.update()
-
-    def after_train(self):
-        if self.bar is not None:  # None when another hook has failed before
-            self.bar.close()
 
 
 def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, origin=Origin()):
@@ -558,71 +447,3 @@ def _train(cfg, resume, eval_only, provenance, accumulate, origin):
             origin,
         )
     comm.synchronize()  # nobody takes the group down while another still reads
-
-
-def register_datasets(cfg, eval_only=False):
-    """Make the data sets of ``cfg`` known to Detectron2, which has COCO's own already.
-
-    Training takes them from memory; COCO's metric reads :func:`sound_annotations`.
-    """
-    for name, dataset in load_datasets(cfg, eval_only, own_only=True).items():
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        if name in cfg.DATASETS.TRAIN and not eval_only:
-            dicts = functools.partial(training_dicts, name, cfg)
-        else:
-            dicts = functools.partial(image_dicts, dataset.images, dataset.folder)
-        DatasetCatalog.register(name, dicts)
-        MetadataCatalog.get(name).set(
-            json_file=str(sound_annotations(cfg)),
-            image_root=dataset.folder,
-            evaluator_type="coco",
-            thing_classes=[category["name"] for category in dataset.categories],
-            thing_dataset_id_to_contiguous_id={c["id"]: n for n, c in enumerate(dataset.categories)},
-            **(keypoint_metadata(dataset) if cfg.MODEL.KEYPOINT_ON else {}),
-        )
-
-
-def sound_annotations(cfg):
-    """The file that a run's detections belong to: the evaluated set with its ids, made sound."""
-    return Path(cfg.OUTPUT_DIR, "inference", "annotations.json")
-
-
-def image_dicts(images, folder):
-    """Detectron2's dicts of images, in new lists, without annotations."""
-    return [
-        {
-            "file_name": os.path.join(folder, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-        }
-        for image in images
-    ]
-
-
-def training_dicts(name, cfg):
-    """Detectron2's dicts of a training set, with the objects that are trained on."""
-    dataset = load_datasets(cfg, own_only=True)[name]
-    classes = {category["id"]: n for n, category in enumerate(dataset.categories)}
-    found = image_dicts(dataset.images, dataset.folder)
-    for image, entry in zip(dataset.images, found):
-        entry["annotations"] = []
-        for _, annotation in dataset.objects(image, cfg.MODEL.MASK_ON):
-            target = {
-                "iscrowd": 0,
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": classes[annotation["category_id"]],
-            }
-            mask = annotation["segmentation"]
-            if cfg.MODEL.MASK_ON and isinstance(mask, dict):
-                mask = to_rle(mask, image["height"], image["width"])
-            if cfg.MODEL.MASK_ON:
-                target["segmentation"] = mask
-            # Keypoints are pixels' indices, of which Detectron2 takes the centers.
-            if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):
-                target["keypoints"] = [v + 0.5 * (n % 3 < 2) for n, v in enumerate(annotation["keypoints"])]
-            entry["annotations"].append(target)
-    return found

@@ -37,6 +37,7 @@ from rsa_detectron2.transfer.config import (
 )
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 from rsa_detectron2.transfer.convert.writers import convert
+from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.d2 import weights as d2_weights
 from rsa_detectron2.transfer.data.annotations import dataset_name
@@ -208,7 +209,7 @@ def test_what_a_file_of_weights_would_run_is_not_run(weights, shapes, tmp_path, 
         "MODEL.RESNETS.RES2_OUT_CHANNELS",
         256,
     )
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
     d2_weights.assert_backbone_arrived(trainer.model, weights)
@@ -226,14 +227,14 @@ def test_a_deeper_backbone_is_refused(weights, shapes, tmp_path):
         "MODEL.RESNETS.RES2_OUT_CHANNELS",
         256,
     )
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     with pytest.raises(InputError, match="255 backbone tensors did not arrive .*res4.6.conv1.weight"):
         d2_trainer.Trainer(cfg).resume_or_load(False)
 
 
 def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path)
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
     trainer.checkpointer.save("model_0000000", iteration=0)
     trainer.resume_or_load(True)
@@ -403,7 +404,7 @@ def record_statistics(cfg, folder):
     """What a process of two leaves: its own precise statistics by fvcore, and those of all images by the hook."""
     import detectron2.utils.comm as comm
 
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     torch.manual_seed(1)
     trainer = d2_trainer.Trainer(cfg)
     hook = next(hook for hook in trainer._hooks if isinstance(hook, d2_trainer.PreciseBN))
@@ -640,7 +641,7 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
         "MODEL.RESNETS.RES2_OUT_CHANNELS",
         256,
     )
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
     d2_weights.assert_backbone_arrived(trainer.model, weights)
@@ -710,7 +711,7 @@ def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monk
         "MODEL.RESNETS.RES2_OUT_CHANNELS",
         256,
     )
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     monkeypatch.setitem(d2_weights.ZOO, str(path), {"statistics": False})
     trainer = d2_trainer.Trainer(cfg)
     trainer.resume_or_load(False)
@@ -731,7 +732,7 @@ def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
         ]
 
     cfg = tiny(shapes, tmp_path, "INPUT.MASK_FORMAT", "bitmask")
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     first = d2_trainer.Trainer(cfg, 2)
     first.resume_or_load(False)
     whole = images(first, 8)
@@ -793,10 +794,10 @@ def record_gradients(cfg, folder, images):
     """Gradients and statistics of a model after each process's share of the images ``images``."""
     import detectron2.utils.comm as comm
 
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     torch.manual_seed(1)
     trainer = d2_trainer.Trainer(cfg)
-    mapper = d2_trainer.Mapper(cfg, True)
+    mapper = d2_data.Mapper(cfg, True)
     share = [mapper(trainer.images[n]) for n in images[comm.get_rank() :: comm.get_world_size()]]
     with EventStorage():
         sum(trainer._trainer.model(share).values()).backward()
@@ -864,7 +865,7 @@ def test_a_truncated_image_is_named_in_one_line(shapes, damaged, tmp_path, capfd
 
 def test_a_truncated_image_of_the_validation_set_is_named(shapes, damaged, tmp_path):
     cfg = tiny(damaged, tmp_path, "DATALOADER.NUM_WORKERS", 1)
-    d2_trainer.register_datasets(cfg)
+    d2_data.register_datasets(cfg)
     with pytest.raises(InputError, match="train_0000.jpg cannot be used"):
         next(iter(d2_trainer.Trainer.build_test_loader(cfg, damaged)))
 

@@ -1,0 +1,48 @@
+"""An iteration of several forward and backward passes and one optimizer step."""
+
+import contextlib
+import time
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch.nn.parallel import DistributedDataParallel
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """SimpleTrainer whose iteration is ``accumulate`` forward and backward passes and one optimizer step.
+
+    ``data_loader`` gives the images of a pass, an equal share of the iteration's. They alone are what its BatchNorm sees;
+    the gradient is the mean over the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient scaler over all
+    passes.
+    """
+
+    def __init__(self, model, data_loader, optimizer, accumulate=1, amp=False):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulate, self.amp = accumulate, amp
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
+
+    def run_step(self):
+        self.optimizer.zero_grad()
+        losses, data_time = {}, 0
+        for n in range(1, self.accumulate + 1):
+            start = time.perf_counter()
+            images = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            distributed = isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if distributed and n < self.accumulate else contextlib.nullcontext():
+                with torch.autocast("cuda", torch.float16, enabled=self.amp):
+                    part = {name: loss / self.accumulate for name, loss in self.model(images).items()}
+                self.grad_scaler.scale(sum(part.values())).backward()
+            for name, loss in part.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self):
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if self.amp and state_dict["grad_scaler"]:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -1,0 +1,109 @@
+"""Detectron2's view of the data sets: how they are registered, read and sampled."""
+
+import functools
+import itertools
+import os
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.transfer.data.annotations import load_datasets
+from rsa_detectron2.transfer.data.keypoints import keypoint_metadata
+from rsa_detectron2.transfer.data.masks import to_rle
+
+
+class Mapper(DatasetMapper):
+    """DatasetMapper whose errors name the image's file."""
+
+    def __call__(self, dataset_dict):
+        try:
+            return super().__call__(dataset_dict)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises errors of almost any type for a damaged file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"{dataset_dict['file_name']} cannot be used ({reason}): restore the image, or take it "
+                "out of the annotation file"
+            ) from error
+
+
+class SkipFirst(torch.utils.data.Sampler):
+    """A ``sampler`` without its first ``count`` indices."""
+
+    def __init__(self, sampler, count):
+        self.sampler, self.count = sampler, count
+
+    def __iter__(self):
+        return itertools.islice(iter(self.sampler), self.count, None)
+
+
+def register_datasets(cfg, eval_only=False):
+    """Make the data sets of ``cfg`` known to Detectron2, which has COCO's own already.
+
+    Training takes them from memory; COCO's metric reads :func:`sound_annotations`.
+    """
+    for name, dataset in load_datasets(cfg, eval_only, own_only=True).items():
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        if name in cfg.DATASETS.TRAIN and not eval_only:
+            dicts = functools.partial(training_dicts, name, cfg)
+        else:
+            dicts = functools.partial(image_dicts, dataset.images, dataset.folder)
+        DatasetCatalog.register(name, dicts)
+        MetadataCatalog.get(name).set(
+            json_file=str(sound_annotations(cfg)),
+            image_root=dataset.folder,
+            evaluator_type="coco",
+            thing_classes=[category["name"] for category in dataset.categories],
+            thing_dataset_id_to_contiguous_id={c["id"]: n for n, c in enumerate(dataset.categories)},
+            **(keypoint_metadata(dataset) if cfg.MODEL.KEYPOINT_ON else {}),
+        )
+
+
+def sound_annotations(cfg):
+    """The file that a run's detections belong to: the evaluated set with its ids, made sound."""
+    return Path(cfg.OUTPUT_DIR, "inference", "annotations.json")
+
+
+def image_dicts(images, folder):
+    """Detectron2's dicts of images, in new lists, without annotations."""
+    return [
+        {
+            "file_name": os.path.join(folder, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+        }
+        for image in images
+    ]
+
+
+def training_dicts(name, cfg):
+    """Detectron2's dicts of a training set, with the objects that are trained on."""
+    dataset = load_datasets(cfg, own_only=True)[name]
+    classes = {category["id"]: n for n, category in enumerate(dataset.categories)}
+    found = image_dicts(dataset.images, dataset.folder)
+    for image, entry in zip(dataset.images, found):
+        entry["annotations"] = []
+        for _, annotation in dataset.objects(image, cfg.MODEL.MASK_ON):
+            target = {
+                "iscrowd": 0,
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": classes[annotation["category_id"]],
+            }
+            mask = annotation["segmentation"]
+            if cfg.MODEL.MASK_ON and isinstance(mask, dict):
+                mask = to_rle(mask, image["height"], image["width"])
+            if cfg.MODEL.MASK_ON:
+                target["segmentation"] = mask
+            # Keypoints are pixels' indices, of which Detectron2 takes the centers.
+            if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):
+                target["keypoints"] = [v + 0.5 * (n % 3 < 2) for n, v in enumerate(annotation["keypoints"])]
+            entry["annotations"].append(target)
+    return found
