@@ -1,169 +1,208 @@
-"""The configuration of a pre-training run. The defaults are the ImageNet-1K recipe at 200 epochs (paper, 4.1)."""
+"""The configuration of a pre-training run: its keys, their defaults and the values that they take.
+
+The defaults are the ImageNet-1K recipe at 200 epochs (paper, 4.1).
+"""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode as CN
 
 from rsa_detectron2.common.errors import InputError
 
+# A new method takes a name here, a row of objectives.METHODS and a recipe in configs/pretrain.
 METHODS = ("rsa", "byol", "byol_aw", "simsiam", "simsiam_rsa", "simclr", "moco")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Keys that change how fast or where a run goes, not what it computes: they may differ when it is resumed.
-# SOLVER.MICRO_BATCH does move BatchNorm's statistics, but must follow the GPUs at hand: the loop warns of it.
-FREE_KEYS = (
-    "OUTPUT_DIR",
-    "DATA.NUM_WORKERS",
-    "DATA.VAL",
-    "DATA.MAX_BAD",
-    "LOG_PERIOD",
-    "CHECKPOINT.PERIOD",
-    "CHECKPOINT.KEEP_PERIOD",
-    "KNN.PERIOD",
-    "KNN.BANK",
-    "SOLVER.MICRO_BATCH",
-    "ALARM.NONFINITE_STEPS",
-    "ALARM.FEATURE_STD",
-    "ALARM.COLLAPSE_STEPS",
+# A rule takes a value and returns what is wrong with it, or "".
+Rule = Callable[[Any], str]
+
+
+def one_of(*choices: str) -> Rule:
+    return lambda value: "" if value in choices else f"choose one of {', '.join(choices)}"
+
+
+def at_least(least: int) -> Rule:
+    return lambda value: "" if value >= least else f"it must be at least {least}"
+
+
+def fraction(value: float) -> str:
+    return "" if 0 <= value <= 1 else "it must lie between 0 and 1"
+
+
+def positive(value: float) -> str:
+    return "" if value > 0 else "it must be positive"
+
+
+def three_numbers(values: Sequence[float]) -> str:
+    if len(values) == 3 and all(value > -1 for value in values):
+        return ""
+    return "it takes three numbers, of red, green and blue"
+
+
+def three_positive_numbers(values: Sequence[float]) -> str:
+    if len(values) == 3 and all(value > 0 for value in values):
+        return ""
+    return "it takes three numbers, of red, green and blue, each above 0"
+
+
+def black_and_white(values: Sequence[float]) -> str:
+    if len(values) == 0 or (len(values) == 2 and values[0] < values[1]):
+        return ""
+    return "it takes the values that become black and white, as in (0, 4095), the smaller first, or ()"
+
+
+def utf8(path: str) -> str:
+    if any("\udc80" <= letter <= "\udcff" for letter in path):
+        return "TensorBoard takes names in UTF-8 only, give another"
+    return ""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration.
+
+    ``free``: it changes how fast or where a run goes, not what it computes, and may differ when
+    the run is resumed.
+    """
+
+    name: str
+    default: Any
+    rule: Rule | None = None
+    free: bool = False
+
+
+KEYS = (
+    Key("METHOD", "rsa", one_of(*METHODS)),
+    Key("SEED", 0, at_least(0)),
+    Key("OUTPUT_DIR", "output/pretrain", utf8, free=True),
+    # Steps between two rows of metrics.jsonl.
+    Key("LOG_PERIOD", 10, at_least(1), free=True),
+    #
+    # Whatever data/datasets.py can open. In a folder, the first-level folders are the classes.
+    Key("DATA.PATH", "datasets/imagenet/train"),
+    # File with the class folders to keep, one per line. "": all.
+    Key("DATA.CLASSES", ""),
+    # Most images to use of each source, evenly spaced. 0: all.
+    Key("DATA.LIMIT", 0, at_least(0)),
+    # Labelled folder for kNN top-1. "": look for val/ or test/ beside DATA.PATH.
+    Key("DATA.VAL", "", free=True),
+    # In pixels. The blur reflects 6 pixels at the border.
+    Key("DATA.IMAGE_SIZE", 224, at_least(7)),
+    # Short side in pixels before the center crop of evaluation; at least IMAGE_SIZE.
+    Key("DATA.EVAL_RESIZE", 256),
+    Key("DATA.MEAN", IMAGENET_MEAN, three_numbers),
+    Key("DATA.STD", IMAGENET_STD, three_positive_numbers),
+    # (black, white) of channels with more than 8 bits. (): the range of their format.
+    Key("DATA.RANGE", (), black_and_white),
+    # Fraction of images that may be unreadable. Five always may, unless it is 0.
+    Key("DATA.MAX_BAD", 0.001, fraction, free=True),
+    # Per process. -1: from the number of cores.
+    Key("DATA.NUM_WORKERS", -1, at_least(-1), free=True),
+    #
+    # A timm ResNet.
+    Key("MODEL.BACKBONE", "resnet50"),
+    # 3x3 stride-1 stem without max-pool, for images of 32 or 64 pixels.
+    Key("MODEL.SMALL_STEM", False),
+    # Of projector and predictor.
+    Key("MODEL.HIDDEN_DIM", 4096, at_least(1)),
+    # Of the projection.
+    Key("MODEL.OUT_DIM", 256, at_least(2)),
+    # With more than one GPU.
+    Key("MODEL.SYNC_BN", True),
+    # beta_base, the weight of the aggressive-aggressive part; rsa and simsiam_rsa.
+    Key("MODEL.BETA", 0.4, fraction),
+    # cosine: from BETA down to 0. fixed: BETA throughout.
+    Key("MODEL.BETA_SCHEDULE", "cosine", one_of("cosine", "fixed")),
+    # tau_base of the target's EMA.
+    Key("MODEL.TAU", 0.99, fraction),
+    # cosine: from TAU up to 1. fixed: TAU throughout, as in MoCo.
+    Key("MODEL.TAU_SCHEDULE", "cosine", one_of("cosine", "fixed")),
+    # Of the softmax over positives and negatives; simclr and moco.
+    Key("MODEL.TEMPERATURE", 0.2, positive),
+    # Keys of earlier steps that serve as negatives; moco. They must hold those of a step.
+    Key("MODEL.QUEUE", 65536),
+    #
+    Key("SOLVER.OPTIMIZER", "lars", one_of("lars", "sgd")),
+    # For a batch of 256; scaled linearly.
+    Key("SOLVER.BASE_LR", 0.6, positive),
+    Key("SOLVER.MOMENTUM", 0.9, fraction),
+    Key("SOLVER.WEIGHT_DECAY", 1e-6, at_least(0)),
+    Key("SOLVER.TRUST_COEFFICIENT", 0.001, positive),
+    # Over all processes.
+    Key("SOLVER.BATCH_SIZE", 2048, at_least(1)),
+    # Images of a process that go through at once. 0: as many as fit its free memory.
+    # It moves BatchNorm's statistics, but must follow the GPUs at hand: the trainer warns of it.
+    Key("SOLVER.MICRO_BATCH", 0, at_least(0), free=True),
+    Key("SOLVER.EPOCHS", 200, at_least(1)),
+    # Fewer than EPOCHS.
+    Key("SOLVER.WARMUP_EPOCHS", 10, at_least(0)),
+    # On CPU fp16 becomes bf16.
+    Key("SOLVER.AMP", "fp16", one_of("fp16", "bf16", "off")),
+    # torch.compile the backbones.
+    Key("SOLVER.COMPILE", False),
+    # Use only deterministic GPU kernels, so that resuming is exact to the bit.
+    Key("SOLVER.DETERMINISTIC", False),
+    #
+    # Epochs between two writes of checkpoint_last.pth.
+    Key("CHECKPOINT.PERIOD", 1, at_least(1), free=True),
+    # Epochs between two checkpoint_<step>.pth. 0: none.
+    Key("CHECKPOINT.KEEP_PERIOD", 50, at_least(0), free=True),
+    #
+    # What stops a run that has failed, with its last good checkpoint kept: so many steps in a row
+    # with a loss of NaN or infinity, or
+    Key("ALARM.NONFINITE_STEPS", 5, free=True),
+    # features that vary less than this (1: evenly spread)
+    Key("ALARM.FEATURE_STD", 0.02, free=True),
+    # for so many steps in a row.
+    Key("ALARM.COLLAPSE_STEPS", 1000, free=True),
+    #
+    # Epochs between two kNN evaluations. There is always one before the first step and at the end.
+    Key("KNN.PERIOD", 10, at_least(0), free=True),
+    # Most training images in the bank, evenly spaced. 0: all.
+    Key("KNN.BANK", 100_000, at_least(0), free=True),
 )
-DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # may differ too where identity.py knows the images
+FREE_KEYS = tuple(key.name for key in KEYS if key.free)
+DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # free too where identity.py knows the images
 
 
-def get_cfg():
+def get_cfg() -> CN:
+    """A new configuration with the defaults of ``KEYS``."""
     cfg = CN()
-    cfg.METHOD = "rsa"  # one of METHODS
-    cfg.SEED = 0
-    cfg.OUTPUT_DIR = "output/pretrain"
-    cfg.LOG_PERIOD = 10  # steps between two rows of metrics.jsonl
-
-    cfg.DATA = CN()
-    cfg.DATA.PATH = "datasets/imagenet/train"  # whatever pretrain/datasets.py knows; of a folder, the first-level folders are classes
-    cfg.DATA.CLASSES = ""  # file with the class folders to keep, one a line; "" keeps all
-    cfg.DATA.LIMIT = 0  # use at most so many images of each source, evenly spaced; 0: all
-    cfg.DATA.VAL = ""  # labelled folder for kNN top-1; "" looks for val/ or test/ beside PATH
-    cfg.DATA.IMAGE_SIZE = 224
-    cfg.DATA.EVAL_RESIZE = 256  # short side before the centre crop of evaluation
-    cfg.DATA.MEAN = IMAGENET_MEAN
-    cfg.DATA.STD = IMAGENET_STD
-    cfg.DATA.RANGE = ()  # (black, white): values of channels with more than 8 bits; (): the range of their format
-    cfg.DATA.MAX_BAD = 0.001  # share of images that may be unreadable, 0 to 1; 5 always may, unless it is 0
-    cfg.DATA.NUM_WORKERS = -1  # per process; -1: from the number of cores
-
-    cfg.MODEL = CN()
-    cfg.MODEL.BACKBONE = "resnet50"  # a timm ResNet
-    cfg.MODEL.SMALL_STEM = False  # 3x3 stride-1 stem without max-pool, for images of 32 or 64 pixels
-    cfg.MODEL.HIDDEN_DIM = 4096  # projector and predictor
-    cfg.MODEL.OUT_DIM = 256  # of the projection
-    cfg.MODEL.SYNC_BN = True  # with more than one GPU
-    cfg.MODEL.BETA = 0.4  # beta_base, weight of the aggressive-aggressive part; rsa and simsiam_rsa
-    cfg.MODEL.BETA_SCHEDULE = "cosine"  # cosine: from BETA down to 0; fixed: BETA throughout
-    cfg.MODEL.TAU = 0.99  # tau_base of the target's EMA
-    cfg.MODEL.TAU_SCHEDULE = "cosine"  # cosine: from TAU up to 1; fixed: TAU throughout, as in MoCo
-    cfg.MODEL.TEMPERATURE = 0.2  # of the softmax over positives and negatives; simclr and moco
-    cfg.MODEL.QUEUE = 65536  # keys of earlier steps that serve as negatives; moco
-
-    cfg.SOLVER = CN()
-    cfg.SOLVER.OPTIMIZER = "lars"  # lars or sgd
-    cfg.SOLVER.BASE_LR = 0.6  # for a batch of 256; scaled linearly
-    cfg.SOLVER.MOMENTUM = 0.9
-    cfg.SOLVER.WEIGHT_DECAY = 1e-6
-    cfg.SOLVER.TRUST_COEFFICIENT = 0.001
-    cfg.SOLVER.BATCH_SIZE = 2048  # global
-    cfg.SOLVER.MICRO_BATCH = (
-        0  # images of a process that go through at once; 0: as many as its free memory takes
-    )
-    cfg.SOLVER.EPOCHS = 200
-    cfg.SOLVER.WARMUP_EPOCHS = 10
-    cfg.SOLVER.AMP = "fp16"  # fp16, bf16 or off; on CPU fp16 becomes bf16
-    cfg.SOLVER.COMPILE = False  # torch.compile the backbones
-    cfg.SOLVER.DETERMINISTIC = (
-        False  # on a GPU: only deterministic kernels, so that resuming is exact to the bit
-    )
-
-    cfg.CHECKPOINT = CN()
-    cfg.CHECKPOINT.PERIOD = 1  # epochs between two writes of checkpoint_last.pth
-    cfg.CHECKPOINT.KEEP_PERIOD = 50  # epochs between two checkpoint_<step>.pth; 0: none
-
-    cfg.ALARM = CN()  # what stops a run that has failed, with its last good checkpoint kept
-    cfg.ALARM.NONFINITE_STEPS = 5  # steps in a row with a loss of NaN or infinity
-    cfg.ALARM.FEATURE_STD = 0.02  # features vary less than that (1: evenly spread) ...
-    cfg.ALARM.COLLAPSE_STEPS = 1000  # ... for that many steps in a row: collapse
-
-    cfg.KNN = CN()
-    cfg.KNN.PERIOD = 10  # epochs between two kNN evaluations; always before the first step and at the end
-    cfg.KNN.BANK = 100_000  # training images in the bank at most, evenly spaced; 0: all
+    for key in KEYS:
+        section, _, name = key.name.rpartition(".")
+        if not section:
+            cfg[name] = key.default
+            continue
+        if section not in cfg:
+            cfg[section] = CN()
+        cfg[section][name] = key.default
     return cfg
 
 
-def expand_paths(cfg):
+def expand_paths(cfg: CN) -> None:
     """Write the home folder for ``~`` in the keys that hold paths."""
-    for section, key in (("DATA", "PATH"), ("DATA", "VAL"), ("DATA", "CLASSES"), ("", "OUTPUT_DIR")):
-        node = cfg[section] if section else cfg
-        node[key] = os.path.expanduser(node[key])
+    for section, key in ((cfg.DATA, "PATH"), (cfg.DATA, "VAL"), (cfg.DATA, "CLASSES"), (cfg, "OUTPUT_DIR")):
+        section[key] = os.path.expanduser(section[key])
 
 
-def check(cfg):
+def check(cfg: CN) -> None:
     """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
-    for key, value, choices in (
-        ("METHOD", cfg.METHOD, METHODS),
-        ("MODEL.BETA_SCHEDULE", cfg.MODEL.BETA_SCHEDULE, ("cosine", "fixed")),
-        ("MODEL.TAU_SCHEDULE", cfg.MODEL.TAU_SCHEDULE, ("cosine", "fixed")),
-        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("lars", "sgd")),
-        ("SOLVER.AMP", cfg.SOLVER.AMP, ("fp16", "bf16", "off")),
-    ):
-        if value not in choices:
-            raise InputError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
-    for key, value, least in (
-        ("SOLVER.BATCH_SIZE", cfg.SOLVER.BATCH_SIZE, 1),
-        ("SOLVER.EPOCHS", cfg.SOLVER.EPOCHS, 1),
-        ("SOLVER.MICRO_BATCH", cfg.SOLVER.MICRO_BATCH, 0),
-        ("DATA.IMAGE_SIZE", cfg.DATA.IMAGE_SIZE, 7),  # the blur reflects 6 pixels
-        ("DATA.EVAL_RESIZE", cfg.DATA.EVAL_RESIZE, cfg.DATA.IMAGE_SIZE),
-        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
-        ("CHECKPOINT.PERIOD", cfg.CHECKPOINT.PERIOD, 1),
-        ("CHECKPOINT.KEEP_PERIOD", cfg.CHECKPOINT.KEEP_PERIOD, 0),
-        ("KNN.PERIOD", cfg.KNN.PERIOD, 0),
-        ("KNN.BANK", cfg.KNN.BANK, 0),
-        ("SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, 0),
-        ("SOLVER.WEIGHT_DECAY", cfg.SOLVER.WEIGHT_DECAY, 0),
-        ("MODEL.HIDDEN_DIM", cfg.MODEL.HIDDEN_DIM, 1),
-        ("MODEL.OUT_DIM", cfg.MODEL.OUT_DIM, 2),
-        ("DATA.NUM_WORKERS", cfg.DATA.NUM_WORKERS, -1),
-        ("DATA.LIMIT", cfg.DATA.LIMIT, 0),
-        ("SEED", cfg.SEED, 0),
-    ):
-        if value < least:
-            raise InputError(f"{key} is {value}: it must be at least {least}")
-    for key, value in (
-        ("MODEL.BETA", cfg.MODEL.BETA),
-        ("MODEL.TAU", cfg.MODEL.TAU),
-        ("DATA.MAX_BAD", cfg.DATA.MAX_BAD),
-        ("SOLVER.MOMENTUM", cfg.SOLVER.MOMENTUM),
-    ):
-        if not 0 <= value <= 1:
-            raise InputError(f"{key} is {value}: it must lie between 0 and 1")
-    for key, value in (
-        ("MODEL.TEMPERATURE", cfg.MODEL.TEMPERATURE),
-        ("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR),
-        ("SOLVER.TRUST_COEFFICIENT", cfg.SOLVER.TRUST_COEFFICIENT),
-    ):
-        if not value > 0:
-            raise InputError(f"{key} is {value}: it must be positive")
-    for key, values, least in (("DATA.MEAN", cfg.DATA.MEAN, -1), ("DATA.STD", cfg.DATA.STD, 0)):
-        if len(values) != 3 or not all(value > least for value in values):
-            raise InputError(
-                f"{key} is {tuple(values)}: it takes three numbers, of red, green and blue"
-                + ", each above 0" * (least == 0)
-            )
-    if len(cfg.DATA.RANGE) not in (0, 2) or tuple(cfg.DATA.RANGE) != tuple(sorted(set(cfg.DATA.RANGE))):
+    values = _flatten(cfg)
+    for key in KEYS:
+        if key.rule and (problem := key.rule(values[key.name])):
+            raise InputError(f"{key.name} is {values[key.name]!r}: {problem}")
+    _check_together(cfg)
+
+
+def _check_together(cfg):
+    """Refuse values that do not fit each other."""
+    if cfg.DATA.EVAL_RESIZE < cfg.DATA.IMAGE_SIZE:
         raise InputError(
-            f"DATA.RANGE is {cfg.DATA.RANGE}: it takes the values that become black and white, as in "
-            "(0, 4095), the smaller first, or ()"
-        )
-    if any("\udc80" <= letter <= "\udcff" for letter in cfg.OUTPUT_DIR):
-        raise InputError(
-            f"OUTPUT_DIR is {cfg.OUTPUT_DIR!a}: TensorBoard takes names in UTF-8 only, give another"
+            f"DATA.EVAL_RESIZE is {cfg.DATA.EVAL_RESIZE}: it must be at least {cfg.DATA.IMAGE_SIZE}"
         )
     if cfg.METHOD == "moco" and cfg.MODEL.QUEUE < 2 * cfg.SOLVER.BATCH_SIZE:
         raise InputError(
@@ -177,9 +216,15 @@ def check(cfg):
         )
 
 
-def differences(saved_yaml, cfg, source, free=FREE_KEYS):
-    """A saved configuration (YAML text of ``source``) as {key: value}, and the keys on which ``cfg`` disagrees with it,
-    as ``KEY: saved -> now``. Keys that it lacks had their default; ``free`` ones may differ."""
+def differences(
+    saved_yaml: str, cfg: CN, source: str | os.PathLike, free: Sequence[str] = FREE_KEYS
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare ``cfg`` with a saved configuration, the YAML text of ``source``.
+
+    Returns the saved one as {key: value}, and the keys that differ, as ``KEY: saved -> now``.
+    Keys that it lacks had their default; those of ``free`` may differ. Raises InputError where
+    the text is no configuration.
+    """
     try:
         saved = {**_flatten(get_cfg()), **_flatten(yaml.safe_load(saved_yaml))}
     except (yaml.YAMLError, AttributeError):
@@ -194,11 +239,11 @@ def differences(saved_yaml, cfg, source, free=FREE_KEYS):
     ]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value  # YAML has no tuples
 
 
-def _flatten(tree, prefix=""):
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
