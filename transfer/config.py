@@ -1,78 +1,37 @@
-"""The configuration of a fine-tuning run: Detectron2's keys, and what weights ask of them.
+"""The configuration of a fine-tuning run, in Detectron2's keys.
 
-Detectron2 reads the YAML files under ``configs/transfer`` into its own defaults. Where it is not installed, the
-embedded engine (``torchvision_engine.py``) reads the same files into :func:`torchvision_defaults`, which holds the
-keys that it honours with Detectron2's default values; any other key is refused.
+Detectron2 reads the YAML files under ``configs/transfer`` into its own defaults. Where it
+is not installed, the embedded engine (transfer/tv) reads the same files into
+:func:`torchvision_defaults`: the keys that it supports, with Detectron2's default values.
+Any other key is refused.
 """
 
 import functools
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode as CN
 
 from rsa_detectron2.common.errors import InputError
 
-DEFAULT_WEIGHTS = (
-    "output/weights/rsa_r50.pkl"  # of tools/convert_to_d2.py; the transfer configs look for them there
-)
-# How the weights of tools/convert_to_d2.py see pixels (0-255), where their provenance does not say otherwise.
+# Written by tools/convert_to_d2.py; the transfer configs look for weights here.
+DEFAULT_WEIGHTS = "output/weights/rsa_r50.pkl"
+# The input (0-255) and stride of converted weights whose provenance does not say otherwise.
 RGB_IMAGENET = {
     "input_format": "RGB",
     "pixel_mean": [123.675, 116.28, 103.53],
     "pixel_std": [58.395, 57.12, 57.375],
     "stride_in_1x1": False,
 }
-NORMALISED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # parts of MODEL that have a NORM
+# The parts of MODEL that have a NORM.
+NORM_PARTS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
 
-def check_weights(cfg, provenance):
-    """Raises InputError unless the model is the network of the weights of ``provenance``, and treats its input, stride
-    and BatchNorm as they need.
+def known_expression(loader: yaml.SafeLoader, node: yaml.Node) -> list[list[float]]:
+    """The value of the one expression in Detectron2's own config files.
 
-    provenance: dict of the converted file (:data:`RGB_IMAGENET` fills what it lacks); None: random initialisation.
+    It makes the anchors of Base-RetinaNet.yaml. Raises ConstructorError for any other one.
     """
-    if provenance is None:
-        return
-    needed = {**RGB_IMAGENET, **provenance}
-    fixes = []
-    for key, name in (
-        ("INPUT.FORMAT", "input_format"),
-        ("MODEL.PIXEL_MEAN", "pixel_mean"),
-        ("MODEL.PIXEL_STD", "pixel_std"),
-        ("MODEL.RESNETS.STRIDE_IN_1X1", "stride_in_1x1"),
-    ):
-        given, wanted = value_of(cfg, key), needed[name]
-        same = (
-            given == wanted
-            if isinstance(wanted, (str, bool))
-            else (len(given) == len(wanted) and all(abs(a - b) < 0.01 for a, b in zip(given, wanted)))
-        )
-        if not same:
-            fixes.append(f"{key} {wanted!r} (it is {given!r})")
-    if "architecture" in needed:
-        from rsa_detectron2.transfer.convert.architectures import (
-            ARCHITECTURES,  # torch is slow to import, and options are checked before
-        )
-
-        fixes += [
-            f"MODEL.RESNETS.{key} {wanted} (it is {cfg.MODEL.RESNETS[key]})"
-            for key, wanted in ARCHITECTURES[needed["architecture"]].resnets().items()
-            if cfg.MODEL.RESNETS[key] != wanted
-        ]
-    if fixes:
-        raise InputError(f"{cfg.MODEL.WEIGHTS} was trained with {', '.join(fixes)}: give these in the config")
-    frozen = [f"{part}.NORM is FrozenBN" for part in NORMALISED if cfg.MODEL[part].NORM == "FrozenBN"]
-    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:  # Detectron2 makes FrozenBN of the BatchNorm in what it freezes
-        frozen.append(f"BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}")
-    if frozen and needed.get("method") != "supervised":
-        raise InputError(
-            f"MODEL.{frozen[0]}, but {cfg.MODEL.WEIGHTS} is not known to be supervised (method "
-            f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0"
-        )
-
-
-def known_expression(loader, node):
-    """The value of the one expression in Detectron2's own config files, the anchors of its Base-RetinaNet.yaml."""
     [text] = loader.construct_sequence(node)
     if "".join(text.split()) != "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]":
         raise yaml.constructor.ConstructorError(
@@ -88,18 +47,18 @@ yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", kn
 CLASSES_KEYS = {"GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES", "RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
 
 
-def classes_key(cfg) -> str:
-    """The key of ``cfg`` that holds the number of classes, which is another one for RetinaNet."""
+def classes_key(cfg: CN) -> str:
+    """The key that holds the number of classes of the architecture of ``cfg``."""
     return CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, CLASSES_KEYS["GeneralizedRCNN"])
 
 
-def value_of(cfg, key: str):
+def value_of(cfg: CN, key: str) -> Any:
     """The value of ``key``, such as "MODEL.ROI_HEADS.NUM_CLASSES"."""
     return functools.reduce(getattr, key.split("."), cfg)
 
 
-def check_possible(cfg, possible: dict, engine: str) -> None:
-    """Raises InputError for the first key of ``cfg`` that has another value than ``engine`` can honour.
+def check_possible(cfg: CN, possible: dict, engine: str) -> None:
+    """Raise InputError for the first key of ``cfg`` whose value ``engine`` does not support.
 
     possible: {key: [values]}, or {key: (test of a value, words for what it asks)}.
     """
@@ -110,9 +69,12 @@ def check_possible(cfg, possible: dict, engine: str) -> None:
             raise InputError(f"{key} is {value!r}, but {engine} can only do {words}")
 
 
-def protocol_of(config):
-    """ "infomin", "moco" or "other": by which layers of a run's config (a dict), a Mask R-CNN FPN's, are normalised with
-    trained BatchNorm."""
+def protocol_of(config: dict) -> str:
+    """ "infomin", "moco" or "other": the protocol of a run's config.
+
+    Each of the two is a Mask R-CNN with FPN; they differ in the parts that train their
+    BatchNorm and in the layers of the box head.
+    """
     model = config["MODEL"]
     if (
         model["META_ARCHITECTURE"],
@@ -121,7 +83,7 @@ def protocol_of(config):
         model["MASK_ON"],
     ) != ("GeneralizedRCNN", "StandardROIHeads", "build_resnet_fpn_backbone", True):
         return "other"
-    trained = [model[part]["NORM"] in ("BN", "SyncBN") for part in NORMALISED]
+    trained = [model[part]["NORM"] in ("BN", "SyncBN") for part in NORM_PARTS]
     box = (model["ROI_BOX_HEAD"]["NUM_CONV"], model["ROI_BOX_HEAD"]["NUM_FC"])
     return {(True, True, True, True, 4, 1): "infomin", (True, True, False, False, 0, 2): "moco"}.get(
         (*trained, *box), "other"
@@ -131,17 +93,19 @@ def protocol_of(config):
 COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
 RECIPE_BATCH = 16  # images an iteration
 REFERENCE_GPUS = 8  # of the recipes: two images each
-# What a training image takes of a GPU's memory: half of the 7.2 GB that Detectron2's model zoo states for
-# two images of scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32, with nothing frozen.
+# GPU memory of a training image: half of what Detectron2's model zoo states (7.2 GB for two)
+# for scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32 with nothing frozen.
 BYTES_PER_IMAGE = 3.6e9
 RECIPE_LENGTHS = (90000, 180000)  # iterations: 1x and 2x
 
 
-def scale_schedule(solver, images):
-    """Give a data set of ``images`` annotated images as many epochs as COCO gets, in place: MAX_ITER and STEPS.
+def scale_schedule(solver: CN, images: int) -> str:
+    """Give a data set of ``images`` annotated images as many epochs as COCO gets.
 
-    Under a thirtieth of COCO it stays at a thirtieth of the schedule: 3,000 iterations of 16 images at 1x. Warm-up is at
-    most a tenth of the run. Returns a line that says what came out. Raises InputError.
+    Changes MAX_ITER and STEPS in place. A data set under a thirtieth of COCO gets a
+    thirtieth of the schedule: 3,000 iterations of 16 images at 1x. Warm-up takes at most
+    a tenth of the run. Returns a line that says what changed. Raises InputError for a
+    batch of no images.
     """
     if solver.IMS_PER_BATCH < 1:
         raise InputError(f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}: it must be at least 1")
@@ -156,10 +120,12 @@ def scale_schedule(solver, images):
     )
 
 
-def fitting_rate(solver, images, schedule=True):
-    """A line on the learning rate and, with ``schedule``, the iterations that fit ``solver.IMS_PER_BATCH``,
-    where those of ``solver`` are for another number of ``images`` an iteration: the linear scaling rule
-    (Goyal et al. 2017)."""
+def fitting_rate(solver: CN, images: int, schedule: bool = True) -> str:
+    """A line that names the learning rate for ``solver.IMS_PER_BATCH`` images an iteration.
+
+    ``images``: how many the rate of ``solver`` is for. With ``schedule`` the line also
+    names the iterations. Both follow the linear scaling rule (Goyal et al. 2017).
+    """
     factor = solver.IMS_PER_BATCH / images
     keys = {"SOLVER.BASE_LR": f"{solver.BASE_LR * factor:g}"}
     if schedule:
@@ -171,8 +137,8 @@ def fitting_rate(solver, images, schedule=True):
     )
 
 
-def torchvision_defaults():
-    """Detectron2's defaults for the keys that the embedded engine honours."""
+def torchvision_defaults() -> CN:
+    """Detectron2's defaults for the keys that the embedded engine supports."""
     cfg = CN()
     cfg.VERSION = 2
     cfg.SEED = -1

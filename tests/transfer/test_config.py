@@ -11,11 +11,11 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.tools import train_net
 from rsa_detectron2.transfer.config import (
     RGB_IMAGENET,
-    check_weights,
     protocol_of,
     scale_schedule,
     torchvision_defaults,
 )
+from rsa_detectron2.transfer.convert.needs import check_weights
 from tests.conftest import ROOT, write_json
 
 CONFIGS = ROOT / "configs" / "transfer"

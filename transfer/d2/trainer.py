@@ -39,8 +39,8 @@ from rsa_detectron2.transfer.config import (
     CLASSES_KEYS,
     REFERENCE_GPUS,
     check_possible,
-    check_weights,
 )
+from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.accumulation import AccumulatingTrainer
 from rsa_detectron2.transfer.d2.data import Mapper, SkipFirst, register_datasets, sound_annotations

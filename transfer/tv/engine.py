@@ -28,7 +28,7 @@ from tqdm import tqdm
 from rsa_detectron2.common import workers
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin
-from rsa_detectron2.transfer.config import check_weights
+from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model, load_weights
 from rsa_detectron2.transfer.data.annotations import load_datasets
 from rsa_detectron2.transfer.data.average_precision import coco_ap

@@ -30,12 +30,12 @@ from rsa_detectron2.common.record import Origin, flatten
 from rsa_detectron2.tools import train_net
 from rsa_detectron2.transfer.config import (
     RGB_IMAGENET,
-    check_weights,
     protocol_of,
     torchvision_defaults,
     value_of,
 )
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
+from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
