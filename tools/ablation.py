@@ -35,8 +35,9 @@ from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
-from rsa_detectron2.pretrain.evaluate import features as evaluate
 from rsa_detectron2.pretrain.evaluate import linear
+from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.knn import knn_top1
 from rsa_detectron2.pretrain.method import networks
 from rsa_detectron2.tools._weights import load_features
 from rsa_detectron2.transfer.data import shapes
@@ -175,7 +176,7 @@ def judge(path, method, seed, images):
         cfg = get_cfg()
         cfg.merge_from_file(recipe("rsa"))
         torch.manual_seed(seed)
-        features = evaluate.Features(
+        features = Features(
             networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM).to(device()), cfg.DATA, None
         )
     else:
@@ -187,7 +188,7 @@ def judge(path, method, seed, images):
     result = {"method": method, "seed": seed}
     for part in PARTS:
         index = torch.tensor(part_of(sources[0].classes, part), device=labels.device)
-        result[f"knn_{part}"] = evaluate.knn_top1(bank, index[labels], queries, index[query_labels], k=20)
+        result[f"knn_{part}"] = knn_top1(bank, index[labels], queries, index[query_labels], k=20)
         result[f"linear_{part}"] = linear.evaluate_linear_on(
             bank, index[labels], queries, index[query_labels], linear.LINEAR["small"], seed
         )[-1]

@@ -22,8 +22,8 @@ from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.pixels import check_pixels
-from rsa_detectron2.pretrain.evaluate import features as evaluate
 from rsa_detectron2.pretrain.evaluate import linear
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
 from rsa_detectron2.tools._weights import load_features
 
 
@@ -48,8 +48,8 @@ def main():
     images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
     images.value_range = tuple(args.range or cfg.DATA.RANGE)
     try:
-        train, val = evaluate.find_labelled(cfg, images)
-    except evaluate.NoValidation as reason:
+        train, val = find_labelled(cfg, images)
+    except NoValidation as reason:
         raise InputError(f"{reason}; kNN and linear evaluation take --train DIR and --val DIR") from None
 
     for source in (train, val):
@@ -65,7 +65,7 @@ def main():
     }
     if args.protocol == "knn":
         result["bank"] = min(args.bank or len(train), len(train))
-        result["knn_top1"] = evaluate.evaluate_knn(features, train, val, args.bank)
+        result["knn_top1"] = evaluate_knn(features, train, val, args.bank)
     else:
         name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
         protocol = linear.shorten(linear.LINEAR[name], args.epochs)

@@ -49,6 +49,10 @@ class Source:
         share it."""
         return mmap.mmap(-1, max(1, len(self)))
 
+    def share_bad(self) -> None:
+        """Make ``bad`` now, so that workers that are forked later share it."""
+        _ = self.bad
+
     def known_bad(self):
         """Indices of the images that are known to be unreadable."""
         return np.flatnonzero(np.frombuffer(self.bad[:], np.uint8)[: len(self)]).tolist()

@@ -20,7 +20,8 @@ from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import memory as micro_batch
 from rsa_detectron2.pretrain.engine.metrics import Alarms, Log, Meter, Stopped, StopSignals, assert_finite
-from rsa_detectron2.pretrain.evaluate.features import Features, NoValidation, evaluate_knn, find_labelled
+from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
 from rsa_detectron2.pretrain.method import schedules
 from rsa_detectron2.pretrain.method.augment import aggressive, normalize, to_float
 from rsa_detectron2.pretrain.method.networks import build_networks

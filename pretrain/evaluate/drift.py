@@ -90,13 +90,14 @@ def measure_operations(features, images, seed, limit):
             weak = features(views[:, 0])
             weaks.append(weak)
 
-            def add(name, other):
+            others = {
+                name: features.of_floats(aggressive(views, only(name, strengths))[:, 0])
+                for name in OPERATIONS
+            }
+            others["as drawn"] = features.of_floats(aggressive(views, batch["params"][:, :1])[:, 0])
+            others["another crop"] = features(batch["views"][:, 1])
+            for name, other in others.items():
                 drifts[name].append(1 - F.cosine_similarity(weak, other, dim=1).cpu())
-
-            for name in OPERATIONS:
-                add(name, features.of_floats(aggressive(views, only(name, strengths))[:, 0]))
-            add("as drawn", features.of_floats(aggressive(views, batch["params"][:, :1])[:, 0]))
-            add("another crop", features(batch["views"][:, 1]))
             progress.update(len(views))
     drifts = {name: torch.cat(parts).numpy() for name, parts in drifts.items()}
     weaks = torch.cat(weaks)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, build_loader
-from rsa_detectron2.pretrain.evaluate.features import Features, check_labelled, label_of
+from rsa_detectron2.pretrain.evaluate.features import Features, label_of
+from rsa_detectron2.pretrain.evaluate.knn import check_labelled
 from rsa_detectron2.pretrain.method.augment import weak_view
 
 
@@ -52,7 +53,7 @@ class RandomCrops(Dataset):
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
-        images.bad  # made here, so that all workers share it
+        images.share_bad()
 
     def __getitem__(self, key):
         epoch, index = key

@@ -23,13 +23,8 @@ from rsa_detectron2.pretrain.data.datasets import ImageFolder, open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage, decode, read_image
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.evaluate.cache import fingerprint
-from rsa_detectron2.pretrain.evaluate.features import (
-    CenterCrops,
-    Features,
-    NoValidation,
-    evaluate_knn,
-    find_labelled,
-)
+from rsa_detectron2.pretrain.evaluate.features import CenterCrops, Features
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
 from rsa_detectron2.pretrain.evaluate.linear import RandomCrops
 
 RNG = np.random.default_rng(0)

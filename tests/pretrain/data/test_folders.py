@@ -20,7 +20,7 @@ from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
 from rsa_detectron2.pretrain.data.source import say
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.evaluate.cache import fingerprint
-from rsa_detectron2.pretrain.evaluate.features import NoValidation, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labelled
 from tests.conftest import tiny_cfg
 
 LATIN1 = os.fsdecode(b"caf\xe9")  # as an old archive unpacks it

@@ -18,7 +18,7 @@ from rsa_detectron2.pretrain.data.datasets import ImageFolder, open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage, decode
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import trainer as train_loop
-from rsa_detectron2.pretrain.evaluate.features import find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import find_labelled
 from tests.conftest import ROOT, tiny_cfg
 
 RNG = np.random.default_rng(0)

@@ -9,15 +9,15 @@ from PIL import Image
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.data import parquet as tables
+from rsa_detectron2.pretrain.data import parquet
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage
 from rsa_detectron2.pretrain.data.source import say
-from rsa_detectron2.pretrain.evaluate.features import NoValidation, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labelled
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
-import pyarrow.parquet as pq
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 def encoded(value):
@@ -228,4 +228,4 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-200] + bytes(100) + file.read_bytes()[-100:])
     with pytest.raises(InputError, match="set cannot be read as a Hugging Face data set .*: restore it"):
         open_images(tmp_path / "set")
-    assert tables.of_how_many(file) == 0
+    assert parquet.of_how_many(file) == 0

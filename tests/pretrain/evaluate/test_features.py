@@ -10,9 +10,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import ImageFolder, Source
-from rsa_detectron2.pretrain.evaluate import features as evaluate
+from rsa_detectron2.pretrain.evaluate import knn
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
-from rsa_detectron2.pretrain.evaluate.features import LONGEST, Features, center_crop, knn_top1
+from rsa_detectron2.pretrain.evaluate.features import LONGEST, CenterCrops, Features, center_crop
+from rsa_detectron2.pretrain.evaluate.knn import knn_top1
 from rsa_detectron2.pretrain.evaluate.linear import (
     LINEAR,
     LinearClassifier,
@@ -49,7 +50,7 @@ def test_knn_in_small_parts(monkeypatch):
     labels = [torch.randint(4, (count,), generator=generator) for count in (300, 50)]
     before = bank.clone()
     whole = knn_top1(bank, labels[0], queries, labels[1], k=20)
-    monkeypatch.setattr(evaluate, "SIMILARITIES", 700)  # two queries at a time
+    monkeypatch.setattr(knn, "SIMILARITIES", 700)  # two queries at a time
     assert knn_top1(bank, labels[0], queries, labels[1], k=20) == whole
     assert torch.equal(bank, before)
 
@@ -262,7 +263,7 @@ def test_centre_crops_of_long_images(height, width, monkeypatch):
     sizes = []
     resized = TF.resize
     monkeypatch.setattr(
-        evaluate.TF,
+        TF,
         "resize",
         lambda *args, **options: sizes.append((out := resized(*args, **options)).shape) or out,
     )
@@ -289,7 +290,7 @@ def test_centre_crop_of_one_line_of_pixels():
 def counted(monkeypatch):
     """Images that were read, by the transform that read them."""
     reads = {"centre": 0, "random": 0}
-    for name, kind in (("centre", evaluate.CenterCrops), ("random", RandomCrops)):
+    for name, kind in (("centre", CenterCrops), ("random", RandomCrops)):
 
         def get(self, key, name=name, original=kind.__getitem__):
             reads[name] += 1

@@ -79,7 +79,9 @@ def test_rsa_gradient_stops_at_the_targets(outputs, beta):
     weak, strong = outputs
     rsa(Lookup(), weak, strong, beta)["loss"].backward()
     w, a = weak.numpy(), strong.detach().numpy()
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
     def gradient(q, z):
         cosine = (unit(q) * unit(z)).sum(-1, keepdims=True)
@@ -142,7 +144,10 @@ def test_simclr_equals_the_textbook_double_loop(outputs):
     gradient, strong.grad = strong.grad, None
 
     z = [strong[k, view] for view in (0, 1) for k in range(5)]
-    similarity = lambda i, j: z[i] @ z[j] / (z[i] @ z[i]).sqrt() / (z[j] @ z[j]).sqrt()  # noqa: E731
+
+    def similarity(i, j):
+        return z[i] @ z[j] / (z[i] @ z[i]).sqrt() / (z[j] @ z[j]).sqrt()
+
     terms = []
     for i in range(10):
         j = (i + 5) % 10
@@ -250,13 +255,19 @@ def straight_line_run(networks, batches, K, lr, momentum, decay, beta_base, tau_
     for k, (weak, strong) in enumerate(batches, start=1):
         cosine = (math.cos(math.pi * k / K) + 1) / 2
         beta, tau = beta_base * cosine, 1 - (1 - tau_base) * cosine
-        unit = lambda x: x / x.norm(dim=1, keepdim=True)  # noqa: E731
+
+        def unit(x):
+            return x / x.norm(dim=1, keepdim=True)
+
         q1 = unit(networks.predictor(networks.online.projector(networks.online.backbone(strong[:, 0]))))
         q2 = unit(networks.predictor(networks.online.projector(networks.online.backbone(strong[:, 1]))))
         with torch.no_grad():
             z1 = unit(networks.target.projector(networks.target.backbone(weak[:, 0])))
             z2 = unit(networks.target.projector(networks.target.backbone(weak[:, 1])))
-        square = lambda x, y: (x - y).pow(2).sum(1)  # noqa: E731
+
+        def square(x, y):
+            return (x - y).pow(2).sum(1)
+
         loss = (
             (1 - beta) * square(q1, z2)
             + beta * square(q1, q2.detach())
