@@ -13,6 +13,7 @@ import torch
 from rsa_detectron2.common.config import CONFIGS
 from rsa_detectron2.common.distributed import amp_dtype
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data import standins
 from rsa_detectron2.pretrain.engine import memory as micro_batch
@@ -24,7 +25,7 @@ from rsa_detectron2.transfer.data import shapes
 from rsa_detectron2.transfer.data.annotations import COCO_2017, locate_dataset
 from rsa_detectron2.transfer.report import paper
 from rsa_detectron2.transfer.report.runs import load_results
-from rsa_detectron2.transfer.report.tables import read_run, to_markdown
+from rsa_detectron2.transfer.report.tables import read_run
 
 # Overrides of the full run, by the machine. Images of ImageNet stay above 64 pixels, for up to those
 # tools/evaluate.py takes the small data sets' protocol.

@@ -12,7 +12,6 @@ features of centre crops by kNN and by a linear classifier. Ends in report.md, t
 """
 
 import argparse
-import csv
 import json
 import os
 import signal
@@ -32,6 +31,7 @@ from rsa_detectron2.common.config import CONFIGS
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.common.tables import cell, mean_std, to_markdown, write_rows
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
@@ -41,7 +41,6 @@ from rsa_detectron2.pretrain.evaluate.knn import knn_top1
 from rsa_detectron2.pretrain.method import networks
 from rsa_detectron2.tools._weights import load_features
 from rsa_detectron2.transfer.data import shapes
-from rsa_detectron2.transfer.report.tables import cell, mean_std, to_markdown
 
 METHODS = {
     "rsa": "RSA, β fades out",
@@ -205,15 +204,13 @@ def write_report(folder, results):
     """{method: results of its seeds} -> table.csv, ablation.png and report.md; returns the table in Markdown."""
     names = {UNTRAINED: "untrained network", **METHODS}
     table = [["top-1 (%)", *FIGURES.values()]]
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["method", "seeds", *(column for name in FIGURES for column in (name, f"{name} std"))]
-        )
-        for method, seeds in results.items():
-            figures = [mean_std([seed[name] for seed in seeds]) for name in FIGURES]
-            writer.writerow([method, len(seeds), *(value for pair in figures for value in pair)])
-            table.append([names[method], *map(cell, figures)])
+    lines = []
+    for method, seeds in results.items():
+        figures = [mean_std([seed[name] for seed in seeds]) for name in FIGURES]
+        lines.append([method, len(seeds), *(value for pair in figures for value in pair)])
+        table.append([names[method], *map(cell, figures)])
+    columns = [column for name in FIGURES for column in (name, f"{name} std")]
+    write_rows(folder / "table.csv", ["method", "seeds", *columns], lines)
     plot(results, names, folder / "ablation.png")
     count = len(next(iter(results.values())))
     markdown = to_markdown(table)

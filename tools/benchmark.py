@@ -24,6 +24,7 @@ import torchvision
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.data.images import native_name
 from rsa_detectron2.tools.benchmarks import augment, data, optim, options, step
 
@@ -38,7 +39,8 @@ def main() -> None:
     if device().type == "cpu" and "cfg" in args and not args.config_file:
         print("no GPU: small defaults; --help lists the options that set others")
     rows = BENCHMARKS[args.benchmark].measure(args)
-    print_table(rows)
+    cells = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
+    print(f"\n{to_markdown(cells)}")
     lines = "".join(json.dumps({"benchmark": args.benchmark, **machine, **row}) + "\n" for row in rows)
     print(lines, end="")
     if args.output:
@@ -85,16 +87,6 @@ def cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
         names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def print_table(rows: list[dict]) -> None:
-    lines = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print()
-    for first, *others in lines:
-        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
-        print("  ".join(cells))
-    print()
 
 
 def as_text(value: object) -> str:

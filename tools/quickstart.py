@@ -23,6 +23,7 @@ from fvcore.common.config import CfgNode
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS, merge_config, origin
 from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer
@@ -31,9 +32,10 @@ from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data import shapes
 from rsa_detectron2.transfer.data.annotations import dataset_name
+from rsa_detectron2.transfer.report.page import write_report
 from rsa_detectron2.transfer.report.pictures import draw_detections, plot_curves
 from rsa_detectron2.transfer.report.runs import load_results
-from rsa_detectron2.transfer.report.tables import own_row, table_cells, to_markdown, write_csv, write_report
+from rsa_detectron2.transfer.report.tables import own_row, table_cells, write_csv
 
 PRETRAIN_CONFIG = CONFIGS / "pretrain" / "quickstart_rsa_R50.yaml"
 TRANSFER_CONFIG = CONFIGS / "transfer" / "quickstart_mask_rcnn_R50_FPN.yaml"

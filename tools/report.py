@@ -18,17 +18,17 @@ from pathlib import Path
 
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.data.annotations import locate_dataset
 from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.page import write_report
 from rsa_detectron2.transfer.report.pictures import draw_detections, plot_ap, plot_curves
 from rsa_detectron2.transfer.report.runs import load_results
 from rsa_detectron2.transfer.report.tables import (
     check_comparable,
     make_rows,
     table_cells,
-    to_markdown,
     write_csv,
-    write_report,
 )
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from rsa_detectron2.common import record
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.transfer.report.page import write_report
 from rsa_detectron2.transfer.report.pictures import plot_sweep
 from rsa_detectron2.transfer.report.tables import (
     TOP1,
@@ -25,9 +27,7 @@ from rsa_detectron2.transfer.report.tables import (
     read_json,
     read_run,
     table_cells,
-    to_markdown,
     write_csv,
-    write_report,
 )
 
 

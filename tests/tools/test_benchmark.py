@@ -31,7 +31,7 @@ def bench(monkeypatch, capsys):
         out = capsys.readouterr().out
         rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         table = out.split("\n\n")[-2].splitlines()
-        assert len(table) == 1 + len(rows) and rows[0]["benchmark"] == arguments[0] and rows[0]["torch"]
+        assert len(table) == 2 + len(rows) and rows[0]["benchmark"] == arguments[0] and rows[0]["torch"]
         return rows
 
     return call

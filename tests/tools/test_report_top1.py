@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from rsa_detectron2.common.record import Origin, describe, flatten
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.tools import report_top1
 from rsa_detectron2.transfer.report import paper, pictures
-from rsa_detectron2.transfer.report import tables as report
+from rsa_detectron2.transfer.report.tables import difference_cell, make_rows, read_run, table_cells
 from tests.conftest import ROOT
 
 
@@ -67,9 +68,7 @@ def make_run(folder, cell, best=90.0, seed=0, settings=(), record=(), evaluation
 
 
 def rows_of(*folders, tables=None):
-    return report.make_rows(
-        "top1", {str(folder): report_top1.read_top1(folder) for folder in folders}, tables
-    )
+    return make_rows("top1", {str(folder): report_top1.read_top1(folder) for folder in folders}, tables)
 
 
 @pytest.mark.parametrize("table", [table for table in paper.load()["tables"] if paper.shows(table) == "top1"])
@@ -85,7 +84,7 @@ def test_every_row_and_every_number_of_a_table(tmp_path, table):
         assert len(row.runs) == bool(cell.training) and row.words == []
         for name, (mean, _) in row.published.items():
             assert row.difference(name) == (pytest.approx(50 - mean) if cell.training else None)
-    text = report.to_markdown(report.table_cells("top1", rows))
+    text = to_markdown(table_cells("top1", rows))
     for cell in cells:
         for mean, std in filter(None, cell.published):
             assert (f"{mean}" if std is None else f"{mean} ± {std}") in text
@@ -102,7 +101,7 @@ def test_seeds_and_their_difference(tmp_path):
     np.testing.assert_allclose(
         row.figures["train BN, best"], (np.mean([91, 92, 94]), np.std([91, 92, 94], ddof=1))
     )
-    lines = report.table_cells("top1", [row])
+    lines = table_cells("top1", [row])
     assert lines[0] == ["", "seeds", "last epoch", "best epoch", "train BN, last", "train BN, best"]
     assert lines[1] == [
         "RSA, CIFAR-10, 200 epochs",
@@ -122,7 +121,7 @@ def test_seeds_and_their_difference(tmp_path):
 @pytest.mark.parametrize("best, text", [(92.7, "+0.4"), (92.9, "+0.6 *"), (91.7, "-0.6 *")])
 def test_mark_beyond_seed_noise(tmp_path, best, text):
     [row] = rows_of(make_run(tmp_path, CIFAR, best))
-    assert report.difference_cell(row, "train BN, best") == text
+    assert difference_cell(row, "train BN, best") == text
 
 
 def test_noise_of_a_row_with_a_large_deviation(tmp_path):
@@ -131,7 +130,7 @@ def test_noise_of_a_row_with_a_large_deviation(tmp_path):
     mean, std = cell.published[0]
     for gap, mark in ((2 * std - 0.1, ""), (2 * std + 0.1, " *")):
         [row] = rows_of(make_run(tmp_path / f"{gap}", cell, mean + gap))
-        assert report.difference_cell(row, "train BN, best") == f"+{gap:.1f}{mark}"
+        assert difference_cell(row, "train BN, best") == f"+{gap:.1f}{mark}"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_noise_of_a_row_with_a_large_deviation(tmp_path):
 def test_what_a_run_differs_in(tmp_path, settings, record, evaluation, words):
     [row] = rows_of(make_run(tmp_path, CIFAR, 38.4, 0, settings, record, evaluation))
     assert (row.table, row.place, "; ".join(row.words)) == ("table2", ("rsa", "cifar10"), words)
-    lines = report.table_cells("top1", [row])
+    lines = table_cells("top1", [row])
     assert lines[2][0] == "  paper" and lines[2][-1] == "92.3 ± 0.1"
     assert [line[0] for line in lines[3:]] == (
         [f"  {words}"] if words else ["  difference", "  seed 0, 1, 2 is missing"]
@@ -180,7 +179,7 @@ def test_what_a_run_differs_in(tmp_path, settings, record, evaluation, words):
 def test_a_seed_that_is_missing_and_one_that_is_there_twice(tmp_path):
     folders = [make_run(tmp_path / "a", CIFAR, 91.0, 0), make_run(tmp_path / "b", CIFAR, 92.0, 2)]
     [row] = rows_of(*folders)
-    assert row.missing == [1] and report.table_cells("top1", [row])[-1][0] == "  seed 1 is missing"
+    assert row.missing == [1] and table_cells("top1", [row])[-1][0] == "  seed 1 is missing"
     assert len(rows_of(*folders, make_run(tmp_path / "c", CIFAR, 93.0, 2))) == 2
 
 
@@ -212,7 +211,7 @@ def test_times_and_their_ratio(tmp_path):
         make_run(tmp_path / row, cell_of("table7", row, column), record={"seconds": 3600 * value})
         for (row, column), value in hours.items()
     ]
-    rows = report.make_rows("hours", {str(folder): report.read_run(folder) for folder in folders}, ["table7"])
+    rows = make_rows("hours", {str(folder): read_run(folder) for folder in folders}, ["table7"])
     [byol, rsa] = [row for row in rows if row.runs]
     assert byol.difference("hours") == pytest.approx(12 - 11.3) and not byol.words
     assert report_top1.ratios("table7", rows)[1:3] == [
@@ -222,7 +221,7 @@ def test_times_and_their_ratio(tmp_path):
     slow = make_run(
         tmp_path / "slow", cell_of("table7", "rsa", "cifar100"), record={"device": "H100", "processes": 2}
     )
-    [row] = report.make_rows("hours", {"slow": report.read_run(slow)})
+    [row] = make_rows("hours", {"slow": read_run(slow)})
     assert row.words == ["2 x H100 instead of 1 x V100"] and row.difference("hours") is None
 
 

@@ -1,16 +1,12 @@
-"""Runs -> the rows of one table, each beside what the paper published, and one page.
+"""Runs become the rows of a table, each beside what the paper published.
 
-A run is a dict: what fine-tuning leaves as results.json, tools/evaluate.py as linear.json, or
-pre-training as run.json. Each is, or holds, a record (common/record.py), by which transfer/paper.py knows
-whether it is a training of the paper.
+A run is a dict: what fine-tuning leaves as results.json, tools/evaluate.py as
+linear.json, or pre-training as run.json. Each is, or holds, a record
+(common/record.py); paper.py tells by it whether it is a training of the paper.
 """
 
-import base64
-import csv
-import html
 import json
-import os
-import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +15,7 @@ import yaml
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import cell, mean_std, write_rows
 from rsa_detectron2.transfer.config import protocol_of
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report import paper
@@ -295,22 +292,6 @@ def table_cells(kind, rows):
     return lines
 
 
-def mean_std(values):
-    """Mean and sample standard deviation (None of a single one) over seeds; None where a seed lacks the
-    figure."""
-    if None in values:
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def cell(value):
-    """(mean, std) of :func:`mean_std` as text, to one decimal."""
-    if value is None:
-        return "–"
-    mean, std = value
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-
-
 def difference_cell(row, name):
     """ "+0.4 *"."""
     difference = row.difference(name)
@@ -319,94 +300,24 @@ def difference_cell(row, name):
     return f"{round(difference, 1) + 0:+.1f}" + " *" * row.beyond_noise(name)  # + 0: no -0.0
 
 
-def to_markdown(cells):
-    """Header and rows of strings -> a Markdown table, columns padded so that it also reads as plain text.
-    A row of words alone may be wider than the table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    full = [row for row in cells if any(row[1:])]
-    widths = [max(3, *map(len, column)) for column in zip(*(full or cells))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+def write_csv(kind: str, rows: list[Row], path: str | Path) -> None:
+    """Write rows as CSV: of each figure the mean, the deviation, both as published, and the difference.
 
-
-def write_csv(kind, rows, path):
-    """Rows -> CSV: for each figure mean, deviation, the published mean and deviation, and the difference;
-    empty where unknown."""
+    What is unknown is left empty.
+    """
     names = AP if kind == "ap" else COLUMNS[kind]
     parts = ("", " std", " published", " published std", " difference")
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "row",
-                "table",
-                "seeds",
-                "differs in",
-                "beyond seed noise",
-                *(name + part for name in names for part in parts),
-            ]
-        )
-        for row in rows:
-            differences = {name: row.difference(name) for name in names}
-            marked = [
-                name for name, value in differences.items() if value is not None and row.beyond_noise(name)
-            ]
-            writer.writerow(
-                [
-                    row.title,
-                    row.table,
-                    len(row.runs),
-                    "; ".join(row.words),
-                    ", ".join(marked),
-                    *(
-                        value
-                        for name in names
-                        for value in (
-                            *(row.figures.get(name) or (None, None)),
-                            *(row.published.get(name) or (None, None)),
-                            differences[name],
-                        )
-                    ),
-                ]
-            )
+    header = ["row", "table", "seeds", "differs in", "beyond seed noise"]
+    write_rows(path, [*header, *(name + part for name in names for part in parts)], csv_lines(rows, names))
 
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } th, td { padding: .3em .9em; text-align: right } td:first-child { text-align: left }
-thead { border-block: 1px solid } tbody { border-bottom: 1px solid } img { max-width: 100% }"""
-
-
-def write_report(folder, title, sections):
-    """Write ``report.md`` and ``report.html`` (one file that can be mailed: pictures are embedded) into
-    ``folder``.
-
-    sections: (heading, body) pairs; a body is text, a table as header and rows of strings, or the Path of
-    a PNG.
-    """
-    folder = Path(folder)
-    md, page = [f"# {title}\n"], [f"<h1>{html.escape(title)}</h1>"]
-    for heading, body in sections:
-        if isinstance(body, Path):
-            md_body = f"![{heading}]({os.path.relpath(body, folder).replace(os.sep, '/')})\n"
-            data = base64.b64encode(body.read_bytes()).decode()
-            html_body = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
-        elif isinstance(body, str):
-            md_body, html_body = f"{body}\n", f"<p>{html.escape(body)}</p>"
-        else:
-            md_body = to_markdown(body)
-            head, *rows = [[html.escape(cell) for cell in row] for row in body]
-            html_body = (
-                f"<table><thead><tr><th>{'<th>'.join(head)}</tr></thead><tbody>"
-                + "".join(f"<tr><td>{'<td>'.join(row)}</tr>" for row in rows)
-                + "</tbody></table>"
-            )
-        md += [f"## {heading}\n", md_body]
-        page += [f"<h2>{html.escape(heading)}</h2>", html_body]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text("\n".join(md), encoding="utf-8")
-    (folder / "report.html").write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style>\n" + "\n".join(page) + "\n</html>\n",
-        encoding="utf-8",
-    )
+def csv_lines(rows: list[Row], names: Iterable[str]) -> Iterator[list]:
+    for row in rows:
+        differences = {name: row.difference(name) for name in names}
+        marked = [name for name, gap in differences.items() if gap is not None and row.beyond_noise(name)]
+        line = [row.title, row.table, len(row.runs), "; ".join(row.words), ", ".join(marked)]
+        for name in names:
+            line += row.figures.get(name) or (None, None)
+            line += row.published.get(name) or (None, None)
+            line.append(differences[name])
+        yield line

@@ -14,13 +14,14 @@ from pycocotools import mask as rle
 import rsa_detectron2.pretrain.config
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin, describe, flatten
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.data.masks import to_rle
 from rsa_detectron2.transfer.report import paper, pictures
 from rsa_detectron2.transfer.report import runs as results
-from rsa_detectron2.transfer.report import tables as report
+from rsa_detectron2.transfer.report.tables import make_rows, own_row, table_cells, weights_label, write_csv
 from tests.conftest import ROOT
 
 
@@ -84,12 +85,10 @@ def run_tool(*arguments, cwd):
 
 
 def test_weights_label():
-    assert report.weights_label({"weights": {"method": "rsa", "step": 500}}) == "rsa, step 500"
-    assert report.weights_label({"weights": None}) == "random"
-    assert report.weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
-    assert (
-        report.weights_label({"weights": {"method": "unknown", "format": "SimSiam", "step": -1}}) == "SimSiam"
-    )
+    assert weights_label({"weights": {"method": "rsa", "step": 500}}) == "rsa, step 500"
+    assert weights_label({"weights": None}) == "random"
+    assert weights_label({"weights": {"method": "moco", "step": -1}}) == "moco"
+    assert weights_label({"weights": {"method": "unknown", "format": "SimSiam", "step": -1}}) == "SimSiam"
 
 
 def test_table_mean_std_and_missing_cells(tmp_path):
@@ -99,19 +98,19 @@ def test_table_mean_std_and_missing_cells(tmp_path):
         "one": [{"ap": aps(30.04)}],
         "gap": [{"ap": aps(1.0)}, {"ap": aps(None)}],
     }
-    rows = [report.own_row("ap", name, dict(enumerate(seeds))) for name, seeds in runs.items()]
+    rows = [own_row("ap", name, dict(enumerate(seeds))) for name, seeds in runs.items()]
     mean, std = rows[0].figures["box AP75"]
     np.testing.assert_allclose((mean, std), (np.mean(boxes), np.std(boxes, ddof=1)))
-    cells = report.table_cells("ap", rows)
+    cells = table_cells("ap", rows)
     assert cells[0] == ["", "seeds", "box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mask AP75"]
     assert cells[1] == ["rsa", "3"] + ["40.3 ± 0.8"] * 3 + ["36.3 ± 0.8"] * 3
     rest = [line for line in cells[2:] if line[0] in runs]
     assert rest == [["one", "1"] + ["30.0"] * 3 + ["–"] * 3, ["gap", "2"] + ["–"] * 6]
 
-    lines = report.to_markdown([*cells, ["a|b"] + ["1"] * 7]).splitlines()
+    lines = to_markdown([*cells, ["a|b"] + ["1"] * 7]).splitlines()
     assert len({len(line) for line in lines}) == 1 and "a\\|b" in lines[-1]
 
-    report.write_csv("ap", rows, tmp_path / "table.csv")
+    write_csv("ap", rows, tmp_path / "table.csv")
     parsed = read_csv(tmp_path / "table.csv")
     assert len(parsed[0]) == 5 + 5 * 12
     assert float(parsed[0]["box APs"]) == pytest.approx(np.mean(boxes)) and parsed[0]["seeds"] == "3"
@@ -215,21 +214,6 @@ def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
         draw(run=tmp_path)
 
 
-def test_page_is_self_contained(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
-    report.write_report(
-        tmp_path / "page",
-        "A <title>",
-        [("Words", "a < b"), ("Table", [["", "AP"], ["rsa & co", "41.1"]]), ("Picture", tmp_path / "p.png")],
-    )
-    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
-    assert "A &lt;title&gt;" in page and "a &lt; b" in page and "<td>rsa &amp; co<td>41.1" in page
-    assert 'src="data:image/png;base64,' in page and "p.png" not in page
-    text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# A <title>\n\n## Words\n\na < b\n") and "| rsa & co | 41.1 |" in text
-    assert "![Picture](../p.png)" in text
-
-
 def test_tool_writes_table_page_and_pictures(tmp_path):
     annotations, images, truth = make_dataset(tmp_path)
     name = dataset_name(annotations, images)
@@ -294,7 +278,7 @@ def full_run(folder, box, mask, weights, row="random", table="table5", protocol=
 
 
 def rows_of(*folders, tables=None):
-    return report.make_rows("ap", {str(folder): results.load_results(folder) for folder in folders}, tables)
+    return make_rows("ap", {str(folder): results.load_results(folder) for folder in folders}, tables)
 
 
 def pretrained(**changes):
@@ -397,7 +381,7 @@ def test_a_run_that_is_its_row(tmp_path, row, weights, table):
 def test_a_run_that_is_not_quite_its_row(tmp_path, row, weights, changes, words):
     [found] = rows_of(full_run(tmp_path, 40.0, 36.0, weights, row, **changes))
     assert (found.table, found.place) == ("table5", (row, "")) and "; ".join(found.words) == words
-    cells = report.table_cells("ap", [found])
+    cells = table_cells("ap", [found])
     assert cells[2][0] == "  paper" and cells[2][2] == f"{found.published['box AP'][0]}"
     assert cells[3][0] == (f"  {words}" if words else "  difference")
 
@@ -416,7 +400,7 @@ def test_all_rows_of_a_table(tmp_path):
         full_run(tmp_path / "a", 32.0, 29.9, None),
         full_run(tmp_path / "b", 41.0, 37.0, {"method": "mine"}, "infomin"),
     ]
-    cells = report.table_cells("ap", rows_of(*folders, tables=["table5"]))
+    cells = table_cells("ap", rows_of(*folders, tables=["table5"]))
     assert [row[0] for row in cells] == [
         "",
         "random init.",
@@ -441,7 +425,7 @@ def test_differences_and_their_mark(tmp_path):
     ]
     other = full_run(tmp_path / "b", 40.7, 37.7, pretrained(), "rsa")
     gap = full_run(tmp_path / "c", None, 37.0, pretrained(), "rsa")
-    cells = report.table_cells("ap", rows_of(*seeds, other, gap))
+    cells = table_cells("ap", rows_of(*seeds, other, gap))
     assert cells[1][:3] == ["RSA", "2", "40.8 ± 0.1"]
     assert cells[2][2:] == ["41.1", "61.4", "45.1", "37.3", "58.6", "40.1"]
     assert cells[3][2] == "-0.3" and cells[3][5] == "+0.0"  # 0.3 does not exceed 0.3
@@ -470,7 +454,7 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
     kept = results.load_results(full_run(tmp_path / "s0", 40.0, 36.0, mine, "infomin"))
 
     def together(**change):
-        return [len(row.runs) for row in report.make_rows("ap", {"s0": kept, "s1": kept | change})]
+        return [len(row.runs) for row in make_rows("ap", {"s0": kept, "s1": kept | change})]
 
     assert together(seed=1) == [2]
     # a seed in common; another network; a part of the training; no training of that config; BatchNorm sees 4; another lr
