@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Judge a pre-trained backbone by kNN or by linear evaluation on labelled images.
 
-    tools/evaluate.py knn                                   # output/pretrain/model_final.pth, its own data set
+    tools/evaluate.py knn                     # output/pretrain/model_final.pth, its own data set
     tools/evaluate.py linear CHECKPOINT --train DIR --val DIR
 
-CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. The protocol of linear
-evaluation follows from the image size: up to 64 pixels the small data sets', else ImageNet's. What can be used again is
-kept in CHECKPOINT.features: the same command goes on where it was stopped.
+CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. The
+protocol of linear evaluation follows from the image size: up to 64 pixels that of the small data
+sets, else that of ImageNet. What can be used again is kept in CHECKPOINT.features: the same command
+goes on where it was stopped.
 """
 
 import argparse

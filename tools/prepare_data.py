@@ -4,9 +4,9 @@
     tools/prepare_data.py datasets/imagenet/train datasets/imagenet288/train
     tools/pretrain.py --data datasets/imagenet288/train
 
-Optional: pre-training takes the original files as well; docs/benchmarks.md says what is gained and what it changes in
-the crops. Folders and their names stay. An image that is small enough is copied as it is, an unreadable one is named
-and left out. Run again it goes on where it stopped.
+Optional: pre-training takes the original files as well; docs/benchmarks.md says what is gained and
+what it changes in the crops. Folders and their names stay. An image that is small enough is copied
+as it is, an unreadable one is named and left out. Run again it goes on where it stopped.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def main():
         if message:
             tqdm.write(message, file=sys.stderr)
     print(
-        f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, {counts[THERE]} were there"
+        f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, "
+        f"{counts[THERE]} were there"
         + (f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else "")
     )
     if sum(counts[:3]) == 0:
@@ -106,7 +107,10 @@ def main():
 
 
 def claim(folder, how):
-    """Leave in ``folder`` how its images are made. Raises InputError if it holds others, or something else."""
+    """Leave in ``folder`` how its images are made.
+
+    Raises InputError if it holds others, or something else.
+    """
     marker, text = folder / MARKER, json.dumps(how)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +127,9 @@ def claim(folder, how):
 
 
 class Preparation(Dataset):
-    """index -> (outcome, message): image ``index`` of a folder, written to ``destination`` under its own name; files of
-    other formats that became JPEG have .jpg after it."""
+    """index -> (outcome, message): image ``index`` of a folder, written to ``destination``
+    under its own name; files of other formats that became JPEG have .jpg after it.
+    """
 
     def __init__(self, images, destination, size, quality):
         self.images, self.destination, self.size, self.quality = images, destination, size, quality
@@ -158,7 +163,10 @@ def encode_jpeg(image, quality):
 
 
 def write(path, data):
-    """Write a file that has its name once it is whole. Raises InputError, and leaves nothing, when the disk is full."""
+    """Write a file that has its name once it is whole.
+
+    Raises InputError, and leaves nothing, when the disk is full.
+    """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Show what the aggressive augmentation does to images and, given a backbone, where it shifts their meaning.
 
-    tools/show_views.py IMAGES                          # views.png: originals, weak and aggressive views
-    tools/show_views.py IMAGENET CIFAR --noisy          # noisy.png: those that changed most, a panel each (Figure 1)
-    tools/show_views.py IMAGES --checkpoint FILE        # and the pairs of a data set ranked by how far they drift
+    tools/show_views.py IMAGES                      # views.png: originals, weak and aggressive views
+    tools/show_views.py IMAGENET CIFAR --noisy      # noisy.png: those that changed most (Figure 1)
+    tools/show_views.py IMAGES --checkpoint FILE    # and pairs, ranked by how far they drift
 
-With a checkpoint, of tools/pretrain.py or any other that tools/convert_to_d2.py reads: pairs.csv and pairs.png rank
-the pairs of a weak view and its aggressive view by the cosine of their backbone features, the noisiest first;
-operations.csv and operations.png show how far each operation alone moves the features.
+With a checkpoint, of tools/pretrain.py or any other that tools/convert_to_d2.py reads: pairs.csv and
+pairs.png rank the pairs of a weak view and its aggressive view by the cosine of their backbone
+features, the noisiest first; operations.csv and operations.png show how far each operation alone
+moves the features.
 """
 
 import argparse
@@ -17,8 +18,7 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
-from rsa_detectron2.pretrain.evaluate import drift
-from rsa_detectron2.pretrain.evaluate import pictures as view_pictures
+from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.tools._weights import load_features
 
 
@@ -48,25 +48,25 @@ def main():
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    print(view_pictures.draw_views(images, size, args.seed, args.rows, folder / "views.png"), flush=True)
+    print(pictures.draw_views(images, size, args.seed, args.rows, folder / "views.png"), flush=True)
     if features is None:
         return
     pairs = drift.measure_pairs(features, images, args.seed, args.limit)
     drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
     print(folder / "pairs.csv")
-    print(
-        view_pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True
-    )
+    print(pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
     drifts = drift.measure_operations(
         features, images, args.seed, -(-args.limit // 4)
     )  # nine views instead of two
     drift.write_operations(folder / "operations.csv", drifts)
     print(folder / "operations.csv")
-    print(view_pictures.plot_operations(drifts, folder / "operations.png"))
+    print(pictures.plot_operations(drifts, folder / "operations.png"))
 
 
 def draw_noisy(args):
-    """Figure 1, a panel for each of the IMAGES. Those of small images are seen at their own size, as in pre-training."""
+    """Figure 1, a panel for each of the IMAGES. Those of small images are seen at their own
+    size, as in pre-training.
+    """
     panels, folder = {}, Path(args.output_dir)
     if args.titles and len(args.titles) != len(args.images):
         raise InputError(
@@ -76,7 +76,7 @@ def draw_noisy(args):
         images = open_images(path)
         panels[title] = images, args.image_size or min(224, *images.read(0).shape[-2:])
     folder.mkdir(parents=True, exist_ok=True)
-    print(view_pictures.draw_noisy(panels, args.seed, folder / "noisy.png", args.limit))
+    print(pictures.draw_noisy(panels, args.seed, folder / "noisy.png", args.limit))
 
 
 def parse():

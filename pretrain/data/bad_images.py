@@ -5,22 +5,24 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
-from rsa_detectron2.pretrain.data.source import say
+from rsa_detectron2.pretrain.data.source import Source, say
 
 TRIES = 100  # images in a row that may be unreadable
 HANDFUL = 5  # images that may be, however small the data set
 
 
-def read_or_next(images, index):
-    """(image, skipped): image ``index``, or the first after it that can be decoded (round the end), and how many could
-    not be. Which one stands in does not depend on which are known to be unreadable: those are only not decoded again.
-    Raises InputError after 100.
+def read_or_next(images: Source, index: int) -> tuple[torch.Tensor, int]:
+    """Image ``index``, or the next that can be decoded, and how many were skipped.
+
+    The first image follows the last. The result does not depend on which images are already
+    known to be unreadable: those are just not decoded again. Raises InputError after 100.
     """
     for skipped in range(min(TRIES, len(images))):
         at = (index + skipped) % len(images)
@@ -37,8 +39,11 @@ def read_or_next(images, index):
 
 
 class BadImages:
-    """``path``, a list of the images of a source that could not be decoded: the ``id`` of one a line, as a JSON string.
-    Any process may add. ``max_bad`` is DATA.MAX_BAD; ``removed`` listed images do not count for it."""
+    """The list of images that could not be decoded: a file with one ``id`` per line, in JSON.
+
+    Any process may add to it. ``max_bad`` is DATA.MAX_BAD, for which ``removed`` of the listed
+    images do not count.
+    """
 
     def __init__(self, path, images, max_bad):
         self.path, self.images, self.max_bad, self.added = Path(path), images, max_bad, set()
@@ -51,8 +56,11 @@ class BadImages:
         return parse(self.path.read_bytes()) if self.path.is_file() else set()
 
     def start(self):
-        """Mark the images that are listed as unreadable. First, what can be decoded by now, because it was replaced, or is
-        no longer in the data set, leaves the list. Called on every rank; raises InputError when too many are left."""
+        """Mark the images that are listed as unreadable.
+
+        Images that were repaired or removed since leave the list first. Call it on every rank.
+        Raises InputError when too many are left.
+        """
         still = None
         if distributed.rank() == 0 and self.path.is_file():
             listed = tqdm(
@@ -77,8 +85,10 @@ class BadImages:
         return json.dumps(self.images.id(index)) + "\n"
 
     def add(self, indices):
-        """List those that are not yet. Raises InputError when too many of the data set are listed. A full disk is no
-        error."""
+        """List the images that are not listed yet.
+
+        Raises InputError when too many of the data set are listed. A full disk is no error.
+        """
         new = sorted({int(index) for index in indices} - self.added)
         if not new:
             return

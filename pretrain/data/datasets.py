@@ -1,4 +1,4 @@
-"""Where images come from: :func:`open_images` recognises what lies at a path and returns a source of images."""
+"""Where images come from: :func:`open_images` finds out what lies at a path and opens it."""
 
 import os
 from pathlib import Path
@@ -26,13 +26,18 @@ from rsa_detectron2.pretrain.data.source import STANDIN, Sample, SampleOfFiles, 
 STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
 
 
-def open_images(path, split="pretrain", classes_file="", limit=0):
-    """What lies at ``path``: its images to pre-train on ("pretrain"), or its labelled ones ("train", "val"), at most
-    ``limit`` of them, evenly spaced; 0: all.
+def open_images(
+    path: str | os.PathLike, split: str = "pretrain", classes_file: str = "", limit: int = 0
+) -> Source:
+    """The source of images at ``path``.
 
-    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet files, or what ``datasets.save_to_disk`` wrote; Tiny
-    ImageNet; a folder that holds the parts of a data set (folders.PARTS); else ``path`` itself is the folder of images,
-    whatever the split. ``classes_file`` lists the class folders to keep. Raises InputError.
+    ``split``: "pretrain" for the images to pre-train on, "train" or "val" for the labelled ones.
+    At most ``limit`` images, evenly spaced; 0: all.
+
+    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet files, or what
+    ``datasets.save_to_disk`` wrote; Tiny ImageNet; a folder that holds the parts of a data set
+    (folders.PARTS); else ``path`` itself is the folder of images, whatever the split.
+    ``classes_file`` lists the class folders to keep. Raises InputError.
     """
     source = _open(Path(path).expanduser(), split, classes_file)
     if not 0 < limit < len(source):
@@ -42,33 +47,24 @@ def open_images(path, split="pretrain", classes_file="", limit=0):
 
 def _open(path, split, classes_file):
     if path.is_file():
-        raise InputError(
-            f"{printable(path)} is a file: "
-            + (
-                "unpack it and give that folder"
-                if path.suffix in ARCHIVES
-                else "give the folder that holds it"
-            )
-        )
+        fix = "unpack it and give that folder" if path.suffix in ARCHIVES else "give the folder that holds it"
+        raise InputError(f"{printable(path)} is a file: {fix}")
     if not path.is_dir():
-        kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.get(
-            path.name.lower().replace("-", "")
+        kinds = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
+        fix = (
+            "correct the path (tools/pretrain.py takes it as --data PATH), or try tools/quickstart.py, "
+            "which makes its own images"
         )
-        raise InputError(
-            f"no image folder {printable(path)}: "
-            + (
-                _download(kind, path)
-                if kind
-                else "correct the path (tools/pretrain.py takes it as --data PATH), or try tools/quickstart.py, "
-                "which makes its own images"
-            )
-        )
+        if kind := kinds.get(path.name.lower().replace("-", "")):
+            fix = _download(kind, path)
+        raise InputError(f"no image folder {printable(path)}: {fix}")
     source = _open_data_set(path, split)
     if source is None:
         return _open_folder(path, split, read_classes(classes_file) if classes_file else None)
     if classes_file:
         raise InputError(
-            f"DATA.CLASSES {classes_file} keeps folders of classes; {printable(path)} has none: leave it empty"
+            f"DATA.CLASSES {classes_file} keeps folders of classes; {printable(path)} has none: leave it "
+            "empty"
         )
     return source
 
@@ -106,15 +102,17 @@ def _open_folder(path, split, classes):
         if tested:
             count = sum(images.folders[folder] for folder in tested)
             say(
-                f"warning: {count} of the {len(images)} images of {printable(root)} are trained on although they lie in "
-                f"folders like {printable(tested[0])}: move those out of it if they are for tests"
+                f"warning: {count} of the {len(images)} images of {printable(root)} are trained on although "
+                f"they lie in folders like {printable(tested[0])}: move those out of it if they are for tests"
             )
     return images
 
 
 def choose_part(path, split):
-    """(folder of a part of the data set at ``path``, names of the folders in it that are held out). Says what is left
-    out. Raises InputError where there are only images for tests."""
+    """The folder of a part of the data set at ``path``, and the folders in it that are held out.
+
+    Prints what is left out. Raises InputError where there are only images for tests.
+    """
     path = find_parts(path)
     folders = find_folders(path)
     kinds = {name: part_of(name) for name in folders}
@@ -141,7 +139,8 @@ def choose_part(path, split):
                 "itself to train on them"
             )
         say(
-            f"{printable(path)}: {shown} taken for validation, not trained on: rename a folder that is a class"
+            f"{printable(path)}: {shown} taken for validation, not trained on: rename a folder that is a "
+            "class"
         )
         return path, tuple(held_out)
     return path, ()
@@ -163,7 +162,8 @@ def find_parts(path, depth=3):
 
 def _download(kind, root):
     name = kind.__name__
-    return f"download it with python3 -c \"from torchvision.datasets import {name}; {name}('{root}', download=True)\""
+    program = f"from torchvision.datasets import {name}; {name}('{root}', download=True)"
+    return f'download it with python3 -c "{program}"'
 
 
 def read_text(path):
@@ -172,7 +172,10 @@ def read_text(path):
 
 
 def read_classes(path):
-    """The first word of every line of a file, without comments (#); looked up as given, then under configs/."""
+    """The first word of every line of a file, without comments (#).
+
+    The file is looked up as given, then under configs/.
+    """
     file = next((file for file in (Path(path).expanduser(), CONFIGS / path) if file.is_file()), None)
     if file is None:
         raise InputError(f"no file of classes (DATA.CLASSES) {path}: looked in {Path.cwd()} and in {CONFIGS}")

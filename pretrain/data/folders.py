@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, what is left out, and which folders are parts of a data set (train, val)."""
+"""Folders of images: which files count, and which folders are parts of a data set (train, val)."""
 
 import heapq
 import os
@@ -32,7 +32,8 @@ PARTS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "validation", "valid", "eval", "evaluation", "dev", "test", "testing"),
 }
-# ... and those that may stand beside them: train_images, test-set, ILSVRC2012_img_val. Case and digits do not count.
+# ... and those that may stand beside them: train_images, test-set, ILSVRC2012_img_val.
+# Case and digits do not count.
 FILLERS = (
     "images",
     "image",
@@ -73,7 +74,10 @@ def rank(name):
 
 
 def pick(names, part, place):
-    """The best of ``names`` for a part of the data set at ``place``. Raises InputError if there is none, or several."""
+    """The best of ``names`` for a part of the data set at ``place``.
+
+    Raises InputError if there is none, or several.
+    """
     ranked = sorted((name for name in names if part_of(name) == part), key=lambda name: (rank(name), name))
     if not ranked:
         raise InputError(
@@ -129,7 +133,9 @@ def is_file(entry):
 
 @dataclass
 class Files:
-    """The image files below a folder: sorted relative paths; how many lie in which folder; what was left out."""
+    """The image files below a folder: sorted relative paths; how many lie in which folder; what
+    was left out.
+    """
 
     names: list = field(default_factory=list)
     folders: Counter = field(default_factory=Counter)
@@ -138,8 +144,11 @@ class Files:
 
 
 def find_images(root, is_kept=lambda folder: True):
-    """The Files below ``root``, those in the first-level folders that are kept. Links are followed, but a folder that
-    can be reached by several paths is read once: by its own path, else by the first."""
+    """The Files below ``root``, those in the first-level folders that are kept.
+
+    Links are followed, but a folder that can be reached by several paths is read once: by its
+    own path, else by the first.
+    """
     files, seen, folders, links = Files(), set(), [""], []
     while folders or links:
         folder, linked = (folders.pop(), False) if folders else (heapq.heappop(links), True)
@@ -194,11 +203,12 @@ def listing(left_out):
 
 
 class ImageFolder(Source):
-    """All images below ``root``, in the order of their paths; with ``classes``, those in these folders only;
-    ``without`` some folders.
+    """All images below ``root``, in the order of their paths; with ``classes``, those in these
+    folders only; ``without`` some folders.
 
-    The label of an image is the index in ``self.classes`` of the first-level folder that holds it, -1 for an image that
-    lies in ``root`` itself. Says on stderr what was left out. Raises InputError.
+    The label of an image is the index in ``self.classes`` of the first-level folder that holds
+    it, -1 for an image that lies in ``root`` itself. Says on stderr what was left out. Raises
+    InputError.
     """
 
     def __init__(self, root, classes=None, without=()):
@@ -210,8 +220,8 @@ class ImageFolder(Source):
         missing = sorted(set(classes or ()) - set(self.classes))
         if missing:
             raise InputError(
-                f"{printable(root)} has no images of {len(missing)} of the classes asked for, {printable(missing[0])} "
-                "first: complete it, or correct DATA.CLASSES"
+                f"{printable(root)} has no images of {len(missing)} of the classes asked for, "
+                f"{printable(missing[0])} first: complete it, or correct DATA.CLASSES"
             )
         if not names:
             raise NoImages(root, files.left_out)
@@ -226,7 +236,9 @@ class ImageFolder(Source):
         self.folders = files.folders
 
     def take(self, names):
-        """Hold the images of these ``names``, bytes below the root, in this order, whether they are there or not."""
+        """Hold the images of these ``names``, bytes below the root, in this order, whether they
+        are there or not.
+        """
         folders = [os.fsdecode(name).split(os.sep)[0] if b"/" in name else None for name in names]
         self.classes = sorted({folder for folder in folders if folder})
         index = {folder: i for i, folder in enumerate(self.classes)}

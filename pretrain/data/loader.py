@@ -1,8 +1,9 @@
 """Global batches as a pure function of (seed, step).
 
-The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a sample are drawn from
-(seed, epoch, index). So a run can stop anywhere and go on bit for bit, and neither the number of workers, nor that of
-ranks or accumulation steps, changes which pixels are seen.
+The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a
+sample are drawn from (seed, epoch, index). So a run can stop anywhere and go on bit for bit,
+and neither the number of workers, nor that of ranks or accumulation steps, changes which pixels
+are seen.
 """
 
 import numpy as np
@@ -19,9 +20,12 @@ ORDER_STREAM, SAMPLE_STREAM = 0, 1
 
 
 class MultiStageViews(Dataset):
-    """(epoch, index) -> ``views`` uint8 [2, 3, S, S], the two weak views, and ``params`` float32 [2, P] for their
-    aggressive stage. ``skipped`` counts the images from ``index`` on that cannot be decoded: the next one that can
-    stands in for them."""
+    """The weak views of an image: (epoch, index) -> {"views", "params", "index", "skipped"}.
+
+    ``views`` is uint8 [2, 3, S, S]; ``params`` float32 [2, P] is for their aggressive stage.
+    ``skipped`` counts the images from ``index`` on that cannot be decoded; the next one stands
+    in for them.
+    """
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
@@ -40,17 +44,19 @@ class MultiStageViews(Dataset):
 
     @staticmethod
     def collate(samples):
-        """A batch whose views lie in memory as the samples' do, channel last: to move them is for the device."""
+        """A batch with views in channels-last memory, as in the samples; the device moves them."""
         batch = default_collate([{**sample, "views": sample["views"].movedim(-3, -1)} for sample in samples])
         return {**batch, "views": batch["views"].movedim(-1, -3)}
 
 
 class StepBatches(Sampler):
-    """This rank's part of the global batches of steps ``start`` ... ``total`` - 1 (from 0), as lists of (epoch, index);
-    a part that is larger than ``micro_batch`` comes in several lists, one after the other.
+    """This rank's part of the global batches, as lists of (epoch, index).
 
-    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global batches. Raises InputError
-    where there are fewer images than that.
+    The steps are ``start`` ... ``total`` - 1, counted from 0. A part that is larger than
+    ``micro_batch`` comes in several lists, one after the other.
+
+    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global
+    batches. Raises InputError where there are fewer images than that.
     """
 
     def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1, micro_batch=None):
@@ -91,7 +97,7 @@ def build_loader(dataset, batches, num_workers):
     )
 
 
-def resolve_workers(num_workers):
+def resolve_workers(num_workers: int) -> int:
     """-1: this process's share of the cores, 16 at most."""
     if num_workers >= 0:
         return num_workers

@@ -13,7 +13,8 @@ from rsa_detectron2.pretrain.data.folders import is_skipped, part_of, pick
 from rsa_detectron2.pretrain.data.images import printable, read_file
 from rsa_detectron2.pretrain.data.source import Source, say
 
-# Names of columns, the preferred one first; case does not count. A file without the hub's metadata is read by them.
+# Names of columns, the preferred one first; case does not count. They are for files without the
+# hub's metadata.
 IMAGE_COLUMNS = (
     "image",
     "img",
@@ -42,12 +43,13 @@ FULL, CLOSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.E
 
 
 def find_shards(path, split):
-    """(files, whole): the Parquet files at ``path`` of a part of the data set ("val", else the training part), and
-    whether ``path`` has the other parts as well.
+    """(files, whole): the Parquet files at ``path`` of a part of the data set ("val", else the
+    training part), and whether ``path`` has the other parts as well.
 
-    The files lie in ``path`` or in folders below: train.parquet, data/train-00000-of-00002.parquet,
-    plain_text/train-*.parquet, default/train/0000.parquet. Where nothing names a part, ``path`` is one itself. Raises
-    InputError for several configurations and for an incomplete part.
+    The files lie in ``path`` or in folders below: train.parquet,
+    data/train-00000-of-00002.parquet, plain_text/train-*.parquet, default/train/0000.parquet.
+    Where nothing names a part, ``path`` is one itself. Raises InputError for several
+    configurations and for an incomplete part.
     """
     configs = defaultdict(lambda: defaultdict(list))  # folder of a configuration -> part -> files
     for folder, folders, names in os.walk(path):
@@ -82,8 +84,9 @@ def find_shards(path, split):
 
 
 def place_of(file):
-    """(configuration, part): the folders of a relative path but for ``data``; the name of the file, or of its folder
-    where that names a part."""
+    """(configuration, part): the folders of a relative path but for ``data``; the name of the
+    file, or of its folder where that names a part.
+    """
     name, folders = re.sub(r"-\d+-of-\d+.*|\.parquet$", "", file.name), list(file.parts[:-1])
     if not part_of(name) and folders and part_of(folders[-1]):
         name = folders.pop()
@@ -97,11 +100,13 @@ def of_how_many(file):
 
 
 class HuggingFace(Source):
-    """What ``save_to_disk`` of the ``datasets`` library wrote to ``root``, or Parquet ``shards``, whose images the library
-    first copies to its cache (HF_HOME) in a form that can be read in any order.
+    """What ``save_to_disk`` of the ``datasets`` library wrote to ``root``, or Parquet
+    ``shards``, whose images the library first copies to its cache (HF_HOME) in a form that can
+    be read in any order.
 
-    The images are those of the first column of type Image; else of a column that holds encoded images, or structs of
-    ``bytes`` and ``path``, by IMAGE_COLUMNS. Labels are numbers or strings. Raises InputError.
+    The images are those of the first column of type Image; else of a column that holds encoded
+    images, or structs of ``bytes`` and ``path``, by IMAGE_COLUMNS. Labels are numbers or
+    strings. Raises InputError.
     """
 
     def __init__(self, root, shards=(), own_val=False):
@@ -163,7 +168,11 @@ class HuggingFace(Source):
 
 
 def choose_columns(schema, root):
-    """(column of images, column of labels or None, names of the classes or []) of an Arrow schema. Raises InputError."""
+    """(column of images, column of labels or None, names of the classes or []) of an Arrow
+    schema.
+
+    Raises InputError.
+    """
     from datasets import ClassLabel, Features, Image
 
     kinds = Features.from_arrow_schema(schema)

@@ -1,4 +1,4 @@
-"""What the sources of images have in common. Those that there are: folders.py, tables.py and datasets.py."""
+"""What all sources of images have in common; they are in folders.py, parquet.py and datasets.py."""
 
 import functools
 import mmap
@@ -16,13 +16,14 @@ STANDIN = "STANDIN"  # a file in the folder of a data set that was drawn (standi
 class Source:
     """``len(source)`` images, which are known by their index.
 
-    ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, of those that hold files: the bytes,
-    and the name for a message. ``name(index)``: text that names one image. ``labels``:
-    int64 [N], -1 where unlabelled. ``classes``: their names. ``root``: the folder. ``own_val``: whether the path that
-    ``root`` was found at holds the validation images as well, which else lie in a folder beside ``root``.
+    ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, of those
+    that hold files: the bytes, and the name for a message. ``name(index)``: text that names one
+    image. ``labels``: int64 [N], -1 where unlabelled. ``classes``: their names. ``root``: the
+    folder. ``own_val``: whether the path that ``root`` was found at holds the validation images
+    as well, which else lie in a folder beside ``root``.
 
-    Sources hold arrays, not long lists: a million strings would be copied into every worker as soon as their reference
-    counts are touched.
+    Sources hold arrays, not long lists: a million strings would be copied into every worker as
+    soon as their reference counts are touched.
     """
 
     own_val = False
@@ -45,8 +46,10 @@ class Source:
 
     @functools.cached_property
     def bad(self):
-        """A byte for each image, 1 where it is known to be unreadable. Workers that are forked after the first use
-        share it."""
+        """A byte for each image, 1 where it is known to be unreadable.
+
+        Workers that are forked after the first use share it.
+        """
         return mmap.mmap(-1, max(1, len(self)))
 
     def share_bad(self) -> None:

@@ -1,7 +1,7 @@
 """Drawn data sets in the formats of the real ones, to rehearse with on a machine that has none of them.
 
-A stand-in has a file :data:`STANDIN` in its folder: pretrain/datasets.py then does not compare the check
-sums of the real files, and a run's record names the data set as a stand-in.
+A stand-in has a file :data:`STANDIN` in its folder: data/datasets.py then does not compare the check sums
+of the real files, and the record of a run names the data set as a stand-in.
 """
 
 import pickle

@@ -1,4 +1,4 @@
-"""What was computed from one checkpoint, kept in a folder beside it: features, their statistics, a classifier."""
+"""What was computed from a checkpoint and is kept beside it: features, statistics, classifiers."""
 
 import hashlib
 import json
@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.pretrain.data.source import Source
 
 
 class FeatureCache:
     """Arrays by description, in the folder ``<checkpoint>.features``.
 
-    A file serves the checkpoint of one sha256 and one description only; both are in it and compared when it is read.
-    Files of another sha256 are removed: they belong to what the checkpoint held before. A damaged file (numpy's archive
-    has a CRC-32 of each array) counts as absent, with a line on stderr; so does a folder that cannot be written.
+    A file serves the checkpoint of one sha256 and one description only; both are in it and
+    compared when it is read. Files of another sha256 are removed: they belong to what the
+    checkpoint held before. A damaged file (numpy's archive has a CRC-32 of each array) counts
+    as absent, with a line on stderr; so does a folder that cannot be written.
     """
 
     def __init__(self, checkpoint, sha256):
@@ -33,7 +35,7 @@ class FeatureCache:
             identity,
         )
 
-    def get(self, what):
+    def get(self, what: dict) -> dict[str, np.ndarray] | None:
         """{name: array} as they were put, or None."""
         path, identity = self.place(what)
         if not path.is_file():
@@ -51,7 +53,7 @@ class FeatureCache:
             )
             return None
 
-    def put(self, what, **arrays):
+    def put(self, what: dict, **arrays: np.ndarray) -> None:
         path, identity = self.place(what)
         try:
             self.folder.mkdir(exist_ok=True)
@@ -63,8 +65,8 @@ class FeatureCache:
             )
 
 
-def fingerprint(images):
-    """Hexadecimal digest of a source of images: its place, the names, labels, sizes and times of its files."""
+def fingerprint(images: Source) -> str:
+    """Hexadecimal digest of a source: its folder, and the names, labels, sizes and times of files."""
     digest = hashlib.sha256(os.fsencode(f"{images.root.resolve()}\n{images.classes}\n"))
     digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     for name in (*images.files, *map(images.name, range(len(images)))):

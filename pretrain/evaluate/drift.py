@@ -1,8 +1,9 @@
-"""The semantic shift, measured: how far an aggressive view moves from its own weak view in a backbone's features.
+"""The semantic shift: how far an aggressive view moves from its weak view in a backbone's features.
 
-Features are the backbone's, in eval mode, not a projector's: every checkpoint has them, and they are what is
-transferred. The drift of a pair is 1 - cos of its two feature vectors. A pair is that of the training itself: the views
-and ``params`` that MultiStageViews draws from (seed, epoch 0, index).
+Features are the backbone's, in eval mode, not a projector's: every checkpoint has them, and
+they are what is transferred. The drift of a pair is 1 - cos of its two feature vectors. A pair
+is that of the training itself: the views and ``params`` that MultiStageViews draws from (seed,
+epoch 0, index).
 """
 
 import csv
@@ -26,7 +27,7 @@ from rsa_detectron2.pretrain.method.augment import (
 )
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
-# What is applied, always and alone, to measure an operation: those of the jitter, whether grayscale, whether blur.
+# Each operation is measured alone: its (operations of the jitter, grayscale, blur) always apply.
 OPERATIONS = {
     **{name: ((i,), 0, 0) for i, name in enumerate(JITTER)},
     "jitter": (range(4), 0, 0),
@@ -52,8 +53,11 @@ def load_views(images, size, seed, indices, num_workers, batch_size=32):
 
 @torch.no_grad()
 def measure_pairs(features, images, seed, limit):
-    """The drift of both pairs of at most ``limit`` images: {"index", "view" int64 [N], "params" float32 [N, P],
-    "cosine" float32 [N]}, the cosine of each aggressive view and its weak view, most drifted first."""
+    """The drift of both pairs of at most ``limit`` images, most drifted first.
+
+    Returns {"index", "view" int64 [N], "params" float32 [N, P], "cosine" float32 [N]}, with the
+    cosine of each aggressive view and its weak view.
+    """
     found = {"index": [], "view": [], "params": [], "cosine": []}
     indices = choose(len(images), limit)
     with tqdm(total=len(indices), desc="pairs", unit="image", dynamic_ncols=True) as progress:
@@ -73,9 +77,12 @@ def measure_pairs(features, images, seed, limit):
 
 @torch.no_grad()
 def measure_operations(features, images, seed, limit):
-    """Drifts of the first weak view of at most ``limit`` images under each of OPERATIONS, applied alone and always, at
-    the strengths of the training; "as drawn" is the training's own aggressive view, "another crop" its other weak view,
-    and "another image" the weak view of the next image: the scale to read the others by. {name: float32 [N]}."""
+    """Drifts of the first weak view of at most ``limit`` images: {name: float32 [N]}.
+
+    Each of OPERATIONS is applied alone and always, at the strengths of the training. Besides:
+    "as drawn" is the training's own aggressive view. "another crop", the other weak view, and
+    "another image", the weak view of the next image, give the scale.
+    """
     drifts, weaks = {name: [] for name in (*OPERATIONS, "as drawn", "another crop")}, []
     indices = choose(len(images), limit)
     with tqdm(total=len(indices), desc="operations", unit="image", dynamic_ncols=True) as progress:
@@ -106,7 +113,9 @@ def measure_operations(features, images, seed, limit):
 
 
 def draw_strengths(rng):
-    """``params`` float32 [P] with every operation applied, at a strength and in an order drawn as in the training."""
+    """``params`` float32 [P] with every operation applied, at a strength and in an order drawn
+    as in the training.
+    """
     params = draw_params(rng)
     params[ORDER] = torch.from_numpy(rng.permutation(4)).to(params.dtype)
     params[GRAY] = 1
@@ -151,8 +160,9 @@ def caption(params):
 
 
 def write_pairs(path, pairs, images, seed):
-    """Pairs of :func:`measure_pairs` -> CSV, a row each, in their order: rank, index, file, seed, view (0 or 1),
-    cosine, and what was drawn, as :func:`describe` says."""
+    """Pairs of :func:`measure_pairs` -> CSV, a row each, in their order: rank, index, file,
+    seed, view (0 or 1), cosine, and what was drawn, as :func:`describe` says.
+    """
     drawn = ("order", *JITTER, "grayscale", "blur")
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -178,7 +188,9 @@ def write_pairs(path, pairs, images, seed):
 
 
 def write_operations(path, drifts):
-    """Drifts of :func:`measure_operations` -> CSV: operation, images, mean, standard error, median, 90th percentile."""
+    """Drifts of :func:`measure_operations` -> CSV: operation, images, mean, standard error,
+    median, 90th percentile.
+    """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["operation", "images", "mean", "standard error", "median", "90th percentile"])

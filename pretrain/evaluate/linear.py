@@ -25,7 +25,7 @@ class LinearProtocol:
     weight_decay: float
     milestones: tuple
     nesterov: bool
-    standardize: bool  # l2-normalised features, standardised with the training set's mean and variance
+    standardize: bool  # l2-normalized features, standardized with the training set's mean and variance
 
 
 # The paper's: the small data sets', and for ImageNet that of Mean Shift (Koohpayegani et al. 2021).
@@ -39,8 +39,8 @@ LINEAR = {
 }
 
 
-def shorten(protocol, epochs):
-    """The protocol over another number of epochs (None: its own), with the milestones in proportion."""
+def shorten(protocol: LinearProtocol, epochs: int | None) -> LinearProtocol:
+    """The protocol over another number of epochs (None: its own); milestones in proportion."""
     if epochs is None:
         return protocol
     milestones = tuple(round(m * epochs / protocol.epochs) for m in protocol.milestones)
@@ -48,8 +48,10 @@ def shorten(protocol, epochs):
 
 
 class RandomCrops(Dataset):
-    """The training transform of linear evaluation: (epoch, index) -> (uint8 [3, S, S], label): RandomResizedCrop(S) at
-    its default scale of 0.08-1, horizontal flip."""
+    """The training transform of linear evaluation: (epoch, index) -> (uint8 [3, S, S], label).
+
+    RandomResizedCrop(S) at its default scale of 0.08-1, then a horizontal flip.
+    """
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
@@ -63,8 +65,10 @@ class RandomCrops(Dataset):
 
 
 class LinearClassifier:
-    """A classifier on features [B, D], trained by SGD as a LinearProtocol says. ``statistics`` are the mean and
-    variance that the protocol may standardise with."""
+    """A classifier on features [B, D], trained by SGD as a LinearProtocol says.
+
+    ``statistics`` are the mean and variance that the protocol may standardize with.
+    """
 
     def __init__(self, dim, num_classes, protocol, seed, statistics=None):
         torch.manual_seed(seed)
@@ -115,23 +119,23 @@ class LinearClassifier:
             )
 
 
-def learning_rate(protocol, epoch):
+def learning_rate(protocol: LinearProtocol, epoch: int) -> float:
     """Of an epoch, counted from 0: a tenth from each milestone on."""
     return protocol.lr * 0.1 ** sum(epoch >= milestone for milestone in protocol.milestones)
 
 
-def standardize(features, mean, var):
-    """l2-normalised features, standardised with mean and variance [D]: [B, D] -> [B, D]."""
+def standardize(features: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+    """l2-normalized features, standardized with mean and variance [D]: [B, D] -> [B, D]."""
     return (F.normalize(features, dim=1) - mean) / (var + 1e-5).sqrt()
 
 
 def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, train_bn=False):
-    """Train a linear classifier on frozen features of random crops; returns the val top-1 of each epoch in percent.
+    """Train a linear classifier on features of random crops; val top-1 of each epoch in percent.
 
-    train_bn: the backbone's BatchNorm is in train mode where the classifier learns, as in the authors' code on the small
-    data sets, so that its running statistics, with which the val images are normalized, move with it. That happens to a
-    copy; ``features`` stay as they are. With a cache in ``features``, a call that was stopped goes on
-    from its last whole epoch.
+    With ``train_bn``, BatchNorm is in train mode while the classifier learns, as in the authors'
+    code on the small data sets. Its running statistics, which the val images are evaluated with,
+    then move too; only those of a copy, ``features`` stay as they are. With a cache in
+    ``features``, a call that was stopped goes on from its last whole epoch.
     """
     check_labelled(train, val)
     batch_size = min(batch_size, len(train))
@@ -182,7 +186,7 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, trai
 
 
 def evaluate_linear_on(bank, bank_labels, queries, query_labels, protocol, seed=0, batch_size=256):
-    """The same on features [N, D] and [M, D] that are there already, without the crops' variety: quicker, and lower."""
+    """The same on given features [N, D] and [M, D], without random crops: faster, but lower."""
     batch_size = min(batch_size, len(bank))
     steps_per_epoch = len(bank) // batch_size
     statistics = None

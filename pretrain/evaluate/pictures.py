@@ -1,4 +1,6 @@
-"""Pictures of what the aggressive augmentation does to images, and of how far a backbone's features move with it."""
+"""Pictures of what the aggressive augmentation does to images, and of how far a backbone's
+features move with it.
+"""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,8 +15,9 @@ LEGEND = "b, c, s: factors of brightness, contrast, saturation; h: turn of the h
 
 
 def draw_views(images, size, seed, count, path):
-    """A row for each of ``count`` images (Figure 1): the original, then the weak and the aggressive view of both crops,
-    with what was drawn below."""
+    """A row for each of ``count`` images (Figure 1): the original, then the weak and the
+    aggressive view of both crops, with what was drawn below.
+    """
     rows = []
     for batch in load_views(images, size, seed, choose(len(images), count), 0):
         strong = to_uint8(aggressive(batch["views"], batch["params"]))
@@ -41,9 +44,11 @@ def draw_views(images, size, seed, count, path):
 
 
 def draw_noisy(panels, seed, path, limit=400):
-    """Figure 1: for each of ``panels``, {title: (source, size in pixels of its views)}, the squared originals above their
-    aggressive views of the images that these change most: three of the color jitter, too bright or too dark, one each of
-    grayscale and of blur; out of at most ``limit`` images."""
+    """Figure 1: for each of ``panels``, {title: (source, size in pixels of its views)}, the
+    squared originals above their aggressive views of the images that these change most: three
+    of the color jitter, too bright or too dark, one each of grayscale and of blur; out of at
+    most ``limit`` images.
+    """
     figure = Figure(figsize=(9, 3.9 * len(panels)), dpi=130, layout="constrained")
     parts = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
     for part, (title, (images, size)) in zip(parts, panels.items()):
@@ -59,8 +64,10 @@ def draw_noisy(panels, seed, path, limit=400):
 
 
 def noisiest(images, size, seed, limit):
-    """Five (index, aggressive view uint8 [3, S, S], words): by mean brightness two of the jitter, the darkest and the
-    brightest, then the one whose mean color moves most; of grayscale the most colorful image; the strongest blur."""
+    """Five (index, aggressive view uint8 [3, S, S], words): by mean brightness two of the
+    jitter, the darkest and the brightest, then the one whose mean color moves most; of
+    grayscale the most colorful image; the strongest blur.
+    """
     found = []
     for batch in load_views(images, size, seed, choose(len(images), limit), 0):
         weak, aggressive_views = (
@@ -99,8 +106,9 @@ def noisiest(images, size, seed, limit):
 
 
 def draw_pairs(pairs, images, size, seed, count, path):
-    """The ``count`` pairs of :func:`measure_pairs` that drifted most and, below, the eight that drifted least: weak
-    and aggressive view side by side, with their cosine and what was drawn."""
+    """The ``count`` pairs of :func:`measure_pairs` that drifted most and, below, the eight that
+    drifted least: weak and aggressive view side by side, with their cosine and what was drawn.
+    """
     columns = 4
     total = len(pairs["cosine"])
     count = max(1, min(count, total))
@@ -137,8 +145,10 @@ def draw_pairs(pairs, images, size, seed, count, path):
 
 
 def plot_operations(drifts, path):
-    """Drifts of :func:`measure_operations`, a box for each operation: the middle half of the images, their median
-    and mean (dot), whiskers from the 5th to the 95th percentile; the pairs that set the scale in gray."""
+    """Drifts of :func:`measure_operations`, a box for each operation: the middle half of the
+    images, their median and mean (dot), whiskers from the 5th to the 95th percentile; the pairs
+    that set the scale in gray.
+    """
     single = sorted(OPERATIONS, key=lambda name: drifts[name].mean())
     names = [*single, "as drawn", "another crop", "another image"]
     labels = {name: f"{name} alone" for name in single} | {"as drawn": "aggressive view, as drawn"}

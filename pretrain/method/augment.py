@@ -1,8 +1,9 @@
-"""Multi-stage augmentation (paper, eq. 3): a weak view v_w = t_w(x), and the aggressive view v_a = t_a(v_w) of it.
+"""Multi-stage augmentation (paper, eq. 3): weak view v_w = t_w(x), aggressive view v_a = t_a(v_w).
 
-t_w (random resized crop, flip) runs in the loader's workers on uint8. t_a (colour jitter, grayscale, Gaussian blur)
-runs batched on the device, from ``params`` that the workers drew, so that four views cost the transfer of two and
-every aggressive view shares the crop of its weak view. Drawing and applying are apart: both stages are pure functions.
+t_w (random resized crop, flip) runs in the loader's workers on uint8. t_a (color jitter,
+grayscale, Gaussian blur) runs batched on the device, from ``params`` that the workers drew, so
+that four views cost the transfer of two and every aggressive view shares the crop of its weak
+view. Drawing and applying are apart: both stages are pure functions.
 """
 
 import math
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Columns of ``params``: factors of brightness, contrast, saturation and hue; the operation in each of the four slots
-# of the jitter (-1: none); grayscale (0 or 1); sigma of the blur in pixels (0: none).
+# Columns of ``params``: factors of brightness, contrast, saturation and hue; the operation in each
+# of the four slots of the jitter (-1: none); grayscale (0 or 1); sigma of the blur in pixels
+# (0: none).
 FACTORS, ORDER, GRAY, SIGMA = slice(0, 4), slice(4, 8), 8, 9
 NUM_PARAMS = 10
 MAX_SIGMA = 2.0
@@ -23,7 +25,10 @@ BLUR_RADIUS = 6  # 3 sigma
 
 
 def crop_box(rng, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
-    """RandomResizedCrop's box (top, left, height, width) in pixels: ten tries, then the largest central crop."""
+    """RandomResizedCrop's box (top, left, height, width) in pixels.
+
+    Ten tries, then the largest central crop.
+    """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u in rng.random((10, 4)):
         area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
@@ -36,8 +41,10 @@ def crop_box(rng, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def weak_view(image, rng, size, scale=(0.2, 1.0)):
-    """t_w: uint8 [3, H, W] -> uint8 [3, size, size], whose pixels lie in memory one after the other (H, W, 3)."""
+def weak_view(
+    image: torch.Tensor, rng: np.random.Generator, size: int, scale: tuple[float, float] = (0.2, 1.0)
+) -> torch.Tensor:
+    """t_w: uint8 [3, H, W] -> uint8 [3, size, size], channels last in memory."""
     top, left, height, width = crop_box(rng, *image.shape[-2:], scale)
     # Copied out first: resizing the strided crop takes half as long again, to the same bits.
     crop = image[None, :, top : top + height, left : left + width].contiguous(
@@ -47,8 +54,11 @@ def weak_view(image, rng, size, scale=(0.2, 1.0)):
     return view.flip(-1) if rng.random() < 0.5 else view
 
 
-def draw_params(rng):
-    """One t_a's draws -> float32 [NUM_PARAMS]: ColorJitter(0.4, 0.4, 0.4, 0.1) p 0.8, grayscale p 0.2, blur p 0.5."""
+def draw_params(rng: np.random.Generator) -> torch.Tensor:
+    """Draw one t_a: float32 [NUM_PARAMS].
+
+    ColorJitter(0.4, 0.4, 0.4, 0.1) with p 0.8, grayscale with p 0.2, blur with p 0.5.
+    """
     params = np.zeros(NUM_PARAMS, dtype=np.float32)
     params[0:3] = rng.uniform(0.6, 1.4, 3)
     params[3] = rng.uniform(-0.1, 0.1)
@@ -64,17 +74,17 @@ def draw_params(rng):
 # ---- aggressive stage, on a batch on the device ----
 
 
-def to_float(views):
+def to_float(views: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [0, 1]."""
     return views.float() / 255
 
 
-def aggressive(views, params):
-    """t_a on a batch: views uint8 [B, V, 3, H, W] on any device, params float32 [B, V, P] on the CPU -> float32
-    [B, V, 3, H, W] in [0, 1].
+def aggressive(views: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """t_a on a batch: uint8 [B, V, 3, H, W] on any device -> float32 [B, V, 3, H, W] in [0, 1].
 
-    ``params`` stays on the CPU because it decides which samples an operation takes; choosing them there spares the
-    device a synchronisation per operation.
+    ``params`` is float32 [B, V, P] on the CPU.
+    ``params`` stays on the CPU because it decides which samples an operation takes; choosing
+    them there spares the device a synchronization per operation.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
     taken = torch.stack(
@@ -100,7 +110,7 @@ def aggressive(views, params):
     return images.view(views.shape)
 
 
-def grayscale(images):
+def grayscale(images: torch.Tensor) -> torch.Tensor:
     """Luma of ITU-R 601: [N, 3, H, W] -> [N, 1, H, W]."""
     r, g, b = images.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
@@ -110,19 +120,19 @@ def _blend(images, other, factor):
     return (factor * images + (1 - factor) * other).clamp_(0, 1)
 
 
-def adjust_brightness(images, factor):
+def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return (images * factor).clamp_(0, 1)
 
 
-def adjust_contrast(images, factor):
+def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return _blend(images, grayscale(images).mean((-3, -2, -1), keepdim=True), factor)
 
 
-def adjust_saturation(images, factor):
+def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return _blend(images, grayscale(images), factor)
 
 
-def adjust_hue(images, factor):
+def adjust_hue(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Turn the hue by ``factor`` [N, 1, 1, 1] of a full circle, through HSV."""
     r, g, b = images.unbind(1)
     value, lowest = images.amax(1), images.amin(1)
@@ -143,8 +153,10 @@ def adjust_hue(images, factor):
 ADJUST = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue  # in the order of FACTORS
 
 
-def gaussian_blur(images, sigma):
-    """Separable Gaussian, each image with its sigma: [N, 3, H, W], sigma [N] in pixels; the border is reflected."""
+def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Separable Gaussian, each image with its sigma: [N, 3, H, W], sigma [N] in pixels; the
+    border is reflected.
+    """
     count, channels, height, width = images.shape
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
@@ -155,6 +167,6 @@ def gaussian_blur(images, sigma):
     return planes.view(images.shape)
 
 
-def normalize(images, mean, std):
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """[..., 3, H, W] -> (images - mean) / std, with mean and std float32 [3] on the images' device."""
     return (images - mean[:, None, None]) / std[:, None, None]

@@ -1,4 +1,4 @@
-"""Online and target networks: backbone f, projector g, predictor q (paper, 4.1), and the heads of each method."""
+"""Online and target networks: backbone f, projector g, predictor q (paper, 4.1), heads by method."""
 
 import copy
 
@@ -16,11 +16,13 @@ FAMILIES = (
 )
 
 
-def build_backbone(name, small_stem=False):
-    """A timm ResNet without classifier, [B, 3, H, W] -> [B, D]; a plain one's state dict has torchvision's names.
+def build_backbone(name: str, small_stem: bool = False) -> nn.Module:
+    """A timm ResNet without classifier: [B, 3, H, W] -> [B, D].
 
-    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels. Raises InputError for a
-    name that is no ResNet of timm's, that asks for pretrained weights, or whose stem cannot be replaced.
+    The state dict of a plain ResNet has torchvision's names.
+    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels.
+    Raises InputError for a name that is no ResNet of timm's, that asks for pretrained weights,
+    or whose stem cannot be replaced.
     """
     plain, dot, tag = name.partition(".")
     if not timm.models.is_model_in_modules(plain, RESNET_MODULES):
@@ -38,19 +40,19 @@ def build_backbone(name, small_stem=False):
                 f"MODEL.SMALL_STEM replaces a single 7x7 convolution, but {name} begins with several: give "
                 "MODEL.BACKBONE without a deep stem, such as resnet18, or MODEL.SMALL_STEM False"
             )
-        # With PyTorch's own initialization, unlike timm's of the other convolutions: so it is in the authors' code.
+        # Initialized as PyTorch does, unlike timm's other convolutions: the authors' code does so.
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
     return backbone
 
 
-def check_backbone(name, small_stem=False):
-    """Raises the InputError of :func:`build_backbone`, without the memory and the random numbers of building it."""
+def check_backbone(name: str, small_stem: bool = False) -> None:
+    """Raise the InputError of :func:`build_backbone` without building it."""
     with torch.device("meta"):
         build_backbone(name, small_stem)
 
 
-def mlp(in_dim, hidden_dim, out_dim, bias=False):
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, bias: bool = False) -> nn.Sequential:
     """[B, in_dim] -> [B, out_dim]; ``bias`` is the last layer's."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
@@ -60,16 +62,19 @@ def mlp(in_dim, hidden_dim, out_dim, bias=False):
     )
 
 
-# Heads: (in_dim, hidden_dim, out_dim) -> projector [B, in_dim] -> [B, out_dim], predictor [B, out_dim] -> [B, out_dim].
+# Heads: (in_dim, hidden_dim, out_dim) -> (projector [B, in_dim] -> [B, out_dim],
+# predictor [B, out_dim] -> [B, out_dim]).
 
 
-def byol_heads(in_dim, hidden_dim, out_dim):
+def byol_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
     """RSA's and BYOL's."""
     return mlp(in_dim, hidden_dim, out_dim), mlp(out_dim, hidden_dim, out_dim)
 
 
-def simsiam_heads(in_dim, hidden_dim, out_dim):
-    """SimSiam's (Chen and He 2021, section 3): three layers, each with BatchNorm; a predictor with a bottleneck."""
+def simsiam_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
+    """SimSiam's (Chen and He 2021, section 3): three layers, each with BatchNorm; a predictor
+    with a bottleneck.
+    """
     projector = nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
         nn.BatchNorm1d(hidden_dim),
@@ -80,12 +85,12 @@ def simsiam_heads(in_dim, hidden_dim, out_dim):
     return projector, mlp(out_dim, out_dim // 4, out_dim, bias=True)
 
 
-def simclr_heads(in_dim, hidden_dim, out_dim):
+def simclr_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
     """A projector like BYOL's; nothing predicts."""
     return mlp(in_dim, hidden_dim, out_dim), nn.Identity()
 
 
-def moco_heads(in_dim, hidden_dim, out_dim):
+def moco_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
     """MoCo v2's projector, without BatchNorm; nothing predicts."""
     projector = nn.Sequential(
         nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
@@ -106,9 +111,13 @@ class Branch(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """MoCo's queue: ``keys`` float32 [size, dim], unit vectors, in a ring that starts at random. ``pending`` gathers
-    the keys of a step, [B, dim] of each micro-batch; they enter at its end, so that every negative comes from an
-    earlier step and a checkpoint between steps holds all there is."""
+    """MoCo's queue: ``keys`` float32 [size, dim], unit vectors, in a ring that starts at
+    random.
+
+    ``pending`` gathers the keys of a step, [B, dim] of each micro-batch; they enter at its end,
+    so that every negative comes from an earlier step and a checkpoint between steps holds all
+    there is.
+    """
 
     def __init__(self, size, dim):
         super().__init__()
@@ -116,7 +125,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
         self.pending = []
 
-    def end_step(self, skipped):
+    def end_step(self, skipped: bool) -> None:
         """Replace the oldest keys by the pending ones, at most ``size``; a skipped step's are dropped."""
         if not skipped:
             keys = torch.cat(self.pending)
@@ -127,12 +136,15 @@ class KeyQueue(nn.Module):
 
 
 class Networks(nn.Module):
-    """The online network (backbone, projector, predictor) and what a method needs besides: its slowly following target
-    (backbone, projector) and a queue of ``queue`` keys; None where there is none.
+    """The online network (backbone, projector, predictor), target and queue of a method.
 
-    ``objective(networks, weak, aggressive, beta)`` is one of objectives.py; it runs inside ``forward`` so that
-    DistributedDataParallel sees one forward for each backward. Each view goes through on its own, so BatchNorm
-    statistics are per view. The target stays in train mode; the EMA copies parameters, not buffers.
+    The target (backbone, projector) follows slowly; the queue holds ``queue`` keys. Either is
+    None where the method has none.
+
+    ``objective(networks, weak, aggressive, beta)`` is one of objectives.py; it runs inside
+    ``forward`` so that DistributedDataParallel sees one forward for each backward. Each view
+    goes through on its own, so BatchNorm statistics are per view. The target stays in train
+    mode; the EMA copies parameters, not buffers.
     """
 
     def __init__(
@@ -158,24 +170,29 @@ class Networks(nn.Module):
     def forward(self, weak, aggressive, beta):
         return self.objective(self, weak, aggressive, beta)
 
-    def predict(self, view):
+    def predict(self, view: torch.Tensor) -> torch.Tensor:
         """Online prediction q(g(f(view))): [B, 3, H, W] -> [B, out_dim]."""
         return self.predictor(self.online(view))
 
     @torch.no_grad()
-    def project_target(self, view):
-        """Projection under stop-gradient: [B, 3, H, W] -> [B, out_dim], by the target network, or by the online network
-        where a method has no target."""
+    def project_target(self, view: torch.Tensor) -> torch.Tensor:
+        """Projection under stop-gradient: [B, 3, H, W] -> [B, out_dim].
+
+        By the target network, or by the online network where a method has no target.
+        """
         return (self.target or self.online)(view)
 
-    def compile_backbones(self):
+    def compile_backbones(self) -> None:
         """torch.compile, in place: the names of the tensors, and so the checkpoints, stay."""
         for branch in filter(None, (self.online, self.target)):
             branch.backbone.compile()
 
-    def end_step(self, tau, skipped=False):
-        """Once after each optimizer step: the target follows, the queue takes the step's keys. A skipped step changes
-        neither. If its overflow has reached BatchNorm's running statistics, those are reset: it would stay there."""
+    def end_step(self, tau: float, skipped: bool = False) -> None:
+        """Once after each optimizer step: the target follows, the queue takes the step's keys.
+
+        A skipped step changes neither. If its overflow has reached the running statistics of
+        a BatchNorm, they are reset: they would never recover.
+        """
         if skipped:
             for layer in self.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (
@@ -188,14 +205,16 @@ class Networks(nn.Module):
             self.queue.end_step(skipped)
 
     @torch.no_grad()
-    def update_target(self, tau):
+    def update_target(self, tau: float) -> None:
         """EMA: target <- tau * target + (1 - tau) * online, over all parameters at once."""
         get_ema_multi_avg_fn(tau)(list(self.target.parameters()), list(self.online.parameters()), None)
 
 
 def build_networks(cfg, method):
-    """Networks of a configuration for one of ``objectives.METHODS``, initialised from torch's current seed, in
-    channels_last."""
+    """Networks of a configuration for one of ``objectives.METHODS``, in channels_last.
+
+    They are initialized from torch's current seed.
+    """
     backbone = build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     networks = Networks(
         backbone,

@@ -1,10 +1,11 @@
-"""The objectives: RSA (paper, eq. 2, 4-6) and the methods it is compared with, each a function of the networks, the
-views and beta, which only RSA uses.
+"""The objectives: RSA (paper, eq. 2, 4-6) and the methods that it is compared with.
 
-``weak`` and ``aggressive`` are float [B, 2, 3, H, W]. Every function returns ``loss`` (a scalar to minimise, float32 at
-least) and, detached, what is worth watching: the parts of the loss, mean cosines of the pairs, and ``feature_std``, the
-standard deviation of the normalised online outputs over the batch times sqrt(dim): about 1 when healthy, 0 when
-collapsed. A trailing underscore marks the other view of the two.
+Each is a function of the networks, the views and beta, which only rsa and simsiam_rsa use.
+``weak`` and ``aggressive`` are float [B, 2, 3, H, W]. It returns ``loss``, a scalar to minimize,
+float32 at least, and detached metrics: the parts of the loss, the mean cosines of the pairs, and
+``feature_std``, the standard deviation of the l2-normalized online outputs over the batch times
+sqrt(dim): about 1 when healthy, 0 when collapsed. A trailing underscore marks the other view of
+the two.
 """
 
 from collections.abc import Callable
@@ -13,30 +14,40 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from rsa_detectron2.common import distributed
-from rsa_detectron2.pretrain.method.networks import byol_heads, moco_heads, simclr_heads, simsiam_heads
+from rsa_detectron2.pretrain.method.networks import (
+    Networks,
+    byol_heads,
+    moco_heads,
+    simclr_heads,
+    simsiam_heads,
+)
 
 
-def cosine(q, z):
+def cosine(q: Tensor, z: Tensor) -> Tensor:
     """cos(q, z): [B, D] x 2 -> [B], in float32 at least, whatever autocast gave."""
     q, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, z))
     return F.cosine_similarity(q, z, dim=1)
 
 
-def unit(x):
+def unit(x: Tensor) -> Tensor:
     """Rows of [B, D] to length 1, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def distance(q, z):
+def distance(q: Tensor, z: Tensor) -> Tensor:
     """d(q, z) = 2 - 2 cos(q, z) (eq. 2): [B, D] x 2 -> [B]."""
     return 2 - 2 * cosine(q, z)
 
 
-def rsa(networks, weak, aggressive, beta):
-    """RSA (eq. 4-5), both directions: the aggressive view predicts the other weak view's target projection and, with
-    weight beta, the other aggressive view's online prediction under stop-gradient."""
+def rsa(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """RSA (eq. 4-5), both directions.
+
+    The aggressive view predicts the target projection of the other weak view and, with weight
+    beta, the online prediction of the other aggressive view under stop-gradient.
+    """
     q, q_ = networks.predict(aggressive[:, 0]), networks.predict(aggressive[:, 1])
     z, z_ = networks.project_target(weak[:, 0]), networks.project_target(weak[:, 1])
     loss_aw = (distance(q, z_) + distance(q_, z)).mean()
@@ -47,14 +58,14 @@ def rsa(networks, weak, aggressive, beta):
     }
 
 
-def byol(networks, weak, aggressive, beta):
-    """BYOL on two aggressive views (AA), symmetrised."""
+def byol(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """BYOL on two aggressive views (AA), symmetrized."""
     loss, q, q_ = symmetric_byol(networks, aggressive[:, 0], aggressive[:, 1])
     return {"loss": loss, **watch(q, q_, loss_aa=loss, cos_aa=1 - loss / 4)}
 
 
-def byol_aw(networks, weak, aggressive, beta):
-    """BYOL on an aggressive and a weak view (AW), symmetrised."""
+def byol_aw(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """BYOL on an aggressive and a weak view (AW), symmetrized."""
     loss, q, q_ = symmetric_byol(networks, aggressive[:, 0], weak[:, 1])
     return {"loss": loss, **watch(q, q_, loss_aw=loss, cos_aw=1 - loss / 4)}
 
@@ -65,19 +76,25 @@ def symmetric_byol(networks, view, view_):
     return (distance(q, z_) + distance(q_, z)).mean(), q, q_
 
 
-def simsiam(networks, weak, aggressive, beta):
-    """SimSiam (Chen and He 2021, eq. 2) on two aggressive views: each prediction against the other's projection under
-    stop-gradient, which is that of the same forward."""
+def simsiam(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """SimSiam (Chen and He 2021, eq. 2) on two aggressive views.
+
+    Each prediction is compared with the projection of the other view under stop-gradient, from
+    the same forward pass.
+    """
     z, z_ = networks.online(aggressive[:, 0]), networks.online(aggressive[:, 1])
     p, p_ = networks.predictor(z), networks.predictor(z_)
     loss = -0.5 * (cosine(p, z_.detach()) + cosine(p_, z.detach())).mean()
     return {"loss": loss, **watch(p, p_, loss_aa=loss, cos_aa=-loss)}
 
 
-def simsiam_rsa(networks, weak, aggressive, beta):
-    """SimSiam with RSA (paper, 4.7): eq. 5 in negative cosines. SimSiam has no target network: the online network under
-    stop-gradient takes its place."""
-    # The predictions first: autocast keeps a weight's cast copy, and one made under stop-gradient would serve both.
+def simsiam_rsa(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """SimSiam with RSA (paper, 4.7): eq. 5 in negative cosines.
+
+    SimSiam has no target network: the online network under stop-gradient takes its place.
+    """
+    # Predict first: autocast caches the cast weights, and copies made under stop-gradient would
+    # have no gradient.
     p, p_ = networks.predict(aggressive[:, 0]), networks.predict(aggressive[:, 1])
     z, z_ = networks.project_target(weak[:, 0]), networks.project_target(weak[:, 1])
     loss_aw = -0.5 * (cosine(p, z_) + cosine(p_, z)).mean()
@@ -88,9 +105,11 @@ def simsiam_rsa(networks, weak, aggressive, beta):
     }
 
 
-def simclr(networks, weak, aggressive, beta):
-    """SimCLR's NT-Xent (Chen et al. 2020, eq. 1) on two aggressive views: each picks the other out of all views that go
-    through at once on all ranks."""
+def simclr(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """SimCLR's NT-Xent (Chen et al. 2020, eq. 1) on two aggressive views.
+
+    Each picks the other out of all views that go through at once on all ranks.
+    """
     z, z_ = (unit(networks.predict(aggressive[:, i])) for i in (0, 1))
     views = torch.stack([z, z_], 1).flatten(0, 1)  # rows 2i and 2i + 1 are the views of image i
     everyone = gather(views)
@@ -100,9 +119,12 @@ def simclr(networks, weak, aggressive, beta):
     return {"loss": loss, **watch(z, z_, cos_aa=cosine(z, z_).mean())}
 
 
-def moco(networks, weak, aggressive, beta):
-    """MoCo v2 (Chen et al. 2020), symmetrised: each aggressive view picks the other's key, which is its target
-    projection, out of the keys of earlier steps. The keys of both views will be negatives of later steps."""
+def moco(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
+    """MoCo v2 (Chen et al. 2020), symmetrized.
+
+    Each aggressive view picks the key of the other, its target projection, out of the keys of
+    earlier steps. The keys of both views will be negatives of later steps.
+    """
     q, q_ = (unit(networks.predict(aggressive[:, i])) for i in (0, 1))
     k, k_ = (unit(networks.project_target(aggressive[:, i])) for i in (0, 1))
     loss = info_nce(q, k_, networks) + info_nce(q_, k, networks)
@@ -110,7 +132,7 @@ def moco(networks, weak, aggressive, beta):
     return {"loss": loss, **watch(q, q_, cos_aa=0.5 * (cosine(q, k_) + cosine(q_, k)).mean())}
 
 
-def info_nce(q, k, networks):
+def info_nce(q: Tensor, k: Tensor, networks: Networks) -> Tensor:
     """InfoNCE (He et al. 2020, eq. 1) of unit queries and their keys, [B, D] each, against the queue."""
     logits = (
         torch.cat([cosine(q, k)[:, None], similarities(q, networks.queue.keys)], 1) / networks.temperature
@@ -127,6 +149,7 @@ class Method:
     fix_predictor_lr: bool = False  # the predictor's learning rate does not decay (Chen and He 2021, 4.2)
 
 
+# The keys are those of config.METHODS.
 METHODS = {
     "rsa": Method(rsa, byol_heads, target=True),
     "byol": Method(byol, byol_heads, target=True),
@@ -138,20 +161,23 @@ METHODS = {
 }
 
 
-def similarities(q, keys):
+def similarities(q: Tensor, keys: Tensor) -> Tensor:
     """Cosines of unit rows, [B, D] and [N, D] -> [B, N], at their own precision under autocast too."""
     with torch.autocast(q.device.type, enabled=False):
         return q @ keys.T
 
 
-def gather(x):
+def gather(x: Tensor) -> Tensor:
     """The rows of all ranks one after the other, with gradient: [B, D] -> [world size * B, D]."""
     return Gather.apply(x) if distributed.world_size() > 1 else x
 
 
 class Gather(torch.autograd.Function):
-    """[B, D] of each rank -> [ranks · B, D] on every rank. Backward sums a row's gradient over the ranks; the mean that
-    DistributedDataParallel then takes makes it the gradient of the mean of their losses."""
+    """[B, D] of each rank -> [ranks · B, D] on every rank.
+
+    Backward sums a row's gradient over the ranks; the mean that DistributedDataParallel then
+    takes makes it the gradient of the mean of their losses.
+    """
 
     @staticmethod
     def forward(ctx, x):

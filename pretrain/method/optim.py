@@ -1,16 +1,22 @@
 """LARS for ImageNet-1K, SGD for the rest (paper, 4.1)."""
 
 import torch
+from fvcore.common.config import CfgNode
 from timm.optim import Lars
 
+from rsa_detectron2.pretrain.method.networks import Networks
 
-def build_optimizer(networks, solver, fix_predictor_lr=False):
-    """The optimizer of a configuration's SOLVER over the online network and the predictor; :func:`set_lr` gives it the
-    learning rate of each step.
 
-    LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling; timm's Lars leaves a
-    group unscaled when its weight decay is 0, unless told to adapt always. SGD: weight decay on everything, as in the
-    authors' small recipes.
+def build_optimizer(
+    networks: Networks, solver: CfgNode, fix_predictor_lr: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of a configuration's SOLVER over the online network and the predictor.
+
+    :func:`set_lr` sets the learning rate of each step.
+
+    LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling;
+    timm's Lars leaves a group unscaled when its weight decay is 0, unless told to adapt always.
+    SGD: weight decay on everything, as in the authors' small recipes.
     """
     groups = []
     for fixed, module in ((False, networks.online), (fix_predictor_lr, networks.predictor)):
@@ -35,7 +41,7 @@ def build_optimizer(networks, solver, fix_predictor_lr=False):
     return Lars(groups, lr=0.0, momentum=solver.MOMENTUM, trust_coeff=solver.TRUST_COEFFICIENT)
 
 
-def set_lr(optimizer, lr, peak):
-    """The step's learning rate; ``peak`` for parameters whose rate is fixed."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, peak: float) -> None:
+    """Set the learning rate of a step; ``peak`` for parameters whose rate is fixed."""
     for group in optimizer.param_groups:
         group["lr"] = peak if group["fixed"] else lr

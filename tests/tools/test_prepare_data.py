@@ -87,7 +87,8 @@ def test_writes_the_short_side_and_keeps_the_folders(prepare, source, tmp_path):
         image = read_image(tmp_path / "new" / "out" / (name + ".jpg" if name.endswith("png") else name))
         assert min(image.shape[1:]) == 48 and (height > width) == (image.shape[1] > image.shape[2])
         assert max(image.shape[1:]) == pytest.approx(48 * max(height, width) / min(height, width), abs=1)
-        # A photograph without its finest grain: JPEG and another resampling cost less than two grey levels in the mean.
+        # A photograph without its finest grain: JPEG and another resampling cost less than two gray
+        # levels in the mean.
         exact = Image.fromarray(read_image(source / name).permute(1, 2, 0).numpy()).resize(
             (image.shape[2], image.shape[1]), Image.Resampling.LANCZOS
         )

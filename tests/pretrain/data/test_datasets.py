@@ -1,4 +1,6 @@
-"""Every source of images, on its genuine layout on disk, against what wrote it: PIL, torchvision's files, datasets."""
+"""Every source of images, on its genuine layout on disk, against what wrote it: PIL,
+torchvision's files, datasets.
+"""
 
 import hashlib
 import io
@@ -346,8 +348,9 @@ def encoded(pixels, format):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """(folder, pixels, labels): two Parquet shards of 10 training images and one of 4 for validation, as on the hub;
-    the same from save_to_disk in saved/. Image 6 is damaged."""
+    """(folder, pixels, labels): two Parquet shards of 10 training images and one of 4 for
+    validation, as on the hub; the same from save_to_disk in saved/. Image 6 is damaged.
+    """
     datasets = pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("hub")
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")

@@ -1,4 +1,6 @@
-"""Image folders as people have them: odd names, links, what systems leave behind, and parts that are for tests."""
+"""Image folders as people have them: odd names, links, what systems leave behind, and parts
+that are for tests.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ LATIN1 = os.fsdecode(b"caf\xe9")  # as an old archive unpacks it
 
 
 def draw(root, *names):
-    """Small images of these names below ``root``, each of its own colour: {name: colour}."""
+    """Small images of these names below ``root``, each of its own color: {name: color}."""
     colors = {}
     for i, name in enumerate(names):
         path, colors[name] = Path(root, name), 10 * i
@@ -205,8 +207,8 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, capsys):
     images = ImageFolder(tmp_path / "set")
     assert names(images) == ["a/0.png", "b/0.png"] and images.classes == ["a", "b"]
     assert capsys.readouterr().err == (
-        f"{tmp_path}/set: 2 images; files left out: 2 ._*, 2 .heic, 2 hidden, 2 in __MACOSX/, 1 .db, 1 .y\\nz, "
-        "1 in $RECYCLE.BIN/, 1 in .ipynb_checkpoints/, 4 of other kinds\n"
+        f"{tmp_path}/set: 2 images; files left out: 2 ._*, 2 .heic, 2 hidden, 2 in __MACOSX/, 1 .db, "
+        "1 .y\\nz, 1 in $RECYCLE.BIN/, 1 in .ipynb_checkpoints/, 4 of other kinds\n"
     )
     ImageFolder(tmp_path / "set")
     assert not capsys.readouterr().err  # said once

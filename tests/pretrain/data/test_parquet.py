@@ -1,4 +1,7 @@
-"""Parquet files as others write them: pandas, pyarrow and the Hugging Face hub. Those of its own library: test_datasets.py."""
+"""Parquet files as others write them: pandas, pyarrow and the Hugging Face hub.
+
+Those of its own library: test_datasets.py.
+"""
 
 import errno
 import io

@@ -1,4 +1,6 @@
-"""How far aggressive views drift: against torchvision's functional and sums by hand, on a backbone that sees colour."""
+"""How far aggressive views drift: against torchvision's functional and sums by hand, on a
+backbone that sees color.
+"""
 
 import csv
 
@@ -22,7 +24,7 @@ from rsa_detectron2.pretrain.method.objectives import rsa
 SIZE = 32
 
 
-class MeanColour(torch.nn.Module):
+class MeanColor(torch.nn.Module):
     """Features: the mean of each channel of the image in [0, 1], for DATA.MEAN 0 and DATA.STD 1."""
 
     def forward(self, images):
@@ -44,12 +46,12 @@ def features():
             (1.0, 1.0, 1.0),
         ]
     )
-    return Features(MeanColour(), cfg.DATA, None)
+    return Features(MeanColor(), cfg.DATA, None)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Twelve plain colours, and one picture in gray."""
+    """Twelve plain colors, and one picture in gray."""
     root = tmp_path_factory.mktemp("plain")
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -61,7 +63,7 @@ def images(tmp_path_factory):
 
 
 def by_hand(weak, strong):
-    """cos of the mean colours of two views [3, H, W] in [0, 1], in numpy."""
+    """cos of the mean colors of two views [3, H, W] in [0, 1], in numpy."""
     a, b = (view.double().numpy().mean((1, 2)) for view in (weak, strong))
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
@@ -99,7 +101,9 @@ def test_an_operation_alone_is_torchvisions(images):
 
 
 def test_drift_of_each_operation(images, features):
-    """Mean colours: on plain colours a blur moves nothing and a brighter image keeps its direction, gray loses it."""
+    """Mean colors: on plain colors a blur moves nothing and a brighter image keeps its
+    direction, gray loses it.
+    """
     drifts = drift.measure_operations(features, images, seed=0, limit=100)
     assert set(drifts) == {*drift.OPERATIONS, "as drawn", "another crop", "another image"}
     assert all(values.shape == (13,) for values in drifts.values())
@@ -118,7 +122,9 @@ def test_drift_of_each_operation(images, features):
 
 
 def test_table_of_pairs_says_how_each_was_drawn(images, features, tmp_path):
-    """Every row leads back to its pair: the same views, made by torchvision from the row alone, give its cosine."""
+    """Every row leads back to its pair: the same views, made by torchvision from the row alone,
+    give its cosine.
+    """
     pairs = drift.measure_pairs(features, images, seed=1, limit=100)
     drift.write_pairs(tmp_path / "pairs.csv", pairs, images, seed=1)
     rows = list(csv.DictReader(open(tmp_path / "pairs.csv")))
@@ -193,8 +199,8 @@ def test_picture_of_views_has_original_weak_and_aggressive(images, tmp_path, sho
             picture[len(picture) // 2, len(picture) // 2].astype(int)
             for picture in shown[5 * row : 5 * row + 5]
         )
-        colour = images.read(index)[:, 0, 0].numpy().astype(int)
-        assert (np.abs([original - colour, weak - colour, weak_ - colour]) <= 1).all()
+        color = images.read(index)[:, 0, 0].numpy().astype(int)
+        assert (np.abs([original - color, weak - color, weak_ - color]) <= 1).all()
     width, height = Image.open(tmp_path / "views.png").size
     assert height > width / 2
 

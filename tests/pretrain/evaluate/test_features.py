@@ -1,4 +1,6 @@
-"""kNN and linear evaluation on features whose answer is known, and what is kept of them beside a checkpoint."""
+"""kNN and linear evaluation on features whose answer is known, and what is kept of them beside
+a checkpoint.
+"""
 
 import json
 import math
@@ -57,13 +59,15 @@ def test_knn_in_small_parts(monkeypatch):
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0)])
 def test_knn_equals_scikit_learns(k, temperature):
-    """KNeighborsClassifier by cosine distance d = 1 - cos, with the weights exp((1 - d) / T); classes that overlap."""
+    """KNeighborsClassifier by cosine distance d = 1 - cos, with the weights exp((1 - d) / T);
+    classes that overlap.
+    """
     neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
     rng = np.random.default_rng(k)
-    centres = rng.normal(size=(10, 16))
+    centers = rng.normal(size=(10, 16))
     bank_labels, labels = rng.integers(0, 10, 1500), rng.integers(0, 10, 400)
-    bank = (centres[bank_labels] + 1.5 * rng.normal(size=(1500, 16))).astype(np.float32)
-    queries = (centres[labels] + 1.5 * rng.normal(size=(400, 16))).astype(np.float32)
+    bank = (centers[bank_labels] + 1.5 * rng.normal(size=(1500, 16))).astype(np.float32)
+    queries = (centers[labels] + 1.5 * rng.normal(size=(400, 16))).astype(np.float32)
     reference = (
         neighbors.KNeighborsClassifier(
             k, weights=lambda d: np.exp((1 - d) / temperature), metric="cosine", algorithm="brute"
@@ -126,8 +130,12 @@ def test_linear_separates_what_is_separable(name, tmp_path):
 
 
 def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
-    """Written out: the backbone in train mode on each batch, with its weights untouched; after each epoch it judges the
-    validation images in eval mode, with the running statistics of then. The features' own backbone does not change."""
+    """Written out: the backbone in train mode on each batch, with its weights untouched; after
+    each epoch it judges the validation images in eval mode, with the running statistics of
+    then.
+
+    The features' own backbone does not change.
+    """
     train, val, protocol = (
         Images(48, tmp_path, shuffle=1),
         Images(32, tmp_path, shuffle=0),
@@ -175,8 +183,9 @@ def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_on_features(name):
-    """All of the validation set is right where a hyperplane parts the classes; with shuffled labels a tenth is, within
-    four standard deviations of 2000 draws."""
+    """All of the validation set is right where a hyperplane parts the classes; with shuffled
+    labels a tenth is, within four standard deviations of 2000 draws.
+    """
     rng = np.random.default_rng(0)
     normals = torch.from_numpy(rng.normal(size=(10, 32))).float()
     labels = torch.from_numpy(rng.integers(0, 10, 3000))
@@ -219,7 +228,7 @@ def test_rates_of_the_protocols(name, rates, monkeypatch):
     )
 
 
-def test_standardisation_against_numpy(tmp_path):
+def test_standardization_against_numpy(tmp_path):
     features, train = make_features(), Images(50, tmp_path)
     found = features.of(train, "all")[0].numpy().astype(np.float64)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -235,23 +244,25 @@ def test_standardisation_against_numpy(tmp_path):
     np.testing.assert_allclose(classifier(torch.from_numpy(found).float()).detach(), logits, atol=1e-3)
 
 
-# ---- the centre crop ----
+# ---- the center crop ----
 
 
 @pytest.mark.parametrize(
     "height, width", [(300, 400), (256, 256), (57, 100), (9, 36), (480, 120), (1500, 700)]
 )
 @pytest.mark.parametrize("resize, size", [(256, 224), (64, 64)])
-def test_centre_crops_are_torchvisions(height, width, resize, size):
+def test_center_crops_are_torchvisions(height, width, resize, size):
     image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.manual_seed(0))
     expected = TF.center_crop(TF.resize(image, [resize], antialias=True), [size, size])
     assert torch.equal(center_crop(image, resize, size), expected)
 
 
 @pytest.mark.parametrize("height, width", [(40, 700), (701, 40), (10, 3001), (3, 1000), (300, 4000)])
-def test_centre_crops_of_long_images(height, width, monkeypatch):
-    """The same, but for the rounding of the long side, of half a pixel of the output; and nothing large on the way."""
-    # Smooth, so that half a pixel is less than two grey levels, but for what it is made of itself.
+def test_center_crops_of_long_images(height, width, monkeypatch):
+    """The same, but for the rounding of the long side, of half a pixel of the output; and
+    nothing large on the way.
+    """
+    # Smooth, so that half a pixel is less than two gray levels, but for what it is made of itself.
     rng = np.random.default_rng(0)
     waves = sum(
         np.sin(2 * np.pi * (np.arange(max(height, width)) / min(height, width) * f + rng.random()))
@@ -272,14 +283,14 @@ def test_centre_crops_of_long_images(height, width, monkeypatch):
     assert found.shape == (3, 56, 56) and max(sizes[0][1:]) <= 64 * (LONGEST + 1)
 
 
-def test_centre_crop_of_one_line_of_pixels():
+def test_center_crop_of_one_line_of_pixels():
     image = torch.randint(256, (3, 1, 20000), dtype=torch.uint8, generator=torch.manual_seed(0))
     crop = center_crop(image, 256, 224)
     assert crop.shape == (3, 224, 224) and torch.equal(crop, center_crop(image.mT, 256, 224).mT)
-    middle = image[:, 0, 9999:10001].float()  # the centre lies between these two pixels
+    middle = image[:, 0, 9999:10001].float()  # the center lies between these two pixels
     assert (crop[:, 0, 111:113].float() - middle.mean(1, keepdim=True)).abs().max() < 2
     odd = torch.cat([image, image[..., :1]], -1)
-    symmetric = torch.maximum(odd, odd.flip(-1))  # its crop is symmetric only if the centre has stayed
+    symmetric = torch.maximum(odd, odd.flip(-1))  # its crop is symmetric only if the center has stayed
     assert torch.equal(center_crop(symmetric, 256, 224), center_crop(symmetric, 256, 224).flip(-1))
 
 
@@ -289,8 +300,8 @@ def test_centre_crop_of_one_line_of_pixels():
 @pytest.fixture
 def counted(monkeypatch):
     """Images that were read, by the transform that read them."""
-    reads = {"centre": 0, "random": 0}
-    for name, kind in (("centre", CenterCrops), ("random", RandomCrops)):
+    reads = {"center": 0, "random": 0}
+    for name, kind in (("center", CenterCrops), ("random", RandomCrops)):
 
         def get(self, key, name=name, original=kind.__getitem__):
             reads[name] += 1
@@ -304,19 +315,19 @@ def test_features_are_extracted_once(tmp_path, counted):
     images = Images(20, tmp_path)
     first = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
     again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
-    assert counted["centre"] == 20 and all(map(torch.equal, first, again))
+    assert counted["center"] == 20 and all(map(torch.equal, first, again))
     statistics = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).statistics(images)
     again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).statistics(images)
-    assert counted["centre"] == 40 and all(map(torch.equal, statistics, again))
+    assert counted["center"] == 40 and all(map(torch.equal, statistics, again))
 
 
 def test_features_of_something_else_are_not_used(tmp_path, counted):
     def reads(images, sha256="0" * 64, **data):
-        before = counted["centre"]
+        before = counted["center"]
         features = make_features(FeatureCache(tmp_path / "a.pth", sha256))
         features.data.merge_from_list([item for key, value in data.items() for item in (key, value)])
         features.of(images, "a")
-        return counted["centre"] - before
+        return counted["center"] - before
 
     images = Images(20, tmp_path)
     assert reads(images) == 20 and reads(images) == 0
@@ -337,10 +348,10 @@ def test_an_image_file_that_changed_is_read_again(tmp_path, counted, image_folde
         return make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(ImageFolder(folder), "a")[0]
 
     before = features()
-    assert torch.equal(features(), before) and counted["centre"] == 3
+    assert torch.equal(features(), before) and counted["center"] == 3
     (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
     after = features()
-    assert counted["centre"] == 6 and torch.equal(after[0], before[1]) and torch.equal(after[1:], before[1:])
+    assert counted["center"] == 6 and torch.equal(after[0], before[1]) and torch.equal(after[1:], before[1:])
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
@@ -354,10 +365,10 @@ def test_a_damaged_file_is_computed_anew_and_said(tmp_path, counted, capsys, dam
     path.write_bytes({"flip": content, "cut": content[:200], "empty": b"", "foreign": b"hello"}[damage])
     assert not capsys.readouterr().err
     again = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
-    assert counted["centre"] == 40 and all(map(torch.equal, first, again))
+    assert counted["center"] == 40 and all(map(torch.equal, first, again))
     assert f"{path} is damaged" in capsys.readouterr().err
     make_features(FeatureCache(tmp_path / "a.pth", "0" * 64)).of(images, "a")
-    assert counted["centre"] == 40 and not capsys.readouterr().err
+    assert counted["center"] == 40 and not capsys.readouterr().err
 
 
 def test_a_folder_that_takes_nothing_costs_a_line(tmp_path, capsys):

@@ -86,7 +86,9 @@ def test_every_sample_equals_torchvision(views):
     ],
 )
 def test_operation_equals_torchvision(views, operation, adjust, factors):
-    """On float images exactly; on uint8 torchvision truncates the luma and then the result, at most 1.4/255."""
+    """On float images exactly; on uint8 torchvision truncates the luma and then the result, at
+    most 1.4/255.
+    """
     images = views.flatten(0, 1)
     for factor in factors:
         result = adjust(to_float(images), torch.full((len(images), 1, 1, 1), factor))
@@ -103,7 +105,9 @@ def test_grayscale_equals_torchvision_on_uint8(views):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_a_gaussian(views, sigma):
-    """Against a kernel wide enough to hold all of the Gaussian: what lies beyond three sigma may cost 2/255."""
+    """Against a kernel wide enough to hold all of the Gaussian: what lies beyond three sigma
+    may cost 2/255.
+    """
     images = to_float(views.flatten(0, 1))
     result = gaussian_blur(images, torch.full((len(images),), sigma))
     assert (result - TF.gaussian_blur(images, 31, sigma)).abs().max() <= 2 / 255
@@ -137,7 +141,9 @@ def test_draws_follow_the_recipe():
 
 @pytest.mark.parametrize("height, width", [(375, 500), (60, 300), (32, 32)])
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
-    """Means of position, area and aspect of 4,000 boxes, within five standard errors of RandomResizedCrop's."""
+    """Means of position, area and aspect of 4,000 boxes, within five standard errors of
+    RandomResizedCrop's.
+    """
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     theirs = v2.RandomResizedCrop(8, scale=(0.2, 1.0))

@@ -140,7 +140,9 @@ def test_target_follows_unless_the_step_was_skipped():
 
 
 def test_compiled_backbones_compute_the_same(monkeypatch):
-    """One step's loss, gradients and names, in float64; the graphs are run as they are, without a compiler for C++."""
+    """One step's loss, gradients and names, in float64; the graphs are run as they are, without
+    a compiler for C++.
+    """
     compile_, graphs = torch.compile, []
 
     def backend(graph, _):
@@ -212,7 +214,9 @@ def step_of(name, batch, wrap=lambda networks: networks):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Negatives come from all processes, with their gradient: halves of a batch make the gradient of the whole."""
+    """Negatives come from all processes, with their gradient: halves of a batch make the
+    gradient of the whole.
+    """
     torch.multiprocessing.spawn(half_a_batch, (tmp_path,), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
     for name in ("simclr", "moco"):

@@ -26,7 +26,9 @@ from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
 
 
 class Lookup:
-    """Stands for the networks: the "views" are the projections themselves, [B, 2, D], and the predictor a matrix."""
+    """Stands for the networks: the "views" are the projections themselves, [B, 2, D], and the
+    predictor a matrix.
+    """
 
     def __init__(self, predictor=None, temperature=None, queue=None):
         self.predictor = (lambda z: z) if predictor is None else (lambda z: z @ predictor)
@@ -115,7 +117,10 @@ def negative_cosine(p, z):
 
 @pytest.mark.parametrize("beta", [None, 0.0, 0.3, 1.0])
 def test_simsiam_and_its_rsa_with_their_stop_gradients(outputs, beta):
-    """beta None is SimSiam itself. The projections are the leaves: a gradient that leaked into a target would show."""
+    """beta None is SimSiam itself.
+
+    The projections are the leaves: a gradient that leaked into a target would show.
+    """
     weak, strong = outputs
     matrix = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     networks = Lookup(matrix)
@@ -137,7 +142,9 @@ def test_simsiam_and_its_rsa_with_their_stop_gradients(outputs, beta):
 
 
 def test_simclr_equals_the_textbook_double_loop(outputs):
-    """NT-Xent as the SimCLR paper's equation 1 has it, pair by pair; gradients through both sides of each pair."""
+    """NT-Xent as the SimCLR paper's equation 1 has it, pair by pair; gradients through both
+    sides of each pair.
+    """
     _, strong = outputs
     temperature = 0.3
     simclr(Lookup(temperature=temperature), None, strong, None)["loss"].backward()
@@ -164,7 +171,9 @@ def test_simclr_equals_the_textbook_double_loop(outputs):
 
 
 def test_moco_against_a_list_of_keys():
-    """Steps of one or two micro-batches, past the end of the ring; negatives are the keys of earlier steps only."""
+    """Steps of one or two micro-batches, past the end of the ring; negatives are the keys of
+    earlier steps only.
+    """
     torch.manual_seed(3)
     temperature, size = 0.2, 9
     queue = KeyQueue(size, 7).double()
@@ -287,7 +296,7 @@ def test_five_steps_equal_algorithm_1():
     torch.manual_seed(0)
     K, lr = 5, 0.05
     networks = Networks(build_backbone("resnet18", small_stem=True), 32, 8, rsa).double()
-    with torch.no_grad():  # zero-initialised residual branches would hide half of the backbone
+    with torch.no_grad():  # zero-initialized residual branches would hide half of the backbone
         for name, parameter in networks.named_parameters():
             if name.endswith("bn2.weight"):
                 parameter.fill_(0.7)
