@@ -7,12 +7,14 @@ from rsa_detectron2 import __version__
 from rsa_detectron2.common.cli import run
 
 COMMANDS = {
-    "pretrain": "pre-train a ResNet on unlabelled images",
+    "pretrain": "pre-train a ResNet on unlabeled images",
     "convert_to_d2": "write a checkpoint's backbone for Detectron2, torchvision or timm",
     "train_net": "fine-tune a detector from converted weights, and evaluate it",
     "evaluate": "kNN top-1 and linear evaluation of a backbone",
     "report": "table, curves and pictures of fine-tuning runs",
+    "report_top1": "tables of top-1 beside the paper's",
     "reproduce": "the tables and figures of the paper",
+    "ablation": "the controlled test: classes that depend on a color which augmentation destroys",
     "show_views": "aggressive views, and the pairs that drifted most",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
     "benchmark": "speed of the parts, beside what they replace",
@@ -26,7 +28,7 @@ def usage() -> str:
     return "\n".join(["usage: rsa-d2 COMMAND ...   (rsa-d2 COMMAND --help explains one)", "", *lines])
 
 
-def main():
+def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(usage())

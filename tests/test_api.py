@@ -1,0 +1,59 @@
+"""The Python API: the README's examples, run as they stand there, and what each function gives."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+import rsa_detectron2 as rsa
+from tests.conftest import ROOT, TINY
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, image_folder, resnet50_checkpoint):
+    """A working directory with what the examples name: images, a pre-trained checkpoint, converted weights."""
+    (tmp_path / "images").symlink_to(image_folder)
+    (tmp_path / "output" / "pretrain").mkdir(parents=True)
+    shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_examples_of_the_readme(folder, monkeypatch):
+    assert len(EXAMPLES) == 4
+    recipe = rsa.pretrain_backbone
+
+    def tiny(name, overrides):  # as the example says, but for the size
+        return recipe(name, [*overrides, *TINY, "MODEL.SMALL_STEM", False])
+
+    monkeypatch.setattr(rsa, "pretrain_backbone", tiny)
+    namespace = {}
+    for example in EXAMPLES:
+        if "detectron2" in re.sub("rsa_detectron2", "", example):
+            pytest.importorskip("detectron2")
+        exec(example, namespace)
+    assert namespace["features"].shape == (24, 2048) and len(namespace["names"]) == 24
+
+
+@pytest.mark.parametrize("to, suffix", (("torchvision", "pth"), ("timm", "safetensors")))
+def test_features_are_those_of_the_checkpoint(folder, to, suffix):
+    """The converted file gives the features of the checkpoint itself: float32, 1e-6 relative."""
+    path = folder / f"backbone.{suffix}"
+    provenance = rsa.convert_backbone("output/pretrain/model_final.pth", path, to=to)
+    assert (provenance["method"], provenance["step"], provenance["branch"]) == ("rsa", 7, "online")
+    names, features = rsa.extract_features("output/pretrain/model_final.pth", "images", limit=3)
+    again, same = rsa.extract_features(path, "images", limit=3)
+    assert names == again and features.shape == (3, 2048)
+    torch.testing.assert_close(same, features, rtol=1e-6, atol=1e-6)
+
+
+def test_mistakes_are_one_line(folder):
+    with pytest.raises(rsa.InputError, match="^no config file absent.yaml: looked in"):
+        rsa.pretrain_backbone("absent.yaml")
+    with pytest.raises(rsa.InputError, match="^no checkpoint absent.pth"):
+        rsa.convert_backbone("absent.pth", "a.pkl")
+    with pytest.raises(rsa.InputError, match="results.json"):
+        rsa.read_results(folder)
