@@ -4,6 +4,8 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 
 import rsa_detectron2 as rsa
@@ -48,6 +50,32 @@ def test_features_are_those_of_the_checkpoint(folder, to, suffix):
     again, same = rsa.extract_features(path, "images", limit=3)
     assert names == again and features.shape == (3, 2048)
     torch.testing.assert_close(same, features, rtol=1e-6, atol=1e-6)
+
+
+def test_stock_detectron2_gives_the_same_features(folder):
+    """res2 to res5 of stock Detectron2 after add_rsa_config, against timm's stages: 1e-5 relative."""
+    checkpoint = pytest.importorskip("detectron2.checkpoint")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    rsa.convert_backbone("output/pretrain/model_final.pth", "r50.pkl")
+    cfg = get_cfg()
+    rsa.add_rsa_config(cfg)
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.DEVICE = "cpu"
+    stock = build_backbone(cfg).eval()
+    checkpoint.DetectionCheckpointer(stock).load("r50.pkl")
+
+    rsa.convert_backbone("output/pretrain/model_final.pth", "r50.safetensors", to="timm")
+    network = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    network.load_state_dict(safetensors.torch.load_file("r50.safetensors"), strict=False)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, given = network(images), stock(images)
+    for name, features in zip(("res2", "res3", "res4", "res5"), wanted):
+        difference = (given[name] - features).abs().max() / features.abs().max()
+        assert difference < 1e-5, name
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375] and cfg.INPUT.FORMAT == "RGB"
 
 
 def test_mistakes_are_one_line(folder):

@@ -37,7 +37,9 @@ def installed(tmp_path_factory):
     new = {path.name for path in site.iterdir()} - before
     assert new == {"rsa_detectron2", f"rsa_detectron2-{__version__}.dist-info"}
     # The libraries, after the wheel. A .pth file in them, an editable install's too, is not followed.
-    (site / "libraries.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    (site / "libraries.pth").write_text(
+        "\n".join(path for path in sys.path if path.endswith("site-packages"))
+    )
     return environment
 
 
@@ -48,7 +50,9 @@ def command(installed, tmp_path):
 
     def run(*arguments):
         words = [str(installed / "bin" / "rsa-d2"), *map(str, arguments)]
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
 
     return run
 
