@@ -43,6 +43,6 @@ setup(
     extras_require={
         "torchcodec": ["torchcodec>=0.16,<0.18"],  # for torch 2.11 or later
         "hf": ["datasets"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "datasets"],
+        "dev": ["setuptools>=70.1", "pytest", "pytest-xdist", "ruff", "scikit-learn", "datasets"],
     },
 )

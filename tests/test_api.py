@@ -16,7 +16,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, image_folder, resnet50_checkpoint):
-    """A working directory with what the examples name: images, a pre-trained checkpoint, converted weights."""
+    """A working directory with what the examples name: images, and a pre-trained checkpoint."""
     (tmp_path / "images").symlink_to(image_folder)
     (tmp_path / "output" / "pretrain").mkdir(parents=True)
     shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")

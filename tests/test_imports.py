@@ -1,4 +1,4 @@
-"""Imports run one way: tools -> pretrain and transfer -> common, and inside a half from engines to methods and data."""
+"""Imports run one way: tools -> pretrain and transfer -> common; in a half, engine -> method and data."""
 
 import ast
 
