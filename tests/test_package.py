@@ -60,7 +60,8 @@ def command(installed, tmp_path):
 def test_modules_are_the_wheels(installed, tmp_path):
     code = (
         "import rsa_detectron2 as rsa; from rsa_detectron2.pretrain.engine import trainer;"
-        "from rsa_detectron2.tools import pretrain; print(rsa.__version__, trainer.__file__, pretrain.__file__)"
+        "from rsa_detectron2.tools import pretrain;"
+        "print(rsa.__version__, trainer.__file__, pretrain.__file__)"
     )
     words = [installed / "bin" / "python", "-c", code]
     said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
