@@ -14,6 +14,10 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import find_config, merge_config, origin
@@ -33,46 +37,62 @@ INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
     "https://wheels.astral.sh/simple/cu128/) or follow its install guide, or run with --engine torchvision"
 )
+NO_SUCH_KEY = (
+    "which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
+    "leave the key out, or use --engine detectron2"
+)
 
 
 def main():
     args = parse()
-    if args.engine == "detectron2":
-        if importlib.util.find_spec("detectron2") is None:
-            raise InputError(INSTALL_DETECTRON2)
-        try:
-            from rsa_detectron2.transfer.d2 import trainer as engine
-        except Exception as error:  # most often built for another torch, or too old for this Pillow
-            raise InputError(
-                f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
-                "reinstall it for this torch, or run with --engine torchvision"
-            ) from None
-        cfg, options = engine.get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
-    else:
-        from rsa_detectron2.transfer.tv import engine
-
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        cfg, options = torchvision_defaults(), {}
-        if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
-            raise InputError(
-                "--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
-                "the torchvision engine trains on one device, all images at once"
-            )
+    engine, cfg, options = setup(args)
     defaults = cfg.clone()
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
     try:
         configure(cfg, args)
     except InputError as error:
         if args.engine == "torchvision" and "Non-existent config key" in str(error):
-            raise InputError(
-                f"{error}, which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
-                "leave the key out, or use --engine detectron2"
-            ) from None
+            raise InputError(f"{error}, {NO_SUCH_KEY}") from None
         raise
     came_from = origin(find_config(args.config_file), args.overrides, defaults)
     with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
     print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
+
+
+def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
+    """The engine that ``args`` name, its default configuration, and the options of its ``train``.
+
+    Raises InputError where the engine cannot be imported or does not have an option.
+    """
+    if args.engine == "detectron2":
+        engine, get_cfg = import_detectron2()
+        return engine, get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
+    from rsa_detectron2.transfer.tv import engine
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
+        raise InputError(
+            "--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
+            "the torchvision engine trains on one device, all images at once"
+        )
+    return engine, torchvision_defaults(), {}
+
+
+def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
+    """The engine of Detectron2, and Detectron2's ``get_cfg``. Raises InputError where it is not usable."""
+    if importlib.util.find_spec("detectron2") is None:
+        raise InputError(INSTALL_DETECTRON2)
+    try:
+        from detectron2.config import get_cfg
+
+        from rsa_detectron2.transfer.d2 import trainer
+    except Exception as error:  # most often built for another torch, or too old for this Pillow
+        raise InputError(
+            f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
+            "reinstall it for this torch, or run with --engine torchvision"
+        ) from None
+    return trainer, get_cfg
 
 
 def configure(cfg, args):

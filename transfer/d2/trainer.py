@@ -16,7 +16,6 @@ from pathlib import Path
 
 import detectron2.utils.comm as comm
 import torch
-from detectron2.config import get_cfg  # noqa: F401  (the tools merge the YAML into it)
 from detectron2.data import (
     DatasetFromList,
     build_detection_test_loader,

@@ -40,6 +40,7 @@ from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.d2 import weights as d2_weights
+from rsa_detectron2.transfer.d2.config import add_rsa_config
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.shapes import write_coco
 from rsa_detectron2.transfer.precise_bn import norm_layers
@@ -106,6 +107,21 @@ def photograph():
     if found:
         return Image.open(found[0]).convert("RGB").resize((224, 224))
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
+
+
+def test_a_stock_model_with_our_config_has_the_features_of_the_transfer_recipe(weights, model):
+    cfg = get_cfg()
+    add_rsa_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    ours = build_model(cfg).eval()
+    DetectionCheckpointer(ours).load(str(weights))
+    image = [{"image": torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))}]
+    with torch.no_grad():
+        features, expected = (m.backbone.bottom_up(m.preprocess_image(image).tensor) for m in (ours, model))
+    assert cfg.INPUT.FORMAT == "RGB" and list(features) == ["res2", "res3", "res4", "res5"]
+    assert all(torch.equal(features[name], expected[name]) for name in features)
+    assert all(parameter.requires_grad for parameter in ours.backbone.parameters())
 
 
 def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoint):
