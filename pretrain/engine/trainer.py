@@ -1,15 +1,17 @@
-"""Composes the pre-training: data, networks, objective, optimizer and schedules into the loop over global batches."""
+"""The pre-training loop: data, networks, objective, optimizer and schedules, over the global batches."""
 
 import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common import distributed, files, record
-from rsa_detectron2.common.distributed import OWN_BUFFERS
 from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.bad_images import BadImages
@@ -17,13 +19,12 @@ from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.pixels import check_pixels
-from rsa_detectron2.pretrain.engine import checkpoint
-from rsa_detectron2.pretrain.engine import memory as micro_batch
+from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
 from rsa_detectron2.pretrain.engine.metrics import Alarms, Log, Meter, Stopped, StopSignals, assert_finite
+from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
 from rsa_detectron2.pretrain.method import schedules
-from rsa_detectron2.pretrain.method.augment import aggressive, normalize, to_float
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
@@ -31,15 +32,15 @@ from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
 REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 
 
-def train(cfg, origin=record.Origin()):
-    """Pre-train as ``cfg`` says, which came from ``origin``, from the last checkpoint in ``cfg.OUTPUT_DIR`` if there is
-    one.
+def train(cfg: CfgNode, origin: record.Origin = record.Origin()) -> str:
+    """Pre-train as ``cfg`` says; ``origin`` tells where it came from.
 
-    Leaves ``model_final.pth`` and returns its path. Raises InputError, or Interrupted after one of the
-    stop signals (common/signals.py) once the state is saved, if there is any yet.
+    Goes on from the last checkpoint in ``cfg.OUTPUT_DIR``, if there is one. Leaves ``model_final.pth``
+    there and returns its path. Raises InputError. Raises Interrupted after one of the stop signals
+    (common/signals.py), once the state is saved if there is any yet.
     """
-    main = distributed.rank() == 0
-    lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if main else contextlib.nullcontext()
+    first = distributed.rank() == 0
+    lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if first else contextlib.nullcontext()
     try:
         with lock, StopSignals() as stop:
             return _train(cfg, origin, stop)
@@ -47,346 +48,362 @@ def train(cfg, origin=record.Origin()):
         raise Interrupted(str(stopped)) from None
 
 
-def _train(cfg, origin, stop):
-    folder, device = Path(cfg.OUTPUT_DIR), distributed.device()
-    ranks, main = distributed.world_size(), distributed.rank() == 0
+def _train(cfg: CfgNode, origin: record.Origin, stop: StopSignals) -> str:
     if cfg.SOLVER.DETERMINISTIC:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not cfg.SOLVER.DETERMINISTIC
-    amp = distributed.amp_dtype(cfg.SOLVER.AMP)
-
-    # ---- what the run goes on from ----
-    path = distributed.from_first(checkpoint.newest(folder) if main else None)
-    saved = checkpoint.load(path) if path else None
-    final = folder / checkpoint.FINAL
-    complete = distributed.from_first(final.is_file())
-    known = saved or checkpoint.finished(folder)
-    kept, same_path = checkpoint.take_up(cfg, known)
-    if not (complete and same_path):
-        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
-        identity.check_same_everywhere(images)
-        bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
-        if known:
-            bad_images.removed = identity.recognise(images, known, bad_images.listed(), folder)
-    if complete:
-        if main:
+    past = find_past(cfg)
+    if not (past.complete and past.same_path):
+        bad_images = open_data(cfg, past)
+    if past.complete:
+        final = Path(cfg.OUTPUT_DIR, checkpoint.FINAL)
+        if distributed.rank() == 0:
             print(f"{final} is already there: this run is complete")
         return str(final)
-    data = identity.describe(images)
-    images.value_range = tuple(cfg.DATA.RANGE)
-    notes = check_pixels(images)
-    try:
-        bank, val = find_labelled(cfg, images)
-    except NoValidation as reason:
-        bank = val = None
-        if main:
-            print(f"kNN top-1 is left out: {reason}")
+    return Trainer(cfg, origin, past, bad_images, stop).fit()
 
-    share = micro_batch.per_process(cfg.SOLVER.BATCH_SIZE, ranks)
-    networks, model, optimizer, scaler, normalised = build(cfg, amp, share, kept, saved)
-    size, start = cfg.SOLVER.MICRO_BATCH, saved["step"] if saved else 0
 
-    # ---- data and schedules ----
-    steps_per_epoch = len(images) // cfg.SOLVER.BATCH_SIZE
-    K = cfg.SOLVER.EPOCHS * steps_per_epoch
-    parts = StepBatches(
-        len(images), cfg.SOLVER.BATCH_SIZE, K, cfg.SEED, start, distributed.rank(), ranks, size
-    )
-    loader = build_loader(MultiStageViews(images, cfg.DATA.IMAGE_SIZE, cfg.SEED), parts, cfg.DATA.NUM_WORKERS)
-    bad_images.start()
-    peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
-    features = Features(networks.online.backbone, cfg.DATA, amp)
-    mean, std = (torch.tensor(values, device=device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
-    about = record.describe(
-        "pretrain",
-        cfg,
-        origin,
-        method=cfg.METHOD,
-        seed=cfg.SEED,
-        steps=K,
-        processes=ranks,
-        device=distributed.device_name(),
-        bn_batch_size=normalised,
-        data=identity.summary(images),
-    )
-    before = (saved or {}).get("run", {})  # a checkpoint without it is of an older version
-    meter, alarms = Meter(cfg.SOLVER.BATCH_SIZE, before.get("seconds", 0.0)), Alarms(cfg.ALARM)
-    log = None
+@dataclass
+class Past:
+    """What the output folder holds of the run so far."""
 
-    def so_far(step):
-        return {**about, "step": step, "seconds": meter.seconds()}
+    saved: dict | None  # the newest checkpoint
+    known: dict | None  # the same, or model_final.pth
+    complete: bool  # whether model_final.pth is there
+    micro_batch_size: int  # 0 if none was chosen
+    same_path: bool  # whether the data set lies where it lay
 
-    def prepare(batch):
+
+def find_past(cfg: CfgNode) -> Past:
+    """Raises InputError when the folder holds a run of another configuration, or a damaged one."""
+    folder = Path(cfg.OUTPUT_DIR)
+    path = distributed.from_first(checkpoint.newest(folder) if distributed.rank() == 0 else None)
+    saved = checkpoint.load(path) if path else None
+    complete = distributed.from_first((folder / checkpoint.FINAL).is_file())
+    known = saved or checkpoint.finished(folder)
+    micro_batch_size, same_path = checkpoint.take_up(cfg, known)
+    return Past(saved, known, complete, micro_batch_size, same_path)
+
+
+def open_data(cfg: CfgNode, past: Past) -> BadImages:
+    """The images to train on, and the list of those that cannot be decoded. Raises InputError."""
+    folder = Path(cfg.OUTPUT_DIR)
+    images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
+    identity.check_same_everywhere(images)
+    bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
+    if past.known:
+        bad_images.removed = identity.recognise(images, past.known, bad_images.listed(), folder)
+    return bad_images
+
+
+class Trainer:
+    """A run of the pre-training, from where ``past`` left it."""
+
+    def __init__(
+        self, cfg: CfgNode, origin: record.Origin, past: Past, bad_images: BadImages, stop: StopSignals
+    ):
+        self.cfg, self.stop, self.saved = cfg, stop, past.saved
+        self.bad_images, self.images = bad_images, bad_images.images
+        self.folder, self.device = Path(cfg.OUTPUT_DIR), distributed.device()
+        self.num_processes, self.is_first = distributed.world_size(), distributed.rank() == 0
+        self.data = identity.describe(self.images)
+        self.images.value_range = tuple(cfg.DATA.RANGE)
+        self.pixel_notes = check_pixels(self.images)
+        self.find_validation()
+        self.local_batch_size = memory.per_process(cfg.SOLVER.BATCH_SIZE, self.num_processes)
+        self.build_networks(past.micro_batch_size)
+        self.build_state()
+        self.build_loader()
+        self.peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
+        self.features = Features(self.networks.online.backbone, cfg.DATA, self.state.amp)
+        # An older version's checkpoint has no record.
+        seconds = (past.saved or {}).get("run", {}).get("seconds", 0.0)
+        self.meter, self.alarms = Meter(cfg.SOLVER.BATCH_SIZE, seconds), Alarms(cfg.ALARM)
+        self.log = None  # of the first process, once it trains
+        self.about = self.describe(origin)
+
+    # ---- what a run consists of ----
+
+    def find_validation(self) -> None:
+        """The labelled images of kNN, or None."""
+        self.bank = self.val = None
+        try:
+            self.bank, self.val = find_labelled(self.cfg, self.images)
+        except NoValidation as reason:
+            if self.is_first:
+                print(f"kNN top-1 is left out: {reason}")
+
+    def build_networks(self, kept: int) -> None:
+        """The networks, and the micro-batch that fits. Raises InputError.
+
+        SOLVER.MICRO_BATCH becomes its size: as given, else ``kept``, which the run had before, else by
+        the free memory.
+        """
+        cfg = self.cfg
+        torch.manual_seed(cfg.SEED)
+        networks = build_networks(cfg, METHODS[cfg.METHOD])
+        amp = distributed.amp_dtype(cfg.SOLVER.AMP)
+        self.micro_batch_size = cfg.SOLVER.MICRO_BATCH = memory.resolve(
+            cfg.SOLVER.MICRO_BATCH,
+            self.local_batch_size,
+            lambda: kept or memory.room(networks, cfg.DATA.IMAGE_SIZE, amp),
+        )
+        self.accumulate = self.local_batch_size // self.micro_batch_size
+        self.networks, shared_by = parallel.convert_batch_norm(networks.to(self.device), cfg.MODEL.SYNC_BN)
+        self.bn_batch_size = self.micro_batch_size * shared_by
+        if self.bn_batch_size == 1:
+            raise InputError(
+                "BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size"
+            )
+        if cfg.SOLVER.COMPILE:
+            if shared_by > 1 and self.is_first:
+                print(
+                    "warning: torch.compile stops at every SyncBatchNorm and gains little: "
+                    "try MODEL.SYNC_BN False"
+                )
+            self.networks.compile_backbones()
+
+    def build_state(self) -> None:
+        """Optimizer, scaler and DistributedDataParallel, all as in the checkpoint if there is one."""
+        amp, method = distributed.amp_dtype(self.cfg.SOLVER.AMP), METHODS[self.cfg.METHOD]
+        optimizer = build_optimizer(self.networks, self.cfg.SOLVER, method.fix_predictor_lr)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        if self.saved:
+            self.networks.load_state_dict(self.saved["model"])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            if self.saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
+                scaler.load_state_dict(self.saved["scaler"])
+        self.state = TrainState(parallel.wrap(self.networks), optimizer, scaler, amp)
+
+    def build_loader(self) -> None:
+        cfg = self.cfg
+        self.start = self.saved["step"] if self.saved else 0
+        self.steps_per_epoch = len(self.images) // cfg.SOLVER.BATCH_SIZE
+        self.num_steps = cfg.SOLVER.EPOCHS * self.steps_per_epoch
+        order = StepBatches(
+            len(self.images),
+            cfg.SOLVER.BATCH_SIZE,
+            self.num_steps,
+            cfg.SEED,
+            self.start,
+            distributed.rank(),
+            self.num_processes,
+            self.micro_batch_size,
+        )
+        views = MultiStageViews(self.images, cfg.DATA.IMAGE_SIZE, cfg.SEED)
+        self.loader = build_loader(views, order, cfg.DATA.NUM_WORKERS)
+        self.bad_images.start()
+        self.mean, self.std = (
+            torch.tensor(values, device=self.device) for values in (cfg.DATA.MEAN, cfg.DATA.STD)
+        )
+
+    def describe(self, origin: record.Origin) -> dict:
+        return record.describe(
+            "pretrain",
+            self.cfg,
+            origin,
+            method=self.cfg.METHOD,
+            seed=self.cfg.SEED,
+            steps=self.num_steps,
+            processes=self.num_processes,
+            device=distributed.device_name(),
+            bn_batch_size=self.bn_batch_size,
+            data=identity.summary(self.images),
+        )
+
+    # ---- the loop over global batches ----
+
+    def fit(self) -> str:
+        """Train to the last step; returns the path of the final weights. Raises InputError, Interrupted."""
+        if self.is_first:
+            self.open()
+        self.networks.train()
+        views = map(self.prepare, self.meter.timed(prefetch(self.loader, self.device)))
+        self.meter.reset()
+        self.stop.stepping = True
+        for step in range(self.start + 1, self.num_steps + 1):
+            settings = self.train_step(step, views)
+            self.report(step, settings)
+            stopping = distributed.any_rank(self.stop.asked)  # all leave at the same step
+            if self.is_first and step % self.steps_per_epoch == 0:
+                self.end_epoch(step, stopping)
+            if stopping and step < self.num_steps:
+                self.leave(step)
+        if self.is_first:
+            self.finish()
+        distributed.any_rank(False)  # all wait until the first process has written
+        return str(self.folder / checkpoint.FINAL)
+
+    def open(self) -> None:
+        """Say what comes, and begin its records. kNN of the untrained network is the first row."""
+        self.announce()
+        self.log = Log(self.folder, self.num_steps, self.start)
+        if self.val and not self.start:
+            self.evaluate_knn(0)
+        checkpoint.write_config(self.cfg)
+        record.write(self.folder, self.record(self.start))
+
+    def prepare(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The views of a batch. Raises InputError when too many images cannot be decoded."""
         if batch["skipped"].any():
-            bad_images.add(
+            self.bad_images.add(
                 [
-                    (index + i) % len(images)
+                    (index + i) % len(self.images)
                     for index, skipped in zip(batch["index"].tolist(), batch["skipped"].tolist())
                     for i in range(skipped)
                 ]
             )
-        return normalised_views(batch, mean, std)
+        return normalized_views(batch, self.mean, self.std)
 
-    def save(path, step, whole=True, previous=None):
-        """Returns whether it was written. A full disk is no error: the run goes on, and tries again at the next
-        interval."""
-        assert_finite(networks, step)
-        state = {
+    def train_step(self, step: int, views: Iterator) -> dict[str, float]:
+        """One step on the next ``views``; returns its learning rate, beta and tau. Raises InputError."""
+        model, warmup = self.cfg.MODEL, self.cfg.SOLVER.WARMUP_EPOCHS * self.steps_per_epoch
+        lr = schedules.learning_rate(step, self.num_steps, self.peak_lr, warmup)
+        beta = schedules.beta(step, self.num_steps, model.BETA, model.BETA_SCHEDULE)
+        tau = schedules.tau(step, self.num_steps, model.TAU, model.TAU_SCHEDULE)
+        set_lr(self.state.optimizer, lr, self.peak_lr)
+        micro_batches = islice(views, self.accumulate)
+        try:
+            self.meter.add(train_step(self.state, micro_batches, self.accumulate, beta, tau))
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{self.micro_batch_size} images of {self.cfg.DATA.IMAGE_SIZE} px at once do not fit into "
+                f"the memory of {self.device}: give --micro-batch {max(1, self.micro_batch_size // 2)}"
+            ) from None
+        return {"lr": lr, "beta": beta, "tau": tau}
+
+    def report(self, step: int, settings: dict[str, float]) -> None:
+        """Log the figures every LOG_PERIOD steps. Raises InputError where they show a failed run."""
+        if self.is_first:
+            self.log.progress.update()
+        if step % self.cfg.LOG_PERIOD and step < self.num_steps:
+            return
+        steps, row = self.meter.steps, self.meter.read()
+        if self.is_first:
+            self.log.row({"step": step, **settings, "bad_images": len(self.bad_images), **row})
+            self.alarms.check(step, row, steps)
+
+    def end_epoch(self, step: int, stopping: bool) -> None:
+        """Save, then evaluate: a launcher grants seconds after a signal, and kNN may take minutes."""
+        epoch, last = step // self.steps_per_epoch, step == self.num_steps
+        keep_period, knn_period = self.cfg.CHECKPOINT.KEEP_PERIOD, self.cfg.KNN.PERIOD
+        # Collapsed features may recover. Until then they must not replace the checkpoint from before.
+        collapsed = self.alarms.collapsed
+        if last or epoch % self.cfg.CHECKPOINT.PERIOD == 0 and not collapsed and not stopping:
+            self.save_last(step)
+        if keep_period and epoch % keep_period == 0 and not collapsed:
+            self.save(self.folder / f"checkpoint_{step:07d}.pth", step)
+        if self.val and not last and knn_period and epoch % knn_period == 0 and not stopping:
+            self.evaluate_knn(step)
+
+    def leave(self, step: int) -> NoReturn:
+        """Save and raise Interrupted."""
+        written = self.is_first and self.save_last(step)
+        if self.is_first:
+            self.log.close()
+        # All wait for the first: the launcher takes one process that leaves for the end of all.
+        if distributed.any_rank(written):
+            outcome = "saved"
+        else:
+            outcome = "NOT saved, the steps since the last checkpoint will be repeated"
+        raise Interrupted(
+            f"stopped at step {step} of {self.num_steps}, {outcome}; the same command goes on from there"
+        )
+
+    def finish(self) -> None:
+        """Evaluate, and write the final weights. Raises InputError."""
+        if self.val:
+            self.evaluate_knn(self.num_steps)
+        final = self.folder / checkpoint.FINAL
+        written = self.save(final, self.num_steps, whole=False)
+        record.write(self.folder, self.record(self.num_steps))
+        self.log.close()
+        if not written:
+            raise InputError(f"{final} could not be written: make room, and run the same command again")
+
+    # ---- what it leaves ----
+
+    def evaluate_knn(self, step: int) -> None:
+        """A row with kNN top-1. Its time does not count as training."""
+        self.meter.pause()
+        assert_finite(self.networks, step)
+        top1 = evaluate_knn(self.features, self.bank, self.val, self.cfg.KNN.BANK, replace=True)
+        self.log.row({"step": step, "knn_top1": top1})
+        self.networks.train()
+        self.meter.reset()
+
+    def record(self, step: int) -> dict:
+        return {**self.about, "step": step, "seconds": self.meter.seconds()}
+
+    def save_last(self, step: int) -> bool:
+        """Replace the last checkpoint and keep the one before."""
+        return self.save(self.folder / checkpoint.LAST, step, previous=self.folder / checkpoint.PREVIOUS)
+
+    def save(self, path: Path, step: int, whole: bool = True, previous: Path | None = None) -> bool:
+        """Write a checkpoint, or the final weights where not ``whole``; returns whether it was written.
+
+        A full disk is no error: the run goes on, and tries again at the next interval. Raises
+        InputError when a weight is not finite.
+        """
+        assert_finite(self.networks, step)
+        content = {
             "format": checkpoint.FORMAT,
-            "method": cfg.METHOD,
+            "method": self.cfg.METHOD,
             "step": step,
-            "num_images": len(images),
-            "processes": ranks,
-            "normalised": normalised,
-            "config": cfg.dump(),
-            "run": so_far(step),
-            "model": networks.state_dict(),
+            "num_images": len(self.images),
+            "processes": self.num_processes,
+            "normalised": self.bn_batch_size,
+            "config": self.cfg.dump(),
+            "run": self.record(step),
+            "model": self.networks.state_dict(),
         }
         if whole:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "data": data}
-        else:  # what is passed on names no images
-            state["data"] = {"sha256": data["sha256"]}
+            content["optimizer"] = self.state.optimizer.state_dict()
+            content["scaler"] = self.state.scaler.state_dict()
+            content["data"] = self.data
+        else:  # a file that people pass on does not name the images
+            content["data"] = {"sha256": self.data["sha256"]}
         try:
-            files.save_tensors(path, state, previous)
+            files.save_tensors(path, content, previous)
             return True
         except OSError as error:
-            log.say(
+            self.log.say(
                 f"warning: cannot write {path} ({error.strerror or error}); the run goes on, "
                 f"with the checkpoint before, and tries again"
             )
             return False
 
-    def save_last(step):
-        return save(folder / checkpoint.LAST, step, previous=folder / checkpoint.PREVIOUS)
-
-    def watch_knn(step):
-        meter.pause()
-        assert_finite(networks, step)
-        log.row({"step": step, "knn_top1": evaluate_knn(features, bank, val, cfg.KNN.BANK, replace=True)})
-        networks.train()
-        meter.reset()
-
-    if main:
+    def announce(self) -> None:
+        solver, bad_images = self.cfg.SOLVER, self.bad_images
+        resumes = f"; goes on after step {self.start}" if self.start else ""
         print(
-            f"{cfg.METHOD}, {cfg.MODEL.BACKBONE}, {len(images)} images of {printable(images.root)}: {cfg.SOLVER.EPOCHS} epochs, "
-            f"{K} steps of {cfg.SOLVER.BATCH_SIZE} = {ranks} {device.type} x {share // size} accumulated x {size}, "
-            f"{amp or 'float32'}, peak lr {peak_lr:g}" + (f"; goes on after step {start}" if start else ""),
+            f"{self.cfg.METHOD}, {self.cfg.MODEL.BACKBONE}, {len(self.images)} images of "
+            f"{printable(self.images.root)}: {solver.EPOCHS} epochs, "
+            f"{self.num_steps} steps of {solver.BATCH_SIZE} = {self.num_processes} {self.device.type} "
+            f"x {self.accumulate} accumulated x {self.micro_batch_size}, "
+            f"{self.state.amp or 'float32'}, peak lr {self.peak_lr:g}{resumes}",
             flush=True,
         )
         if bad_images.removed:
             print(
-                f"{bad_images.removed} images of {bad_images.path} are gone: others stand in for them, as before"
+                f"{bad_images.removed} images of {bad_images.path} are gone: "
+                "others stand in for them, as before"
             )
-        for note in notes:
-            print(f"warning: {note}")
-        if saved and saved["normalised"] != normalised:
-            print(
-                f"warning: BatchNorm now sees {normalised} images at once instead of {saved['normalised']}: the run "
-                "goes on with the same samples, but not bit for bit"
+        for warning in self.warnings():
+            print(f"warning: {warning}")
+
+    def warnings(self) -> Iterator[str]:
+        """What may surprise: unusual pixels, and how the run differs from its part before."""
+        yield from self.pixel_notes
+        saved, processes = self.saved, self.num_processes
+        inexact = "the run goes on with the same samples, but not bit for bit"
+        if saved and saved["normalised"] != self.bn_batch_size:
+            yield (
+                f"BatchNorm now sees {self.bn_batch_size} images at once instead of "
+                f"{saved['normalised']}: {inexact}"
             )
-        elif saved and saved.get("processes", ranks) != ranks:
-            print(
-                f"warning: {ranks} instead of {saved['processes']} processes change the order of sums: the "
-                "run goes on with the same samples, but not bit for bit"
-            )
-        if cfg.METHOD == "simclr" and size < share:
-            print("warning: SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer")
-        log = Log(folder, K, start)
-        if val and not start:
-            watch_knn(0)
-        checkpoint.write_config(cfg)
-        record.write(folder, so_far(start))
-
-    # ---- the loop over global batches ----
-    networks.train()
-    views = map(prepare, meter.timed(ahead(loader, device)))
-    meter.reset()
-    stop.stepping = True
-    for k in range(start + 1, K + 1):
-        lr = schedules.learning_rate(k, K, peak_lr, cfg.SOLVER.WARMUP_EPOCHS * steps_per_epoch)
-        beta = schedules.beta(k, K, cfg.MODEL.BETA, cfg.MODEL.BETA_SCHEDULE)
-        tau = schedules.tau(k, K, cfg.MODEL.TAU, cfg.MODEL.TAU_SCHEDULE)
-        set_lr(optimizer, lr, peak_lr)
-        count = share // size
-        try:
-            meter.add(train_step(model, optimizer, scaler, amp, islice(views, count), count, beta, tau))
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"{size} images of {cfg.DATA.IMAGE_SIZE} px at once do not fit into the memory of {device}: "
-                f"give --micro-batch {max(1, size // 2)}"
-            ) from None
-
-        if main:
-            log.progress.update()
-        if k % cfg.LOG_PERIOD == 0 or k == K:
-            steps, row = meter.steps, meter.read()
-            if main:
-                log.row({"step": k, "lr": lr, "beta": beta, "tau": tau, "bad_images": len(bad_images), **row})
-                alarms.check(k, row, steps)
-        asked = distributed.any_rank(stop.asked)  # all leave at the same step
-        epoch, ends_epoch = k // steps_per_epoch, k % steps_per_epoch == 0
-        if (
-            main and ends_epoch
-        ):  # saved first: a launcher grants seconds after a signal, and kNN may take minutes
-            # Features that have collapsed may recover; they must not push out the checkpoint from before.
-            if k == K or epoch % cfg.CHECKPOINT.PERIOD == 0 and not alarms.collapsed and not asked:
-                save_last(k)
-            if (
-                cfg.CHECKPOINT.KEEP_PERIOD
-                and epoch % cfg.CHECKPOINT.KEEP_PERIOD == 0
-                and not alarms.collapsed
-            ):
-                save(folder / f"checkpoint_{k:07d}.pth", k)
-            if val and k < K and cfg.KNN.PERIOD and epoch % cfg.KNN.PERIOD == 0 and not asked:
-                watch_knn(k)
-        if asked and k < K:
-            written = main and save_last(k)
-            if main:
-                log.close()
-            # All wait for it: the launcher takes the first process that leaves for the end of all.
-            outcome = (
-                "saved"
-                if distributed.any_rank(written)
-                else "NOT saved, the steps since the last checkpoint will be repeated"
-            )
-            raise Interrupted(f"stopped at step {k} of {K}, {outcome}; the same command goes on from there")
-    if main:
-        if val:
-            watch_knn(K)
-        written = save(final, K, whole=False)
-        record.write(folder, so_far(K))
-        log.close()
-        if not written:
-            raise InputError(f"{final} could not be written: make room, and run the same command again")
-    distributed.any_rank(False)
-    return str(final)
-
-
-def build(cfg, amp, share, kept, saved):
-    """Networks, their DistributedDataParallel (or themselves), optimizer, scaler, and how many images BatchNorm sees at
-    once, all in the state of the checkpoint ``saved``, if any.
-
-    Sets SOLVER.MICRO_BATCH to what goes through at once of this process's ``share``: ``kept``, the run's own from
-    before, or by free memory where it is 0. Raises InputError.
-    """
-    device, ranks, main = distributed.device(), distributed.world_size(), distributed.rank() == 0
-    torch.manual_seed(cfg.SEED)
-    method = METHODS[cfg.METHOD]
-    networks = build_networks(cfg, method)
-    size = cfg.SOLVER.MICRO_BATCH = micro_batch.resolve(
-        cfg.SOLVER.MICRO_BATCH, share, lambda: kept or micro_batch.room(networks, cfg.DATA.IMAGE_SIZE, amp)
-    )
-    networks = networks.to(device)
-    sync_bn = cfg.MODEL.SYNC_BN and ranks > 1 and device.type == "cuda"
-    if sync_bn:
-        networks = torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks)
-    elif main and cfg.MODEL.SYNC_BN and ranks > 1:
-        print("warning: SyncBatchNorm needs GPUs; each process normalises over its own micro-batch")
-    normalised = size * ranks if sync_bn else size
-    if normalised == 1:
-        raise InputError(
-            "BatchNorm would see one image at a time, and needs two: raise --micro-batch or --batch-size"
-        )
-    if cfg.SOLVER.COMPILE:
-        if sync_bn and main:
-            print(
-                "warning: torch.compile stops at every SyncBatchNorm and gains little: try MODEL.SYNC_BN False"
-            )
-        networks.compile_backbones()
-    optimizer = build_optimizer(networks, cfg.SOLVER, method.fix_predictor_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    if saved:
-        networks.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
-            scaler.load_state_dict(saved["scaler"])
-    model = networks
-    if ranks > 1:  # BatchNorm's running statistics are rank 0's: they are not needed before evaluation
-        model = DistributedDataParallel(
-            networks,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **OWN_BUFFERS,
-        )
-        settle_buckets(model)
-    return networks, model, optimizer, scaler, normalised
-
-
-def settle_buckets(model):
-    """Give the buckets of DistributedDataParallel the layout that they keep, before the first step.
-
-    It lays them out anew after the first backward pass, in the order in which gradients arrived. A
-    gradient's place in a bucket decides in which order all-reduce adds the processes' parts: from
-    three processes on, the first step of a resumed run would round otherwise than that step of an
-    uninterrupted run. So the first backward pass is this one, in which every parameter gets a gradient
-    of zero, the last parameter first, much as in a real one. The network and the random state take no
-    part in it. ``find_unused_parameters=True`` keeps the first layout, but walks the graph in each step.
-    """
-    networks = model.module
-    networks.forward = lambda _: sum(p.sum() * 0 for p in networks.parameters() if p.requires_grad)
-    model(None).backward()
-    del networks.forward
-    networks.zero_grad(set_to_none=True)
-
-
-def normalised_views(batch, mean, std):
-    """A micro-batch's weak and aggressive views, float32 [B, 2, 3, S, S] each, normalised, on the device. ``mean`` and
-    ``std`` float32 [3] lie there, which spares it a synchronisation."""
-    views = batch["views"]
-    return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
-
-
-def train_step(model, optimizer, scaler, amp, micro_batches, count, beta, tau):
-    """One optimizer step on ``count`` ``micro_batches``, pairs of normalised views float32 [B, 2, 3, S, S]; returns the
-    objective's figures, averaged over them.
-
-    ``model`` is Networks or its DistributedDataParallel, whose processes exchange gradients after the last micro-batch
-    only. A step that the scaler skips because a gradient overflowed leaves the target untouched as well.
-    """
-    networks = getattr(model, "module", model)
-    figures = {}
-    optimizer.zero_grad(set_to_none=True)
-    for i, (weak, strong) in enumerate(micro_batches, start=1):
-        with contextlib.nullcontext() if i == count or model is networks else model.no_sync():
-            with torch.autocast(weak.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                part = model(weak, strong, beta)
-            scaler.scale(part["loss"] / count).backward()
-        for name, value in part.items():
-            figures[name] = figures.get(name, 0) + value.detach() / count
-    stepped = []
-    hook = optimizer.register_step_post_hook(
-        lambda *_: stepped.append(True)
-    )  # comparing the scales would synchronise
-    scaler.step(optimizer)
-    hook.remove()
-    scaler.update()
-    networks.end_step(tau, skipped=not stepped)
-    return figures
-
-
-def ahead(loader, device):
-    """The loader's batches with ``views`` on the device, contiguous. On a GPU a side stream copies them while the step
-    before runs."""
-    if device.type == "cpu":
-        yield from ({**batch, "views": batch["views"].contiguous()} for batch in loader)
-        return
-    stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
-    batches = iter(loader)
-
-    def copied():
-        batch = next(batches, None)
-        if batch:
-            with torch.cuda.stream(stream):
-                batch["views"] = batch["views"].to(device, non_blocking=True).contiguous()
-        return batch
-
-    batch = copied()
-    while batch:
-        compute.wait_stream(stream)
-        batch["views"].record_stream(
-            compute
-        )  # its memory is the side stream's, which must not reuse it too soon
-        following = copied()
-        yield batch
-        batch = following
+        elif saved and saved.get("processes", processes) != processes:
+            yield f"{processes} instead of {saved['processes']} processes change the order of sums: {inexact}"
+        if self.cfg.METHOD == "simclr" and self.accumulate > 1:
+            yield "SimCLR's negatives are those of a micro-batch: accumulating leaves it fewer"

@@ -10,7 +10,7 @@ import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.engine import trainer
+from rsa_detectron2.pretrain.engine.step import normalized_views, train_step
 from rsa_detectron2.pretrain.method.augment import aggressive
 from rsa_detectron2.tools import benchmark
 from rsa_detectron2.tools.benchmarks import pil, step_timer
@@ -190,9 +190,9 @@ def test_hooks_leave_the_step_as_it_is():
     measured, plain = (StepTimer(small_cfg(), "rsa") for _ in range(2))
     measured.run(synthetic_batches(small_cfg()), 3)
     views, params = synthetic_views(4, 32)
-    pair = trainer.normalised_views({"views": views, "params": params}, plain.mean, plain.std)
+    pair = normalized_views({"views": views, "params": params}, plain.mean, plain.std)
     for _ in range(3):
-        trainer.train_step(plain.networks, plain.optimizer, plain.scaler, None, [pair], 1, 0.2, 0.99)
+        train_step(plain.state, [pair], 1, 0.2, 0.99)
     weights = measured.networks.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.networks.state_dict().items())
 

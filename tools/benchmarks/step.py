@@ -9,7 +9,7 @@ from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader, resolve_workers
-from rsa_detectron2.pretrain.engine import trainer
+from rsa_detectron2.pretrain.engine.step import prefetch
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.tools.benchmarks.options import add_recipe, positive
 from rsa_detectron2.tools.benchmarks.step_timer import StepTimer, synthetic_batches
@@ -78,7 +78,7 @@ def with_loader(
     for seed in range(args.repeats):
         for timer in timers:
             order = StepBatches(num_images, batch_size, ready + args.steps, seed)
-            batches = trainer.ahead(build_loader(views, order, workers), device())
+            batches = prefetch(build_loader(views, order, workers), device())
             timer.run(batches, ready)
             turns[timer].append(timer.run(batches, args.steps))
     return turns
@@ -96,7 +96,7 @@ def make_row(timer: StepTimer, source: str, turns: list[dict], args: argparse.Na
         "backbone": cfg.MODEL.BACKBONE,
         "size": cfg.DATA.IMAGE_SIZE,
         "batch": cfg.SOLVER.BATCH_SIZE,
-        "amp": str(timer.amp or "float32").removeprefix("torch."),
+        "amp": str(timer.state.amp or "float32").removeprefix("torch."),
         "images/s": speed,
         **epoch,
         "peak MiB": timer.peak,

@@ -8,7 +8,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.distributed import amp_dtype, device
-from rsa_detectron2.pretrain.engine import trainer
+from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, train_step
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
@@ -28,18 +28,19 @@ class StepTimer:
         self.cfg = cfg.clone()
         self.cfg.METHOD = method
         self.label = f"{method}, compiled" if compiled else method
-        self.amp = amp_dtype(cfg.SOLVER.AMP)
+        amp = amp_dtype(cfg.SOLVER.AMP)
         torch.manual_seed(0)
         self.networks = build_networks(self.cfg, METHODS[method]).to(device()).train()
         if compiled:
             self.networks.compile_backbones()
-        self.optimizer = build_optimizer(self.networks, cfg.SOLVER, METHODS[method].fix_predictor_lr)
-        set_lr(self.optimizer, 0.01, 0.01)
-        self.scaler = torch.amp.GradScaler(
+        optimizer = build_optimizer(self.networks, cfg.SOLVER, METHODS[method].fix_predictor_lr)
+        set_lr(optimizer, 0.01, 0.01)
+        scaler = torch.amp.GradScaler(
             device().type,
             init_scale=1024.0,  # low enough that no step is skipped
-            enabled=self.amp == torch.float16,
+            enabled=amp == torch.float16,
         )
+        self.state = TrainState(self.networks, optimizer, scaler, amp)
         self.mean, self.std = (
             torch.tensor(values, device=device()) for values in (cfg.DATA.MEAN, cfg.DATA.STD)
         )
@@ -53,8 +54,8 @@ class StepTimer:
             target.register_forward_pre_hook(lambda *_: self.mark("forward online"))
             target.register_forward_hook(lambda *_: self.mark("forward target"))
         self.networks.register_forward_hook(lambda *_: self.mark("forward online"))
-        self.optimizer.register_step_pre_hook(lambda *_: self.mark("backward"))
-        self.optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
+        self.state.optimizer.register_step_pre_hook(lambda *_: self.mark("backward"))
+        self.state.optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
 
     def mark(self, part: str | None) -> None:
         """``part`` has run since the last mark."""
@@ -86,16 +87,14 @@ class StepTimer:
         return {"ms": sum(parts.values()), **parts}
 
     def step(self, batches: Iterator[dict]) -> None:
-        trainer.train_step(
-            self.networks, self.optimizer, self.scaler, self.amp, self.views(batches), 1, beta=0.2, tau=0.99
-        )
+        train_step(self.state, self.views(batches), 1, beta=0.2, tau=0.99)
 
     def views(self, batches: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The one micro-batch of a step: normalized weak and aggressive views."""
         self.mark("optimizer")  # which has cleared the gradients
         batch = next(batches)
         self.mark("data wait")
-        views = trainer.normalised_views(batch, self.mean, self.std)
+        views = normalized_views(batch, self.mean, self.std)
         self.mark("aggressive stage")
         yield views
 

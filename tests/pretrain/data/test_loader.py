@@ -6,7 +6,7 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import ImageFolder
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
-from rsa_detectron2.pretrain.engine.trainer import ahead
+from rsa_detectron2.pretrain.engine.step import prefetch
 
 
 def batches(image_folder, num_workers=0, seed=3, **slices):
@@ -38,7 +38,7 @@ def test_batch_holds_its_samples_with_a_pixels_channels_together(image_folder):
     for name in ("views", "params"):
         assert torch.equal(batch[name], torch.stack([sample[name] for sample in samples]))
     assert batch["views"].movedim(2, -1).is_contiguous()
-    assert next(ahead([batch], torch.device("cpu")))["views"].is_contiguous()
+    assert next(prefetch([batch], torch.device("cpu")))["views"].is_contiguous()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

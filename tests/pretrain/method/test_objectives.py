@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.engine.trainer import train_step
+from rsa_detectron2.pretrain.engine.step import TrainState, train_step
 from rsa_detectron2.pretrain.method import schedules
 from rsa_detectron2.pretrain.method.networks import KeyQueue, Networks, build_backbone
 from rsa_detectron2.pretrain.method.objectives import (
@@ -306,15 +306,11 @@ def test_five_steps_equal_algorithm_1():
     straight_line_run(reference, batches, K, lr, 0.9, 5e-4, 0.4, 0.9)
 
     optimizer = build_optimizer(networks, solver("sgd", 5e-4))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    networks.train()
+    state = TrainState(networks.train(), optimizer, torch.amp.GradScaler("cpu", enabled=False), None)
     for k, (weak, strong) in enumerate(batches, start=1):
         set_lr(optimizer, schedules.learning_rate(k, K, lr, 0), None)
         train_step(
-            networks,
-            optimizer,
-            scaler,
-            None,
+            state,
             [(weak, strong)],
             1,
             schedules.beta(k, K, 0.4),
@@ -341,7 +337,8 @@ def test_step_that_overflows_leaves_weights_and_target():
     set_lr(optimizer, 0.1, None)
     before = {name: p.clone() for name, p in networks.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    train_step(networks.train(), optimizer, scaler, None, [torch.randn(2, 4, 2, 3, 8, 8)], 1, 0.4, 0.5)
+    state = TrainState(networks.train(), optimizer, scaler, None)
+    train_step(state, [torch.randn(2, 4, 2, 3, 8, 8)], 1, 0.4, 0.5)
     assert all(torch.equal(p, before[name]) for name, p in networks.named_parameters())
     assert scaler.get_scale() == 8.0
 

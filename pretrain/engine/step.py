@@ -1,0 +1,92 @@
+"""One optimizer step over the micro-batches of a process, and how its images reach the device."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rsa_detectron2.pretrain.method.augment import aggressive, normalize, to_float
+from rsa_detectron2.pretrain.method.networks import Networks
+
+
+@dataclass
+class TrainState:
+    """What a step changes, and the precision that it computes in."""
+
+    model: nn.Module  # Networks, or its DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.dtype | None  # of autocast; None: float32 throughout
+
+    @property
+    def networks(self) -> Networks:
+        return getattr(self.model, "module", self.model)
+
+
+def train_step(
+    state: TrainState, micro_batches: Iterable, count: int, beta: float, tau: float
+) -> dict[str, torch.Tensor]:
+    """One optimizer step on ``count`` ``micro_batches``; returns the objective's figures, averaged over them.
+
+    A micro-batch is a pair of normalized views, float32 [B, 2, 3, S, S] each. Processes exchange
+    gradients after the last one only. A step that the scaler skips because a gradient overflowed
+    leaves the target untouched as well.
+    """
+    networks, model, optimizer, scaler = state.networks, state.model, state.optimizer, state.scaler
+    figures = {}
+    optimizer.zero_grad(set_to_none=True)
+    for i, (weak, strong) in enumerate(micro_batches, start=1):
+        last = i == count
+        with contextlib.nullcontext() if last or model is networks else model.no_sync():
+            with torch.autocast(weak.device.type, state.amp or torch.bfloat16, enabled=state.amp is not None):
+                part = model(weak, strong, beta)
+            scaler.scale(part["loss"] / count).backward()
+        for name, value in part.items():
+            figures[name] = figures.get(name, 0) + value.detach() / count
+    stepped = []
+    # A hook tells whether the scaler skipped the step. Comparing its scales would synchronize with the GPU.
+    hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
+    scaler.step(optimizer)
+    hook.remove()
+    scaler.update()
+    networks.end_step(tau, skipped=not stepped)
+    return figures
+
+
+def normalized_views(batch: dict, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weak and the aggressive views of a micro-batch, float32 [B, 2, 3, S, S] each, on its device.
+
+    ``mean`` and ``std``, float32 [3], lie there too, which saves a synchronization.
+    """
+    views = batch["views"]
+    return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
+
+
+def prefetch(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """The loader's batches, with contiguous ``views`` on the device.
+
+    On a GPU, a side stream copies the next batch while the current step runs.
+    """
+    if device.type == "cpu":
+        yield from ({**batch, "views": batch["views"].contiguous()} for batch in loader)
+        return
+    stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
+    batches = iter(loader)
+
+    def copy_next():
+        batch = next(batches, None)
+        if batch:
+            with torch.cuda.stream(stream):
+                batch["views"] = batch["views"].to(device, non_blocking=True).contiguous()
+        return batch
+
+    batch = copy_next()
+    while batch:
+        compute.wait_stream(stream)
+        # Its memory belongs to the side stream, which must not reuse it while the step still reads it.
+        batch["views"].record_stream(compute)
+        following = copy_next()
+        yield batch
+        batch = following
