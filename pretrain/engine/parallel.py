@@ -45,7 +45,10 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def convert_batch_norm(networks: Networks, wanted: bool) -> tuple[Networks, int]:
-    """The networks, with SyncBatchNorm if ``wanted`` and possible, and how many processes share its statistics."""
+    """With SyncBatchNorm if ``wanted`` and possible.
+
+    Returns the networks, and how many processes share BatchNorm's statistics.
+    """
     ranks = distributed.world_size()
     if not wanted or ranks == 1:
         return networks, 1
