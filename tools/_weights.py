@@ -14,7 +14,7 @@ from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.method import networks
 from rsa_detectron2.transfer.convert import readers
-from rsa_detectron2.transfer.convert.inert import local_file, open_checkpoint
+from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint
 from rsa_detectron2.transfer.convert.provenance import sha256
 
 

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.transfer.convert.inert import as_tensor
+from rsa_detectron2.transfer.convert.stored import as_tensor
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_shapes
-from rsa_detectron2.transfer.convert.inert import Tensor, local_file, open_checkpoint, printable
+from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint, printable
 from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, remarks
 from rsa_detectron2.transfer.convert.readers import read_checkpoint
+from rsa_detectron2.transfer.convert.stored import Tensor
 from rsa_detectron2.transfer.convert.survey import grouped, networks, some, state_dicts
 
 

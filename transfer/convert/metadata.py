@@ -9,8 +9,9 @@ import yaml
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, supported
+from rsa_detectron2.transfer.convert.files import printable
 from rsa_detectron2.transfer.convert.formats import IMAGENET, OTHER_STRIDES, SAID, UNSCALED
-from rsa_detectron2.transfer.convert.inert import Call, printable
+from rsa_detectron2.transfer.convert.stored import Call
 
 DILATED = ("deeplab", "fcn", "pspnet", "lraspp")
 NAMED_PIXELS = {"imagenet": IMAGENET, "unscaled": UNSCALED}

@@ -14,8 +14,8 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import RGB_IMAGENET
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
+from rsa_detectron2.transfer.convert.files import printable
 from rsa_detectron2.transfer.convert.formats import ASK, ASSUMED, FORMATS, IMAGENET, OURS
-from rsa_detectron2.transfer.convert.inert import printable
 from rsa_detectron2.transfer.convert.metadata import is_rgb, own_pixels, said, stated_pixels
 
 BRANCHES = ("online", "target")

@@ -12,6 +12,7 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert import architectures
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, supported
+from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint, printable
 from rsa_detectron2.transfer.convert.formats import (
     AVERAGES,
     CONTAINERS,
@@ -24,7 +25,6 @@ from rsa_detectron2.transfer.convert.formats import (
     Format,
     rename,
 )
-from rsa_detectron2.transfer.convert.inert import Call, as_tensor, local_file, open_checkpoint, printable
 from rsa_detectron2.transfer.convert.metadata import beside, check_network, check_own_network
 from rsa_detectron2.transfer.convert.provenance import (
     checksum,
@@ -33,6 +33,7 @@ from rsa_detectron2.transfer.convert.provenance import (
     is_sound,
     is_untrained,
 )
+from rsa_detectron2.transfer.convert.stored import Call, as_tensor
 from rsa_detectron2.transfer.convert.survey import (
     describe,
     networks,

@@ -5,8 +5,9 @@ from collections import Counter
 
 from rsa_detectron2.transfer.convert import architectures
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
+from rsa_detectron2.transfer.convert.files import printable
 from rsa_detectron2.transfer.convert.formats import CONTAINERS, FORMATS, OTHER_NETWORKS
-from rsa_detectron2.transfer.convert.inert import Call, printable
+from rsa_detectron2.transfer.convert.stored import Call
 
 # The last stage's first convolution, by the names of torchvision, nn.Sequential, Detectron2 and Hugging Face.
 LANDMARK = re.compile(

@@ -19,9 +19,10 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import DEFAULT_WEIGHTS
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
-from rsa_detectron2.transfer.convert.inert import as_tensor, local_file, open_checkpoint
+from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint
 from rsa_detectron2.transfer.convert.provenance import checksum, is_plain
 from rsa_detectron2.transfer.convert.readers import read_checkpoint, read_converted
+from rsa_detectron2.transfer.convert.stored import as_tensor
 
 DEFAULT_INPUT = "output/pretrain/model_final.pth"
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}

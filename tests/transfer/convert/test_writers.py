@@ -17,7 +17,7 @@ from torchvision.models import resnet50
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert import writers as converter
 from rsa_detectron2.transfer.convert.architectures import tensor_shapes
-from rsa_detectron2.transfer.convert.inert import open_checkpoint
+from rsa_detectron2.transfer.convert.files import open_checkpoint
 from rsa_detectron2.transfer.convert.metadata import parse_pixels
 from rsa_detectron2.transfer.convert.provenance import checksum
 from rsa_detectron2.transfer.convert.readers import read_checkpoint
