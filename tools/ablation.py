@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""The controlled test of the claim: which method keeps a part of the label that aggressive augmentation destroys?
+"""The controlled test of the claim.
+
+Which method keeps a part of the label that aggressive augmentation destroys?
 
     tools/ablation.py --dry-run                 # what would run
     tools/ablation.py                           # all methods, three seeds; run again, it goes on
     tools/ablation.py --seeds 5 --jobs 2
 
-The classes of the drawn images are pairs of a form and a colour (transfer/shapes.py); 31 % of the aggressive views have
-lost their colour or bear another's. Each method pre-trains a small ResNet-18 by its recipe
-configs/pretrain/shapes_colour_<method>_R18.yaml; then the pair, the form alone and the colour alone are read from its
-features of centre crops by kNN and by a linear classifier. Ends in report.md, table.csv and ablation.png.
+The classes of the drawn images are pairs of a form and a color (transfer/data/shapes.py); 31 % of
+the aggressive views have lost their color or show that of another class. Each method pre-trains a
+small ResNet-18 by its recipe configs/pretrain/shapes_colour_<method>_R18.yaml. Then kNN and a linear
+classifier read the pair, the form alone and the color alone from its features of center crops.
+Leaves report.md, table.csv and ablation.png.
 """
 
 import argparse
@@ -91,7 +94,10 @@ def main():
 
 
 def run_all(runs, images, jobs, overrides):
-    """Pre-train and judge {folder: (method, seed)}, ``jobs`` at a time; stops them all, saved, when one fails."""
+    """Pre-train and judge {folder: (method, seed)}, ``jobs`` at a time.
+
+    When one fails, the others save and stop.
+    """
     processes, judging, stopping = [], threading.Lock(), threading.Event()
 
     def one(path, method, seed):
@@ -201,7 +207,10 @@ def part_of(classes, part):
 
 
 def write_report(folder, results):
-    """{method: results of its seeds} -> table.csv, ablation.png and report.md; returns the table in Markdown."""
+    """Write table.csv, ablation.png and report.md; returns the table in Markdown.
+
+    results: {method: results of its seeds}.
+    """
     names = {UNTRAINED: "untrained network", **METHODS}
     table = [["top-1 (%)", *FIGURES.values()]]
     lines = []
@@ -225,7 +234,10 @@ def write_report(folder, results):
 
 
 def plot(results, names, path):
-    """A panel for each part of the label: every seed a point, their mean a bar across, chance a dashed line."""
+    """A panel for each part of the label.
+
+    Every seed is a point, their mean a bar, chance a dashed line.
+    """
     figure = Figure(figsize=(11, 0.42 * len(results) + 1.3), dpi=150, layout="constrained")
     for ax, (part, words) in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS.items()):
         for offset, judge_name, color, label in (

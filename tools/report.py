@@ -77,8 +77,8 @@ def write(runs, output, tables=None, note=None, pretrain=None, num_images=4):
     sections = [("Note", note)] * bool(note) + [("AP (%)", cells)]
     if any(cell.endswith("*") for row in cells for cell in row):
         noise = (
-            f"* differs from the published number by more than {paper.load()['seed_noise']['ap']} AP, about what "
-            "another seed may change."
+            "* differs from the published number by more than "
+            f"{paper.load()['seed_noise']['ap']} AP, about what another seed may change."
         )
         sections.append(("Seeds", noise))
     output.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def write(runs, output, tables=None, note=None, pretrain=None, num_images=4):
     print(f"{output}/report.html")
 
 
-def settings_table(folders, results, protocol, test_set):
+def settings_table(folders: dict, results: dict, protocol: str, test_set: str) -> list[list[str]]:
     """What each run was: header and rows of strings."""
     lines = [
         [

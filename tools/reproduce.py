@@ -196,7 +196,8 @@ def check_what_is_done(plan):
         checked = step.training and step.done.is_file() and not plan.args.overrides
         if checked and (found := words(step.training, step.done.parent)):
             raise InputError(
-                f"{step.done.parent} holds another run ({'; '.join(found)}): move it away, or give another --output-dir"
+                f"{step.done.parent} holds another run ({'; '.join(found)}): "
+                "move it away, or give another --output-dir"
             )
 
 
@@ -254,7 +255,10 @@ def main():
 
 
 def execute(step, small):
-    """Run a step; returns its exit status. What a rehearsal's commands print goes to a file, but for an error's end."""
+    """Run a step; returns its exit status.
+
+    What a rehearsal's commands print goes to a file; of an error the last lines are shown, too.
+    """
     command = [sys.executable, str(Path(__file__).with_name(Path(step.command[0]).name)), *step.command[1:]]
     if not small:
         return subprocess.run(command, check=False).returncode

@@ -101,7 +101,7 @@ def test_parts_of_the_label():
 
 
 def test_recipes_differ_in_their_method_alone():
-    """The learning rate, the length and all else are the same, so that what differs in the table is the method."""
+    """The learning rate, the length and all else are the same: only the method differs."""
 
     def flat(tree, prefix=""):
         return {

@@ -49,7 +49,7 @@ def rehearsal(tmp_path, monkeypatch):
 
 
 def test_hours_by_images_and_pixels():
-    """2 steps of 8 views of 72 pixels in 8 s: a full epoch of 224 pixels takes (224 / 72)^2 times as long an image."""
+    """2 steps of 8 views of 72 pixels in 8 s; an image of 224 pixels takes (224 / 72)^2 times as long."""
     cell = cell_of("table3", "rsa", "imagenet100")
     run = {"step": 2, "seconds": 8.0, "settings": {"SOLVER.BATCH_SIZE": 8, "DATA.IMAGE_SIZE": 72}}
     wanted = 8 / 16 * (224 / 72) ** 2 * 126689 * 100 / 3600

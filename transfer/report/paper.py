@@ -20,29 +20,29 @@ from rsa_detectron2.common.record import flatten, is_sound, plain
 
 
 @functools.cache
-def load():
+def load() -> dict:
     """The content of ``configs/paper.yaml``."""
     return yaml.safe_load((CONFIGS / "paper.yaml").read_text(encoding="utf-8"))
 
 
-def shows(table):
+def shows(table: str) -> str:
     """ "top1", "ap", "hours" or "pictures"."""
     return load()["tables"][table]["shows"]
 
 
-def title(table):
+def title(table: str) -> str:
     """ "Table 1: Multi-stage augmentation ..."."""
     return f"{table[:-1].capitalize()} {table[-1]}: {load()['tables'][table]['title']}"
 
 
 @functools.cache
-def recipe_settings(recipe):
+def recipe_settings(recipe: str) -> dict:
     """{"SOLVER.EPOCHS": 200, ...}: what a file under ``configs/`` and the files that it inherits set."""
     tree = CfgNode.load_yaml_with_base(str(CONFIGS / recipe))
     return {key: literal(value) for key, value in flatten(tree).items()}
 
 
-def literal(value):
+def literal(value: object) -> object:
     """A value of YAML as yacs reads it: strings may hold Python's literals."""
     try:
         return plain(ast.literal_eval(value)) if isinstance(value, str) else value
@@ -63,11 +63,11 @@ class Training:
     weights: object = None  # fine-tuning starts from: "none", "config", a method's name, or a Training
 
     @property
-    def settings(self):
+    def settings(self) -> dict:
         return recipe_settings(self.recipe) | dict(self.overrides)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The same for two rows exactly if one run serves both."""
         words = [Path(self.recipe).stem]
         if self.kind == "pretrain":
@@ -80,7 +80,7 @@ class Training:
         return "_".join(words)
 
     @property
-    def hours(self):
+    def hours(self) -> float:
         """V100-hours of one seed, over all GPUs, without the linear evaluation."""
         if self.kind == "finetune":
             cost = next(
@@ -112,7 +112,7 @@ class Cell:
     extra: bool = False  # not a row of the paper
 
 
-def cells(table, betas=None):
+def cells(table: str, betas: list[float] | None = None) -> list[Cell]:
     """The cells of a table, row by row; ``betas``: of Figure 3, instead of its own grid."""
     content = load()["tables"][table]
     columns, rows, found = content["columns"], content["rows"], []
@@ -138,7 +138,7 @@ def cells(table, betas=None):
     return found
 
 
-def own_cell(table, name):
+def own_cell(table: str, name: str) -> Cell:
     """A row of Table 5 or 6 for weights that the paper does not have."""
     content = load()["tables"][table]
     row = {"recipe": content["own"], "weights": name}
@@ -147,14 +147,14 @@ def own_cell(table, name):
     )
 
 
-def describe(table, row, column):
+def describe(table: dict, row: dict, column: dict) -> str:
     """What stands beside a method's name: its facts where a table has some, else data set and length."""
     if "facts" in table:
         return ", ".join(f"{name} {fact}" for name, fact in zip(table["facts"], row["facts"]))
     return f"{load()['datasets'][column['dataset']]['title']}, {column['epochs']} epochs"
 
 
-def pre_training(row, column):
+def pre_training(row: dict, column: dict) -> Training:
     dataset = load()["datasets"][column["dataset"]]
     recipe = dataset["recipe"].format(method=row["method"])
     given = {"SOLVER.EPOCHS": column["epochs"]} if "epochs" in column else {}
@@ -165,7 +165,7 @@ def pre_training(row, column):
     return Training("pretrain", recipe, overrides, column["seeds"], bn, column["dataset"])
 
 
-def fine_tuning(row, bn):
+def fine_tuning(row: dict, bn: int) -> Training:
     weights = row["weights"]
     if isinstance(weights, dict):
         [(table, key)] = weights.items()
@@ -173,7 +173,7 @@ def fine_tuning(row, bn):
     return Training("finetune", row["recipe"], (), 1, bn, weights=weights)
 
 
-def number(text):
+def number(text: str | float | None) -> tuple[float, float | None] | None:
     """Text "MEAN ± DEVIATION" or a number -> (mean, standard deviation or None); None -> None."""
     if text is None:
         return None
@@ -194,7 +194,7 @@ COUNTS = {
 AUTHORS = "the authors' RSA or BYOL"  # the layout of their checkpoints, which say no more
 
 
-def differences(training, record):
+def differences(training: Training, record: dict) -> list[str]:
     """Words for everything in which a run, by its ``record``, is not ``training``; [] if it is exactly
     that."""
     found = setting_differences(training, record) + numbers_differ(record, {"bn_batch_size": training.bn})
@@ -204,8 +204,10 @@ def differences(training, record):
             record["data"], {"images": dataset["images"][0], "classes": dataset["classes"]}
         )
     else:
-        found += [f"engine {record['engine']} instead of detectron2"] * (record["engine"] != "detectron2")
-        found += ["only evaluated with these settings"] * bool(record.get("eval_only"))
+        if record["engine"] != "detectron2":
+            found.append(f"engine {record['engine']} instead of detectron2")
+        if record.get("eval_only"):
+            found.append("only evaluated with these settings")
         found += weights_differ(training, record["weights"])
     done = record["iterations" if training.kind == "finetune" else "step"]
     if done != record["steps"]:
@@ -213,7 +215,7 @@ def differences(training, record):
     return found
 
 
-def setting_differences(training, record):
+def setting_differences(training: Training, record: dict) -> list[str]:
     expected, found = record["changed"] | training.settings, []  # what no recipe sets is to have its default
     for key, value in fixed(record).items():
         wanted = comparable(key, expected.get(key, value))
@@ -223,7 +225,7 @@ def setting_differences(training, record):
     return found
 
 
-def fixed(record):
+def fixed(record: dict) -> dict:
     """The settings of a run that all runs of a row have in common."""
     free = load()["free"][record["kind"]]
     return {
@@ -233,7 +235,7 @@ def fixed(record):
     }
 
 
-def comparable(key, value):
+def comparable(key: str, value: object) -> object:
     """A setting as it is the same on any machine: data sets by the names of their files, SyncBN as
     BatchNorm, since over how many images is compared by itself."""
     if key.startswith("DATASETS.") and isinstance(value, list):
@@ -241,11 +243,11 @@ def comparable(key, value):
     return value.replace("SyncBN", "BN") if key.endswith(".NORM") and isinstance(value, str) else value
 
 
-def numbers_differ(found, wanted):
+def numbers_differ(found: dict, wanted: dict) -> list[str]:
     return [COUNTS[name].format(found[name], value) for name, value in wanted.items() if found[name] != value]
 
 
-def weights_fit(training, provenance):
+def weights_fit(training: Training, provenance: dict | None) -> bool:
     """Whether weights, by their ``provenance`` (None: random), are of the kind that a fine-tuning starts
     from."""
     wanted = training.weights
@@ -256,28 +258,30 @@ def weights_fit(training, provenance):
     return word(provenance.get("method")) == ("rsa" if isinstance(wanted, Training) else word(wanted))
 
 
-def word(name):
+def word(name: object) -> str:
     """ "MoCo v2" -> "mocov2"."""
     return re.sub("[^a-z0-9]", "", str(name).lower())
 
 
-def weights_differ(training, provenance):
+def weights_differ(training: Training, provenance: dict | None) -> list[str]:
     if not weights_fit(training, provenance):
         return ["other weights"]
     if not isinstance(training.weights, Training):
         return []
-    found = ["the target network's weights"] * (provenance.get("branch", "online") != "online")
+    found = []
+    if provenance.get("branch", "online") != "online":
+        found.append("the target network's weights")
     if provenance.get("run"):
         about = json.loads(provenance["run"])
         if not is_sound(about):
             return [*found, "weights whose record cannot be read"]
         return found + [f"pre-training: {words}" for words in differences(training.weights, about)]
-    return found + ["weights that do not say how they were pre-trained"] * (
-        provenance.get("format") != AUTHORS
-    )
+    if provenance.get("format") != AUTHORS:
+        found.append("weights that do not say how they were pre-trained")
+    return found
 
 
-def evaluation_differences(training, result):
+def evaluation_differences(training: Training, result: dict) -> list[str]:
     """The same for a result of linear evaluation."""
     dataset = load()["datasets"][training.dataset]
     protocol = dataset["linear"]
@@ -285,13 +289,14 @@ def evaluation_differences(training, result):
         return ["no linear evaluation"]
     found = numbers_differ(result, {"protocol": protocol["protocol"], "epochs": protocol["epochs"]})
     found += numbers_differ({"val_images": result["val"]["images"]}, {"val_images": dataset["images"][1]})
-    found += ["the target network"] * (result["branch"] != "online")
+    if result["branch"] != "online":
+        found.append("the target network")
     if protocol["train_bn"] and "train_bn_top1_best" not in result:
         found.append("linear evaluation without --train-bn")
     return found
 
 
-def hardware_differences(training, record):
+def hardware_differences(training: Training, record: dict) -> list[str]:
     """The same for the machine of a run whose time counts."""
     gpus = load()["datasets"][training.dataset]["gpus"]
     if "V100" in record["device"] and record["processes"] == gpus:

@@ -123,10 +123,12 @@ def read_series(path, x, keys):
 
 
 def plot_curves(pretrain_folder, runs, path):
-    """Losses, schedules, similarities and kNN accuracy of pre-training; losses and AP of fine-tuning; as one PNG.
+    """Draw the curves of pre-training and of fine-tuning as one PNG.
 
-    pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}. A panel without data is left
-    out. Returns the path, or None when no panel has data.
+    Of pre-training: losses, schedules, similarities and kNN accuracy; of fine-tuning: losses and AP.
+
+    pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}.
+    A panel without data is left out. Returns the path, or None when no panel has data.
     """
     panels = []
     if pretrain_folder is not None:
@@ -194,8 +196,10 @@ def draw_panels(panels, num_runs, path):
 
 
 def plot_ap(rows, path):
-    """Rows of ``report.make_rows`` -> PNG: the six APs of what was run, ± std over seeds, beside what is published, with
-    the difference where there is one."""
+    """Draw rows of ``tables.make_rows`` as a PNG: six APs of each run, ± std over seeds.
+
+    Beside them stand the published ones and, where there is one, the difference.
+    """
     rows = [row for row in rows if row.runs]
     with literal_text(*(row.title for row in rows)):
         draw_ap(rows, path)
@@ -235,7 +239,8 @@ def draw_ap(rows, path):
         ax.spines[["top", "right"]].set_visible(False)
     if any(row.published for row in rows):
         figure.suptitle(
-            "dots: these runs, ± standard deviation over seeds; diamonds: published; in figures: the difference, "
+            "dots: these runs, ± standard deviation over seeds; diamonds: published; "
+            "in figures: the difference, "
             "* where it exceeds what another seed may change",
             fontsize=9,
         )
@@ -243,8 +248,11 @@ def draw_ap(rows, path):
 
 
 def plot_sweep(rows, titles, path):
-    """Rows of Figure 3 -> PNG: a panel for each column, {name: title}: top-1 over beta_base, with a dashed line for
-    beta_base 0 and a dotted one for BYOL. Filled: the paper's settings; hollow: other settings; diamonds: published."""
+    """Draw Figure 3 as a PNG: top-1 over beta_base, with a panel for each column, {name: title}.
+
+    The dashed line is beta_base 0, the dotted one BYOL. Filled points have the paper's settings,
+    hollow ones others; diamonds are published.
+    """
     figure = Figure(figsize=(3.8 * len(titles), 3.4), dpi=150, layout="constrained")
     for ax, (column, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
         for row in (row for row in rows if row.place[1:] == (column,)):
@@ -286,7 +294,7 @@ def plot_sweep(rows, titles, path):
 
 
 def draw_instances(ax, image, instances, names, colors):
-    """Image uint8 [H, W, 3] with COCO instances over it: translucent mask, box, class name and, if any, score."""
+    """Draw COCO instances over an image, uint8 [H, W, 3]: mask, box, class name and, if any, score."""
     height, width = image.shape[:2]
     blended = image.astype(np.float32)
     for instance in instances:
@@ -330,7 +338,7 @@ def draw_instances(ax, image, instances, names, colors):
 
 
 def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
-    """COCO JSON, its image folder and {name: run folder} -> PNG: ground truth, if any, then detections of runs.
+    """Draw ground truth, if any, then the detections of each run, {name: folder}, as one PNG.
 
     The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections
     scoring at least ``threshold``; where a run has none of those on an image, its three best. Raises

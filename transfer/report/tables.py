@@ -50,20 +50,20 @@ class Row:
     missing: list = field(default_factory=list)  # seeds of the paper's trials
     extra: bool = True  # not a row of the paper
 
-    def difference(self, name):
+    def difference(self, name: str) -> float | None:
         """Of a figure from the published one; None where either is missing, or where the runs are other
         ones."""
         if self.words or not self.figures.get(name) or not self.published.get(name):
             return None
         return self.figures[name][0] - self.published[name][0]
 
-    def beyond_noise(self, name):
+    def beyond_noise(self, name: str) -> bool:
         """Whether it differs by more than another seed may change."""
         noise = max(paper.load()["seed_noise"][paper.shows(self.table)], 2 * (self.published[name][1] or 0))
         return round(abs(self.difference(name)), 6) > noise
 
 
-def read_json(path):
+def read_json(path: str | Path) -> dict:
     """A JSON object of a run's folder -> dict. Raises InputError."""
     try:
         content = json.loads(Path(path).read_text())
@@ -75,7 +75,7 @@ def read_json(path):
     return content
 
 
-def read_run(folder):
+def read_run(folder: str | Path) -> dict:
     """The record of the pre-training in a folder. Raises InputError."""
     path = Path(folder, record.FILE)
     about = read_json(path)
@@ -84,7 +84,9 @@ def read_run(folder):
     return about
 
 
-def make_rows(kind, runs, tables=None, betas=None):
+def make_rows(
+    kind: str, runs: dict, tables: list[str] | None = None, betas: list[float] | None = None
+) -> list[Row]:
     """The rows of a table of ``kind`` ("ap", "top1" or "hours") for ``runs``, {name: run}, such as name
     their folders.
 
@@ -117,12 +119,12 @@ def make_rows(kind, runs, tables=None, betas=None):
     return rows
 
 
-def own_row(kind, title, runs):
+def own_row(kind: str, title: str, runs: dict) -> Row:
     """A Row of runs that are nothing of the paper's."""
     return Row(title, runs=list(runs.values()), figures=average(kind, runs))
 
 
-def words_of(kind, run, training):
+def words_of(kind: str, run: dict, training: paper.Training) -> list[str] | None:
     """Words for what makes a run another than ``training``; None where it has nothing to do with it: it
     is neither exactly that nor of its recipe."""
     about = record_of(kind, run)
@@ -141,12 +143,12 @@ def words_of(kind, run, training):
     return words if not words or about["recipe"] == training.recipe else None
 
 
-def record_of(kind, run):
+def record_of(kind: str, run: dict) -> dict | None:
     """The record of a run's training; None where it does not say."""
     return run.get("pretrain") if kind == "top1" else run
 
 
-def signature(kind, run):
+def signature(kind: str, run: dict) -> str:
     """Text that is the same for runs which differ in nothing but the seed and what is free."""
     about = record_of(kind, run)
     if about is None:
@@ -159,7 +161,7 @@ def signature(kind, run):
     return json.dumps([paper.fixed(about), weights, facts, about.get("data")])
 
 
-def apart(kind, runs):
+def apart(kind: str, runs: dict) -> list[dict]:
     """{name: run} split so that no part holds a seed twice."""
     parts = []
     for name, run in runs.items():
@@ -172,7 +174,7 @@ def apart(kind, runs):
     return [dict(part.values()) for part in parts]
 
 
-def filled(cell, kind, runs, words):
+def filled(cell: paper.Cell, kind: str, runs: dict, words: list[str]) -> Row:
     """The Row of a cell and the runs in it."""
     names = [compared(cell)] if kind == "top1" else COLUMNS[kind]
     published = {name: figure for name, figure in zip(names, cell.published) if figure}
@@ -192,7 +194,7 @@ def filled(cell, kind, runs, words):
     return row
 
 
-def compared(cell):
+def compared(cell: paper.Cell) -> str:
     """The figure of linear evaluation that the published one is compared with: of the best epoch, as its
     authors' code reports, and on the small data sets with BatchNorm in train mode, as it trains."""
     linear = (
@@ -201,21 +203,21 @@ def compared(cell):
     return "train BN, best" if linear["train_bn"] else "best epoch"
 
 
-def average(kind, runs):
+def average(kind: str, runs: dict) -> dict:
     return {
         name: mean_std([figure(kind, name, run) for run in runs.values()])
         for name in (AP if kind == "ap" else COLUMNS[kind])
     }
 
 
-def figure(kind, name, run):
+def figure(kind: str, name: str, run: dict) -> float | None:
     if kind == "ap":
         task, key = AP[name]
         return run["ap"][task].get(key)
     return run["seconds"] / 3600 if kind == "hours" else run.get(TOP1[name])
 
 
-def title_of(kind, runs):
+def title_of(kind: str, runs: dict) -> str:
     """What stands for runs that are no row of the paper: the first one's folder, and what it says of
     itself."""
     name, run = next(iter(runs.items()))
@@ -227,21 +229,19 @@ def title_of(kind, runs):
     return f"{about['method']}, {about['data']['name']}, {about['settings']['SOLVER.EPOCHS']} epochs ({name})"
 
 
-def weights_label(run):
+def weights_label(run: dict) -> str:
     """What a fine-tuning started from, in words: "rsa, step 500", or "random"."""
     weights = run["weights"]
     if weights is None:
         return "random"
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
-    method = (
-        weights.get("format", method) if method == "unknown" else method
-    )  # its layout is all that is known
-    return (
-        f"{method}, step {step}" if step >= 0 else method
-    )  # the converter writes -1 where a file names no step
+    if method == "unknown":
+        method = weights.get("format", method)  # its layout is all that is known
+    # the converter writes -1 where a file names no step
+    return f"{method}, step {step}" if step >= 0 else method
 
 
-def check_comparable(runs):
+def check_comparable(runs: dict) -> tuple[str, str]:
     """{name: results} -> their protocol and the name of their test set. Raises InputError where either
     differs: one table holds one."""
 
@@ -262,7 +262,7 @@ def check_comparable(runs):
     )
 
 
-def table_cells(kind, rows):
+def table_cells(kind: str, rows: list[Row]) -> list[list[str]]:
     """Rows -> header and cells, all strings. Below each that was run stand the published numbers and the
     difference, with a ``*`` beyond what another seed may change, or else a line that says in what the
     runs are other ones."""
@@ -292,12 +292,13 @@ def table_cells(kind, rows):
     return lines
 
 
-def difference_cell(row, name):
+def difference_cell(row: Row, name: str) -> str:
     """ "+0.4 *"."""
     difference = row.difference(name)
     if difference is None:
         return "–"
-    return f"{round(difference, 1) + 0:+.1f}" + " *" * row.beyond_noise(name)  # + 0: no -0.0
+    text = f"{round(difference, 1) + 0:+.1f}"  # + 0: no -0.0
+    return f"{text} *" if row.beyond_noise(name) else text
 
 
 def write_csv(kind: str, rows: list[Row], path: str | Path) -> None:

@@ -30,7 +30,7 @@ def aps(box, mask=None):
 
 
 def make_dataset(folder):
-    """Two gray 160 x 120 images with one ellipse each -> (annotation file, image folder, COCO annotations)."""
+    """Two gray 160 x 120 images with an ellipse each -> annotation file, image folder, annotations."""
     images, annotations = [], []
     (folder / "images").mkdir(parents=True)
     for i in (1, 2):
@@ -282,7 +282,7 @@ def rows_of(*folders, tables=None):
 
 
 def pretrained(**changes):
-    """Provenance of RSA's weights, which a run of the paper's own row has made; ``changes`` of its settings."""
+    """Provenance of RSA's weights, from a run of the paper's own row with ``changes`` of its settings."""
     training = next(cell.training for cell in paper.cells("table4") if cell.row == "rsa_200")
     cfg = rsa_detectron2.pretrain.config.get_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
