@@ -44,7 +44,7 @@ def save_tensors(path, state, previous=None):
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what torch's archive writer makes of a refused write
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error)
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     write_atomically(path, write, previous)
 

@@ -1,8 +1,9 @@
 """Processes that load data. Whatever happens to one, the program learns of it; and none outlives the program.
 
-The workers hold back the signals that stop a program: a scheduler sends them to all processes of a job, and workers
-must live until the main process has saved. When a program ends, multiprocessing sends its children SIGTERM and waits
-for them, here for ever. So they are killed before that.
+The workers hold back the signals that stop a program: a scheduler sends them to all processes of a job, and
+workers
+must live until the main process has saved. When a program ends, multiprocessing sends its children SIGTERM
+and waits for them, here for ever. So they are killed before that.
 """
 
 import contextlib
@@ -32,8 +33,10 @@ MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
 def load(dataset, batches, num_workers, setting, collate=None):
     """The ``batches`` (lists of keys) of a map-style ``dataset``, each collated, by default into tensors.
 
-    setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the dataset raises. In a
-    worker these are InputError and OSError; any other exception, or the death of a worker, becomes an InputError.
+    setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the dataset
+    raises. In a
+    worker these are InputError and OSError; any other exception, or the death of a worker, becomes an
+    InputError.
     """
     collate = collate or default_collate
     return Loader(
@@ -125,14 +128,15 @@ class Workers:
             return next(self.iterator, None)
 
     def opened(self, answer):
-        """What a :class:`Sender` made, in this process. Raises the exception that it is, or as :meth:`next`."""
+        """What a :class:`Sender` made, in this process. Raises the exception that it is, or as
+        :meth:`next`."""
         if isinstance(answer, Exception):
             raise answer
         if not answer.shared and not Workers.warned:
             Workers.warned = True
             say(
-                "warning: /dev/shm has no room for a batch of images; they go through pipes, which is slower: "
-                + MORE_SHARED_MEMORY
+                "warning: /dev/shm has no room for a batch of images; "
+                "they go through pipes, which is slower: " + MORE_SHARED_MEMORY
             )
         with self.watched():
             return answer.open()
@@ -174,7 +178,10 @@ class Workers:
                 f"or give {self.setting} {fewer}"
             )
         if status == -signal.SIGBUS:
-            return f"died of SIGBUS, most likely because /dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
+            return (
+                "died of SIGBUS, most likely because /dev/shm is full: "
+                f"{MORE_SHARED_MEMORY}, or give {self.setting} 0"
+            )
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"{how}: run the same command again, with {self.setting} 0 if it repeats"
 
@@ -200,7 +207,8 @@ def prepare_worker(_):
 
 
 def remove_unfinished(pid):
-    """Remove the shared memory that torch created in a process and could not fill; what it filled has no name."""
+    """Remove the shared memory that torch created in a process and could not fill; what it filled has no
+    name."""
     for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
         path.unlink(missing_ok=True)
 
@@ -220,7 +228,8 @@ class Batches(Dataset):
 
 
 class Sender:
-    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception to raise."""
+    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception to
+    raise."""
 
     def __init__(self, collate, setting):
         self.collate, self.setting = collate, setting
@@ -251,8 +260,8 @@ class Sender:
 
 
 class Reader:
-    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a worker it answers as a
-    Sender does."""
+    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a worker it
+    answers as a Sender does."""
 
     def __init__(self, read, setting):
         self.read, self.sender = read, Sender(as_it_is, setting)
@@ -262,8 +271,8 @@ class Reader:
 
 
 class Parcel:
-    """A batch on its way to the main process: its tensors in shared memory, or where that is full, the samples with
-    their pixels, which are collated there."""
+    """A batch on its way to the main process: its tensors in shared memory, or where that is full, the
+    samples with their pixels, which are collated there."""
 
     def __init__(self, samples, collate):
         try:

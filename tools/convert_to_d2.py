@@ -64,7 +64,8 @@ def parse():
     parser.add_argument(
         "--method",
         metavar="NAME",
-        help="what it was trained with, such as InfoMin, for a file that does not say: reports name it by this",
+        help="what it was trained with, such as InfoMin, for a file that does not say: "
+        "reports name it by this",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over a file of another source")
     parser.add_argument("--inspect", action="store_true", help="say what INPUT holds, and write nothing")

@@ -5,7 +5,8 @@
     tools/pretrain.py --data PATH --batch-size 256        # the same on your own images
     tools/pretrain.py --config-file pretrain/cifar10_rsa_R18.yaml --data PATH SOLVER.EPOCHS 20
 
-Run again it goes on from its last checkpoint. KEY VALUE pairs at the end override the config (pretrain/config.py).
+Run again it goes on from its last checkpoint. KEY VALUE pairs at the end override the config
+(pretrain/config.py).
 """
 
 import argparse
@@ -71,7 +72,8 @@ def main():
 
 
 def next_tool(model):
-    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that others have, too."""
+    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that others have,
+    too."""
     from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 
     convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM
@@ -93,7 +95,8 @@ def imagenet_recipe(method, epochs, lr_is_given):
     if epochs != nearest["SOLVER.EPOCHS"] and not lr_is_given:
         known = ", ".join(f"{run['SOLVER.BASE_LR']} for {run['SOLVER.EPOCHS']}" for run in runs)
         print(
-            f"no learning rate is published for {epochs} epochs ({known}): taking {nearest['SOLVER.BASE_LR']}; "
+            f"no learning rate is published for {epochs} epochs ({known}): "
+            f"taking {nearest['SOLVER.BASE_LR']}; "
             "SOLVER.BASE_LR sets another"
         )
     return f"pretrain/imagenet_{method}_R50.yaml", nearest["SOLVER.BASE_LR"]

@@ -2,10 +2,13 @@
 """Fine-tune Mask R-CNN FPN from converted weights and evaluate it, with Detectron2 or the embedded engine.
 
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --train train.json images --val val.json images
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS model_final.pth
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --train train.json images --val
+    val.json images
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS
+    model_final.pth
 
-An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated (--accumulate), or
+An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated
+(--accumulate), or
 the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override the config, as in Detectron2.
 """
 
@@ -34,7 +37,8 @@ from rsa_detectron2.transfer.config import (
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
 
 INSTALL_DETECTRON2 = (
-    "Detectron2 is not installed: take a prebuilt wheel (torch 2.4-2.10: pip install detectron2 --extra-index-url "
+    "Detectron2 is not installed: take a prebuilt wheel "
+    "(torch 2.4-2.10: pip install detectron2 --extra-index-url "
     "https://wheels.astral.sh/simple/cu128/) or follow its install guide, or run with --engine torchvision"
 )
 NO_SUCH_KEY = (
@@ -96,7 +100,8 @@ def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
 
 
 def configure(cfg, args):
-    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule, KEY VALUE pairs."""
+    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule, KEY VALUE
+    pairs."""
     merge_config(cfg, find_config(args.config_file), [])
     if args.protocol != "infomin":
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]

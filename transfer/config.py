@@ -115,7 +115,8 @@ def scale_schedule(solver: CN, images: int) -> str:
     solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.MAX_ITER // 10)
     return (
         f"schedule: {solver.MAX_ITER} iterations instead of {before}, steps {solver.STEPS}, warm-up "
-        f"{solver.WARMUP_ITERS}: {solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
+        f"{solver.WARMUP_ITERS}: "
+        f"{solver.MAX_ITER * solver.IMS_PER_BATCH / images:.1f} epochs of {images} images; "
         "SOLVER.MAX_ITER and SOLVER.STEPS override it"
     )
 

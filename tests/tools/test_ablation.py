@@ -13,7 +13,9 @@ from rsa_detectron2.tools import ablation
 from rsa_detectron2.transfer.data.shapes import COLOUR_CLASSES
 from tests.conftest import ROOT
 
-SMALL = "SOLVER.EPOCHS 1 SOLVER.WARMUP_EPOCHS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 16 SOLVER.AMP off".split()
+SMALL = (
+    "SOLVER.EPOCHS 1 SOLVER.WARMUP_EPOCHS 0 MODEL.BACKBONE test_resnet MODEL.HIDDEN_DIM 16 SOLVER.AMP off"
+).split()
 
 
 def call(monkeypatch, *arguments):

@@ -1,4 +1,5 @@
-"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML and annotations."""
+"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML and
+annotations."""
 
 import argparse
 import shlex
@@ -187,7 +188,8 @@ def test_config_must_fit_the_weights(config, provenance, overrides, message):
 
 
 def test_random_weights_must_be_asked_for():
-    """A config file that says nothing of the weights means the converted ones, never silent random initialisation."""
+    """A config file that says nothing of the weights means the converted ones, never silent random
+    initialisation."""
     quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R50_FPN")
     assert quickstart.MODEL.WEIGHTS == "output/weights/rsa_r50.pkl"
     assert configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x_random").MODEL.WEIGHTS == ""

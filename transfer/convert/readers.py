@@ -206,7 +206,7 @@ def state_dict(contents, container):
     state = {str(name): value for name, value in contents.items() if name not in IGNORED}
     while wrapper := next((w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None):
         state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    inner = re.compile("(?<=\\.)(%s)" % "|".join(map(re.escape, INNER_WRAPPERS)))
+    inner = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, INNER_WRAPPERS))})")
     plain = {inner.sub("", name): value for name, value in state.items()}
     if len(plain) < len(state):
         raise ValueError("two of its names are the same without their wrappers")

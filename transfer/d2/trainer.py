@@ -1,9 +1,11 @@
 """Fine-tuning with Detectron2: its own trainer, fail-closed weights, and one results.json at the end.
 
-The files of this folder alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration may
-be several forward and backward passes (accumulation), a pass may have no object, precise-BN statistics are the same on
-all ranks, several processes also work on a CPU, the backbone is known to have arrived, an image that cannot be read is
-named, and the final AP is that of the saved file, read back.
+The files of this folder alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration
+may
+be several forward and backward passes (accumulation), a pass may have no object, precise-BN statistics are
+the same on
+all ranks, several processes also work on a CPU, the backbone is known to have arrived, an image that cannot
+be read is named, and the final AP is that of the saved file, read back.
 """
 
 import logging
@@ -102,7 +104,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         on_gpu = cfg.MODEL.DEVICE != "cpu"
         self.start_iter, self.max_iter, self.cfg, self.accumulate = 0, cfg.SOLVER.MAX_ITER, cfg, accumulate
-        # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take gigabytes in each process.
+        # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take gigabytes in
+        # each process.
         self.images = DatasetFromList(
             get_detection_dataset_dicts(
                 cfg.DATASETS.TRAIN,
@@ -125,8 +128,8 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_loader(self, cfg, start=0):
-        """The loader of a pass's images from iteration ``start`` on. Detectron2's would begin anew whenever a run goes on,
-        in the same order: one that is stopped often would never see the other images."""
+        """The loader of a pass's images from iteration ``start`` on. Detectron2's would begin anew whenever a
+        run goes on, in the same order: one that is stopped often would never see the other images."""
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH //= self.accumulate
@@ -233,9 +236,10 @@ class Trainer(DefaultTrainer):
 def with_empty_passes(cfg):
     """``cfg`` whose heads have a synchronized norm that takes a pass without any object.
 
-    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the running statistics
-    of torch's would decay. Detectron2's naiveSyncBN_N takes part in the collective even with no region, and weights the
-    ranks by their regions.
+    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the running
+    statistics
+    of torch's would decay. Detectron2's naiveSyncBN_N takes part in the collective even with no region, and
+    weights the ranks by their regions.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -337,7 +341,8 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, orig
         raise InputError(said[2].strip() + hint) from None
     except torch.multiprocessing.ProcessExitedException as error:
         raise InputError(
-            f"process {error.error_index} of {processes} ended by itself ({error.signal_name or error.exit_code}"
+            f"process {error.error_index} of {processes} ended by itself "
+            f"({error.signal_name or error.exit_code}"
             + ", most likely because memory ran out" * (error.signal_name == "SIGKILL")
             + "): the same command with --resume goes on"
         ) from None
@@ -345,7 +350,8 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, orig
 
 
 def plan_passes(cfg, processes, accumulate=None):
-    """How many passes each process splits its share of SOLVER.IMS_PER_BATCH into; prints it. Raises InputError.
+    """How many passes each process splits its share of SOLVER.IMS_PER_BATCH into; prints it. Raises
+    InputError.
 
     By default as few as fit the GPU by :data:`BYTES_PER_IMAGE`, since BatchNorm sees the images of one pass.
     """
@@ -366,7 +372,8 @@ def plan_passes(cfg, processes, accumulate=None):
         )
     each = images // (processes * accumulate)
     print(
-        f"an iteration: {images} images = {processes} {cfg.MODEL.DEVICE} x {accumulate} accumulated x {each}; "
+        f"an iteration: {images} images = {processes} {cfg.MODEL.DEVICE} "
+        f"x {accumulate} accumulated x {each}; "
         f"BatchNorm sees {each * (1 if cfg.MODEL.DEVICE == 'cpu' else processes)} at once"
         + f"; schedule and learning rate scaled from {REFERENCE_GPUS} GPUs"
         * bool(scaled),
@@ -381,7 +388,8 @@ def without_traceback(record):
 
 
 def train_process(*arguments):
-    """What each process runs: _train, whose errors that a user can mend become InputError, which the launcher knows."""
+    """What each process runs: _train, whose errors that a user can mend become InputError, which the launcher
+    knows."""
     try:
         _train(*arguments)
     except (InputError, OSError, MemoryError) as error:

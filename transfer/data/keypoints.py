@@ -16,7 +16,8 @@ def keypoint_metadata(dataset: Dataset) -> dict:
     if not names or any(other != names for other in found):
         raise InputError(
             f"{dataset.path}: MODEL.KEYPOINT_ON needs the names of the keypoints in each of the "
-            'categories, the same in all: give every category "keypoints": [...], as COCO\'s person_keypoints do'
+            'categories, the same in all: give every category "keypoints": [...], '
+            "as COCO's person_keypoints do"
         )
     pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
@@ -25,7 +26,8 @@ def keypoint_metadata(dataset: Dataset) -> dict:
 def check_keypoints(cfg, eval_only: bool = False) -> None:
     """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns.
 
-    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files, without keypoints.
+    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files, without
+    keypoints.
     """
     training = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*training, *cfg.DATASETS.TEST)):

@@ -1,4 +1,5 @@
-"""Files that would run code, claim absurd sizes, or are damaged: nothing runs, memory stays small, one clear line.
+"""Files that would run code, claim absurd sizes, or are damaged: nothing runs, memory stays small, one clear
+line.
 
 The files are small: twelve tensors of a ResNet-50 stand for the 265.
 """
@@ -54,7 +55,8 @@ def canary(tmp_path):
 
 
 def outcome(path, read=readers.read_checkpoint):
-    """ "right" when ``path`` is read with the very numbers of :data:`STATE`, "other" with others, else "refused"."""
+    """ "right" when ``path`` is read with the very numbers of :data:`STATE`, "other" with others, else
+    "refused"."""
     try:
         state, provenance = read(path)
     except InputError as error:
@@ -303,12 +305,18 @@ def test_nothing_runs_in_raw_pickles(tmp_path, canary, kind, carrier):
     assert outcome(path) == "refused" and outcome(path, convert.load_weights) == "refused"
 
 
-def storage(key=text("0"), kind=b"ctorch\nFloatStorage\n", count=b"K\x02"):
+KEY = text("0")
+
+
+def storage(key=KEY, kind=b"ctorch\nFloatStorage\n", count=b"K\x02"):
     return b"(" + text("storage") + kind + key + text("cpu") + count + b"tQ"
 
 
+STORAGE = storage()
+
+
 def tensor(
-    storage=storage(),
+    storage=STORAGE,
     offset=b"K\x00",
     shape=b"(K\x02K\x02K\x02K\x02t",
     stride=b"(K\x08K\x04K\x02K\x01t",
@@ -741,7 +749,8 @@ def test_state_dicts_of_other_things(tmp_path, contents):
 CONVERTED = convert.encode_detectron2(
     STATE, {"method": "rsa", "step": 7, "pixel_mean": [123.675, 116.28, 103.53]}
 )
-FILES = {  # content, reader, and whether the format has checksums, without which a changed number cannot be seen
+# content, reader, and whether the format has checksums, without which a changed number cannot be seen
+FILES = {
     "zip": (
         saved({"state_dict": STATE, "optimizer": {"state": {0: torch.zeros(50)}}, "epoch": 3}),
         readers.read_checkpoint,

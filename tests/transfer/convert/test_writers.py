@@ -1,4 +1,5 @@
-"""The converter takes exactly 265 tensors, or says what is wrong with them; and it never runs a file's code."""
+"""The converter takes exactly 265 tensors, or says what is wrong with them; and it never runs a file's
+code."""
 
 import json
 import os
@@ -403,7 +404,8 @@ def test_default_outputs_of_files_without_a_method_have_their_names(checkpoint, 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_detectron2_files_of_others_are_read(checkpoint, tmp_path, protocol):
-    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc under another name."""
+    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc under another
+    name."""
     arrays = {
         detectron2_name(name.removeprefix("online.backbone.")): tensor.numpy()
         for name, tensor in checkpoint["model"].items()
@@ -429,8 +431,8 @@ def test_the_tool_says_what_was_assumed_and_inspects(tool, tmp_path):
     done = tool("convert_to_d2", tmp_path / "bare.pth", tmp_path / "w.pkl")
     assert done.returncode == 0, done.stderr
     assert (
-        "100 tensors of a ResNet-18 for detectron2, online branch of unknown method (layout of torchvision, timm)"
-        in done.stdout
+        "100 tensors of a ResNet-18 for detectron2, online branch of unknown method "
+        "(layout of torchvision, timm)" in done.stdout
     )
     assert (
         "is assumed (--pixels states another)" in done.stdout
