@@ -1,4 +1,4 @@
-"""How the code is written: ruff's rules (pyproject.toml), with no exception in a line, and nothing on sys.path."""
+"""How the code is written: ruff's rules (pyproject.toml), with no exception in a line."""
 
 import subprocess
 import sys

@@ -153,9 +153,10 @@ def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: li
     if (output / "results.json").is_file():
         return load_results(output)
     if engine == "detectron2":
+        from rsa_detectron2.transfer.d2 import config
         from rsa_detectron2.transfer.d2 import trainer as detector
 
-        defaults = detector.get_cfg()
+        defaults = config.get_cfg()
     else:
         from rsa_detectron2.transfer.tv import engine as detector
 

@@ -1,8 +1,10 @@
 """Detectron2's configuration for weights of tools/convert_to_d2.py."""
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from rsa_detectron2.transfer.config import RGB_IMAGENET
+
+__all__ = ["add_rsa_config", "get_cfg"]  # tools import nothing of detectron2 themselves
 
 
 def add_rsa_config(cfg: CfgNode) -> None:

@@ -11,7 +11,6 @@ from rsa_detectron2.pretrain.engine.checkpoint import LAST
 from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
 from rsa_detectron2.pretrain.method.objectives import rsa
 from tests.conftest import tiny_cfg
-from tests.pretrain.engine.test_resume import stop_after  # noqa: F401 (a fixture)
 
 
 def test_share_of_a_process():
@@ -60,7 +59,7 @@ def order(monkeypatch):
     return read
 
 
-def test_other_accumulation_sees_the_same_samples(image_folder, tmp_path, order, stop_after, capsys):  # noqa: F811
+def test_other_accumulation_sees_the_same_samples(image_folder, tmp_path, order, stop_after, capsys):
     """Stopped after four steps without accumulation, then resumed with two micro-batches a step."""
     train_loop.train(tiny_cfg(image_folder, tmp_path / "whole"))
     whole = order.copy()
@@ -75,7 +74,7 @@ def test_other_accumulation_sees_the_same_samples(image_folder, tmp_path, order,
     assert order == whole and len(order) == 3 * 24
 
 
-def test_chosen_size_is_kept_with_the_run(image_folder, tmp_path, monkeypatch, stop_after):  # noqa: F811
+def test_chosen_size_is_kept_with_the_run(image_folder, tmp_path, monkeypatch, stop_after):
     """Less memory at the next start changes nothing."""
     monkeypatch.setattr(micro_batch, "room", lambda *_: 5)
     stop_after(2)

@@ -24,25 +24,6 @@ def uninterrupted(image_folder, tmp_path_factory):
     return train_loop.train(tiny(image_folder, tmp_path_factory.mktemp("whole")))
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """``stop_after(n)``: SIGTERM arrives during the n-th step; returns a list that grows with the steps."""
-
-    def install(n):
-        step, steps = train_loop.train_step, []
-
-        def counted(*arguments):
-            steps.append(1)
-            if len(steps) == n:
-                signal.raise_signal(signal.SIGTERM)
-            return step(*arguments)
-
-        monkeypatch.setattr(train_loop, "train_step", counted)
-        return steps
-
-    return install
-
-
 def test_lars_and_bfloat16_go_on_bit_for_bit(image_folder, tmp_path, stop_after):
     recipe = ("SOLVER.OPTIMIZER", "lars", "SOLVER.AMP", "bf16", "SOLVER.EPOCHS", 2)
     whole = train_loop.train(tiny(image_folder, tmp_path / "whole", *recipe))
