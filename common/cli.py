@@ -1,5 +1,5 @@
-"""What the command-line tools share: the user's mistakes as one line, and what a terminal and a shell
-need."""
+"""What the command-line tools share: the user's mistakes as one line, and what a terminal and a
+shell need."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ def expand_home(argument):
 
 
 def run(main):
-    """``main()``, with the user's mistakes (InputError) and the system's refusals as one line on stderr,
-    status 2."""
+    """``main()``, with the user's mistakes (InputError) and the system's refusals as one line on
+    stderr, status 2."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     # A file's name need not be UTF-8, and the terminal may take less than that.
     sys.stdout.reconfigure(errors="backslashreplace")

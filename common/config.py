@@ -21,16 +21,16 @@ def find_config(path):
 
 
 def origin(path, overrides, defaults):
-    """Where a configuration comes from, for the record of its run: files of ``configs/`` by their name there,
-    overrides, and the CfgNode of the engine's defaults."""
+    """Where a configuration comes from, for the record of its run: files of ``configs/`` by their
+    name there, overrides, and the CfgNode of the engine's defaults."""
     path, configs = Path(path).resolve(), CONFIGS
     path = path.relative_to(configs) if path.is_relative_to(configs) else path
     return Origin(str(path), tuple(overrides), flatten(defaults))
 
 
 def merge_config(cfg, path, overrides):
-    """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes one
-    InputError."""
+    """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes
+    one InputError."""
     try:
         if path:
             refuse_repeated_keys(path)
@@ -50,8 +50,8 @@ def merge_config(cfg, path, overrides):
 
 
 def whole_as_float(cfg, key, value):
-    """``value``, as a float where it is a whole number and the key of ``cfg`` holds floats: yacs wants 0.0
-    for 0."""
+    """``value``, as a float where it is a whole number and the key of ``cfg`` holds floats: yacs
+    wants 0.0 for 0."""
     node = cfg
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -59,8 +59,8 @@ def whole_as_float(cfg, key, value):
 
 
 def refuse_repeated_keys(path):
-    """Raise InputError for a key that a YAML file, or one that it inherits from, gives twice: PyYAML keeps
-    the last."""
+    """Raise InputError for a key that a YAML file, or one that it inherits from, gives twice:
+    PyYAML keeps the last."""
 
     def check(node, prefix=""):
         lines = {}

@@ -41,8 +41,8 @@ def local_world_size():
 
 
 def cores():
-    """How many cores of this machine are this process's own. srun may have bound the task to its share
-    already."""
+    """How many cores of this machine are this process's own. srun may have bound the task to its
+    share already."""
     mine = len(os.sched_getaffinity(0))
     by_srun = (
         "TORCHELASTIC_RUN_ID" not in os.environ

@@ -3,8 +3,8 @@
 import contextlib
 import signal
 
-# SIGTERM: kill, and schedulers at the end of a job. SIGINT, SIGQUIT: Ctrl-C and Ctrl-\ in a terminal.
-# SIGUSR1: SLURM's warning before the time limit. SIGHUP: the terminal was closed.
+# SIGTERM: kill, and schedulers at the end of a job. SIGINT, SIGQUIT: Ctrl-C and Ctrl-\ in a
+# terminal. SIGUSR1: SLURM's warning before the time limit. SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -16,8 +16,8 @@ def stop_signals():
 
 @contextlib.contextmanager
 def held_back():
-    """STOP_SIGNALS that come meanwhile are handled afterwards. Processes that start meanwhile never get
-    them."""
+    """STOP_SIGNALS that come meanwhile are handled afterwards. Processes that start meanwhile never
+    get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

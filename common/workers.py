@@ -1,9 +1,8 @@
 """Processes that load data. Whatever happens to one, the program learns of it; and none outlives the program.
 
-The workers hold back the signals that stop a program: a scheduler sends them to all processes of a job, and
-workers
-must live until the main process has saved. When a program ends, multiprocessing sends its children SIGTERM
-and waits for them, here for ever. So they are killed before that.
+The workers hold back the signals that stop a program: a scheduler sends them to all processes of a
+job, and workers must live until the main process has saved. When a program ends, multiprocessing
+sends its children SIGTERM and waits for them, here for ever. So they are killed before that.
 """
 
 import contextlib
@@ -33,10 +32,9 @@ MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
 def load(dataset, batches, num_workers, setting, collate=None):
     """The ``batches`` (lists of keys) of a map-style ``dataset``, each collated, by default into tensors.
 
-    setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the dataset
-    raises. In a
-    worker these are InputError and OSError; any other exception, or the death of a worker, becomes an
-    InputError.
+    setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the
+    dataset raises. In a worker these are InputError and OSError; any other exception, or the death
+    of a worker, becomes an InputError.
     """
     collate = collate or default_collate
     return Loader(
@@ -207,8 +205,8 @@ def prepare_worker(_):
 
 
 def remove_unfinished(pid):
-    """Remove the shared memory that torch created in a process and could not fill; what it filled has no
-    name."""
+    """Remove the shared memory that torch created in a process and could not fill; what it filled
+    has no name."""
     for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
         path.unlink(missing_ok=True)
 
@@ -228,8 +226,8 @@ class Batches(Dataset):
 
 
 class Sender:
-    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception to
-    raise."""
+    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception
+    to raise."""
 
     def __init__(self, collate, setting):
         self.collate, self.setting = collate, setting
@@ -260,8 +258,8 @@ class Sender:
 
 
 class Reader:
-    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a worker it
-    answers as a Sender does."""
+    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a
+    worker it answers as a Sender does."""
 
     def __init__(self, read, setting):
         self.read, self.sender = read, Sender(as_it_is, setting)
@@ -271,8 +269,8 @@ class Reader:
 
 
 class Parcel:
-    """A batch on its way to the main process: its tensors in shared memory, or where that is full, the
-    samples with their pixels, which are collated there."""
+    """A batch on its way to the main process: its tensors in shared memory, or where that is full,
+    the samples with their pixels, which are collated there."""
 
     def __init__(self, samples, collate):
         try:

@@ -72,8 +72,8 @@ def main():
 
 
 def next_tool(model):
-    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that others have,
-    too."""
+    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that
+    others have, too."""
     from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 
     convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM

@@ -8,8 +8,8 @@
     model_final.pth
 
 An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated
-(--accumulate), or
-the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override the config, as in Detectron2.
+(--accumulate), or the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override
+the config, as in Detectron2.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
 
 
 def configure(cfg, args):
-    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule, KEY VALUE
-    pairs."""
+    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule,
+    KEY VALUE pairs."""
     merge_config(cfg, find_config(args.config_file), [])
     if args.protocol != "infomin":
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]

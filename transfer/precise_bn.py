@@ -1,9 +1,10 @@
-"""Precise BatchNorm statistics: those of many batches together, with fixed weights, instead of a moving
-average.
+"""Precise BatchNorm statistics: those of many batches together, with fixed weights, instead of a
+moving average.
 
-The definition is the population estimate of "Rethinking Batch in BatchNorm" (Wu and Johnson, 2021), as in
-fvcore.nn.precise_bn. But fvcore divides by zero when a layer gets an empty batch, as a mask head does from
-images without objects, and it knows nothing of several processes, which see different numbers of objects.
+The definition is the population estimate of "Rethinking Batch in BatchNorm" (Wu and Johnson, 2021),
+as in fvcore.nn.precise_bn. But fvcore divides by zero when a layer gets an empty batch, as a mask
+head does from images without objects, and it knows nothing of several processes, which see
+different numbers of objects.
 """
 
 from collections.abc import Iterable
@@ -21,11 +22,11 @@ def norm_layers(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable) -> None:
-    """Replace the running statistics of :func:`norm_layers` by those of all ``batches``, each run as
-    ``model(batch)``.
+    """Replace the running statistics of :func:`norm_layers` by those of all ``batches``, each run
+    as ``model(batch)``.
 
-    In a process group they are those of all ranks' batches, the same on each rank. A layer that got nothing
-    keeps its own.
+    In a process group they are those of all ranks' batches, the same on each rank. A layer that got
+    nothing keeps its own.
     """
     layers = norm_layers(model)
     # Of each channel: how many values, their sum, the sum of their squares.

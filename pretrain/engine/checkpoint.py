@@ -19,8 +19,8 @@ class Damaged(InputError):
 
 
 def load(path):
-    """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not those
-    written, and InputError when it is no checkpoint of this project."""
+    """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not
+    those written, and InputError when it is no checkpoint of this project."""
     try:
         check_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -39,8 +39,9 @@ def load(path):
 def newest(folder):
     """Path of the newest whole checkpoint in ``folder`` to go on from, or None where no run has saved one.
 
-    A damaged one is put aside and named, and the one before is taken: a run that resumes bit for bit only
-    repeats some steps. Raises InputError when there are checkpoints, but none that can be read.
+    A damaged one is put aside and named, and the one before is taken: a run that resumes bit for
+    bit only repeats some steps. Raises InputError when there are checkpoints, but none that can be
+    read.
     """
     kept = sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
     problems = []

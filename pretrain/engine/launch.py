@@ -26,8 +26,8 @@ HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises 
 
 
 def num_processes(wanted=None):
-    """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given; without a
-    GPU, one or ``wanted`` on the CPU."""
+    """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given;
+    without a GPU, one or ``wanted`` on the CPU."""
     available = torch.cuda.device_count()
     if wanted is not None and (wanted < 1 or available and wanted > available):
         raise InputError(
@@ -40,8 +40,8 @@ def num_processes(wanted=None):
 def launch(train, cfg, processes):
     """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
 
-    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and this one
-    only joins them. Raises InputError or Interrupted when a process did.
+    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and
+    this one only joins them. Raises InputError or Interrupted when a process did.
     """
     if distributed.launched() or processes == 1:
         return join_and_run(train, cfg)
@@ -55,8 +55,8 @@ def launch(train, cfg, processes):
         max_restarts=0,
         local_addr="localhost",
     )  # not this machine's name, which need not resolve
-    # What elastic hands on to the processes. Recent versions of torch take it from the config, earlier ones
-    # from the environment.
+    # What elastic hands on to the processes. Recent versions of torch take it from the config,
+    # earlier ones from the environment.
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(
         n.name for n in handlers
@@ -90,8 +90,8 @@ def launch(train, cfg, processes):
 
 
 def is_a_crash(record):
-    """False for InputError and Interrupted, for which the tool prints one line, and for signals that are
-    handed on."""
+    """False for InputError and Interrupted, for which the tool prints one line, and for signals
+    that are handed on."""
     error = str(record.exc_info[1]) if record.exc_info else ""
     return not record.msg.startswith("Closing process") and not any(
         f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON
@@ -101,8 +101,8 @@ def is_a_crash(record):
 def adopt_slurm(environment):
     """Describe a task of srun in torchrun's words, so that ``srun tools/pretrain.py`` needs no launcher.
 
-    SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool directly
-    is a single process, whatever the size of its allocation.
+    SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool
+    directly is a single process, whatever the size of its allocation.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environment or tasks == 1:
@@ -135,14 +135,14 @@ def join_and_run(train, cfg):
         torch.set_num_threads(distributed.cores())
     # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    # The group is taken down only where all have come to the end: a process that leaves early, with an error,
-    # must not wait for the others in its shutdown.
+    # The group is taken down only where all have come to the end: a process that leaves early, with
+    # an error, must not wait for the others in its shutdown.
     try:
         result = train(cfg)
     except Interrupted as interruption:  # all leave at the same step
-        # DistributedDataParallel goes first, with the frames that hold it. As the last to hold the group it
-        # would take
-        # the group's threads down without letting go of Python's lock, which one of them may be waiting for.
+        # DistributedDataParallel goes first, with the frames that hold it. As the last to hold the
+        # group it would take the group's threads down without letting go of Python's lock, which
+        # one of them may be waiting for.
         traceback.clear_frames(interruption.__traceback__)
         dist.destroy_process_group()
         raise

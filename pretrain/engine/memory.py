@@ -1,5 +1,5 @@
-"""How many images go through the networks at once. The global batch is reached by accumulating over the
-rest."""
+"""How many images go through the networks at once. The global batch is reached by accumulating over
+the rest."""
 
 import copy
 
@@ -14,8 +14,8 @@ FILL = 0.8
 
 
 def per_process(batch_size, world_size):
-    """A process's share of the global batch. Raises InputError, with the nearest ones that divide, when there
-    is none."""
+    """A process's share of the global batch. Raises InputError, with the nearest ones that divide,
+    when there is none."""
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
         near = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -27,8 +27,8 @@ def per_process(batch_size, world_size):
 
 
 def resolve(wanted, images, memory):
-    """The micro-batch of a process that has ``images`` of the global batch: ``wanted``, or, when that is 0,
-    the largest divisor that ``memory()``, a number of images, has room for.
+    """The micro-batch of a process that has ``images`` of the global batch: ``wanted``, or, when
+    that is 0, the largest divisor that ``memory()``, a number of images, has room for.
 
     Raises InputError, with the nearest ones that divide, when ``wanted`` does not.
     """
@@ -46,8 +46,8 @@ def resolve(wanted, images, memory):
 
 
 def room(networks, size, amp):
-    """How many ``size`` x ``size`` images this process's device has room for in a training step, at least 1:
-    the fewest over the ranks. ``networks`` on the CPU, as they were built."""
+    """How many ``size`` x ``size`` images this process's device has room for in a training step, at
+    least 1: the fewest over the ranks. ``networks`` on the CPU, as they were built."""
     held, image = costs(networks, size, amp)
     return max(1, distributed.least(int((FILL * free_memory() - held) / image)))
 
@@ -63,8 +63,8 @@ def costs(networks, size, amp):
     weights = sum(t.nbytes for t in networks.state_dict().values())
     gradients = sum(p.nbytes for p in networks.parameters() if p.requires_grad)
     views = 4 * 3 * size * size * torch.float32.itemsize  # two weak, two aggressive
-    # Three times: the gradients, DDP's buckets of them, the momentum. Twice the views, for the augmentation;
-    # a quarter more than is saved, for the gradients of what is alive.
+    # Three times: the gradients, DDP's buckets of them, the momentum. Twice the views, for the
+    # augmentation; a quarter more than is saved, for the gradients of what is alive.
     return weights + 3 * gradients, 2 * views + 1.25 * activations(networks, size, amp)
 
 

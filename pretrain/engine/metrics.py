@@ -21,12 +21,10 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """While it is entered, each of common.signals' makes ``asked`` true, and the loop ends after its step.
-    Before
-    ``stepping`` there is nothing to save: a single process stops at once, with Stopped; with several, some
-    may already be
-    in the first step, and all finish it. A second SIGINT kills, except under a launcher, which hands one
-    Ctrl-C on twice.
+    """While it is entered, each of common.signals' makes ``asked`` true, and the loop ends after
+    its step. Before ``stepping`` there is nothing to save: a single process stops at once, with
+    Stopped; with several, some may already be in the first step, and all finish it. A second SIGINT
+    kills, except under a launcher, which hands one Ctrl-C on twice.
     """
 
     def __init__(self):
@@ -57,8 +55,8 @@ class StopSignals:
 
 
 class Meter:
-    """Sums the figures of the steps since its last reading. They stay on the device until then, which spares
-    it a synchronisation per step."""
+    """Sums the figures of the steps since its last reading. They stay on the device until then,
+    which spares it a synchronisation per step."""
 
     def __init__(self, batch_size, seconds=0.0):
         self.batch_size = batch_size  # global
@@ -117,8 +115,8 @@ class Alarms:
         self.collapsed = 0  # steps in a row
 
     def check(self, step, row, steps):
-        """Raises InputError on a row of :meth:`Meter.read` over ``steps`` steps that shows divergence or
-        collapse."""
+        """Raises InputError on a row of :meth:`Meter.read` over ``steps`` steps that shows
+        divergence or collapse."""
         if row["nonfinite_steps"] >= self.thresholds.NONFINITE_STEPS:
             raise InputError(
                 f"the loss is {row['loss']} at step {step}, not finite for "
@@ -137,15 +135,15 @@ DIVERGED = "lower SOLVER.BASE_LR, or try --amp bf16 or off; the last checkpoint 
 
 
 def assert_finite(networks, step):
-    """Raises InputError when a weight or a running statistic is NaN or infinite, before it is saved over a
-    good checkpoint."""
+    """Raises InputError when a weight or a running statistic is NaN or infinite, before it is saved
+    over a good checkpoint."""
     sums = torch.stack([tensor.float().sum() for tensor in networks.state_dict().values()])
     if not math.isfinite(sums.sum()):
         raise InputError(f"weights are not finite at step {step}: {DIVERGED}")
 
 
-# Figures on the progress bar: their short names and forms. The most telling come first, for a narrow terminal
-# cuts it.
+# Figures on the progress bar: their short names and forms. The most telling come first, for a
+# narrow terminal cuts it.
 PROGRESS = {
     "loss": ("loss", ".3f"),
     "feature_std": ("std", ".2f"),
@@ -164,8 +162,8 @@ PROGRESS = {
 
 
 class Log:
-    """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``, which a
-    killed run wrote and the resumed one will write again, are dropped."""
+    """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``,
+    which a killed run wrote and the resumed one will write again, are dropped."""
 
     def __init__(self, folder, total, start):
         path = folder / "metrics.jsonl"

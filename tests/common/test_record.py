@@ -1,5 +1,5 @@
-"""What a run says of itself: in its folder from its start, in its checkpoints, and in what is made of
-them."""
+"""What a run says of itself: in its folder from its start, in its checkpoints, and in what is made
+of them."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Processes that load data: each way that one can fail ends the program with one line, and leaves nothing
-behind."""
+"""Processes that load data: each way that one can fail ends the program with one line, and leaves
+nothing behind."""
 
 import errno
 import multiprocessing
@@ -117,8 +117,8 @@ def test_failure_of_a_worker_is_one_exception(fail, kind, message, count, capfd)
 
 
 def test_worker_that_dies_while_the_program_is_elsewhere():
-    """The program must not be interrupted at any line of its own: it learns of it when it asks for the next
-    batch."""
+    """The program must not be interrupted at any line of its own: it learns of it when it asks for
+    the next batch."""
     batches = iter(workers.load(Samples(), [[i] for i in range(200)], 2, "--workers"))
     next(batches)
     for child in multiprocessing.active_children():
@@ -228,8 +228,8 @@ run(main)
 
 @pytest.mark.parametrize("size, status", [("256k", 0), ("4k", 2)])
 def test_a_small_dev_shm(size, status):
-    """The first has room for the semaphores of a loader, and none for batches of 1.6 MB; the second for
-    nothing."""
+    """The first has room for the semaphores of a loader, and none for batches of 1.6 MB; the second
+    for nothing."""
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no mounts of one's own here")

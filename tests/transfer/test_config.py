@@ -1,5 +1,5 @@
-"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML and
-annotations."""
+"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML
+and annotations."""
 
 import argparse
 import shlex

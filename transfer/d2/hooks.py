@@ -11,8 +11,8 @@ from rsa_detectron2.transfer.precise_bn import update_statistics
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2 leaves each its
-    own."""
+    """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2
+    leaves each its own."""
 
     def update_stats(self):
         if self._data_iter is None:

@@ -1,11 +1,10 @@
 """Fine-tuning with Detectron2: its own trainer, fail-closed weights, and one results.json at the end.
 
-The files of this folder alone import detectron2. What differs from Detectron2's DefaultTrainer: an iteration
-may
-be several forward and backward passes (accumulation), a pass may have no object, precise-BN statistics are
-the same on
-all ranks, several processes also work on a CPU, the backbone is known to have arrived, an image that cannot
-be read is named, and the final AP is that of the saved file, read back.
+The files of this folder alone import detectron2. What differs from Detectron2's DefaultTrainer: an
+iteration may be several forward and backward passes (accumulation), a pass may have no object,
+precise-BN statistics are the same on all ranks, several processes also work on a CPU, the backbone
+is known to have arrived, an image that cannot be read is named, and the final AP is that of the
+saved file, read back.
 """
 
 import logging
@@ -104,8 +103,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         on_gpu = cfg.MODEL.DEVICE != "cpu"
         self.start_iter, self.max_iter, self.cfg, self.accumulate = 0, cfg.SOLVER.MAX_ITER, cfg, accumulate
-        # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take gigabytes in
-        # each process.
+        # Serialised, as Detectron2 does it: COCO's annotations as Python's objects would take
+        # gigabytes in each process.
         self.images = DatasetFromList(
             get_detection_dataset_dicts(
                 cfg.DATASETS.TRAIN,
@@ -128,8 +127,9 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_loader(self, cfg, start=0):
-        """The loader of a pass's images from iteration ``start`` on. Detectron2's would begin anew whenever a
-        run goes on, in the same order: one that is stopped often would never see the other images."""
+        """The loader of a pass's images from iteration ``start`` on. Detectron2's would begin anew
+        whenever a run goes on, in the same order: one that is stopped often would never see the
+        other images."""
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH //= self.accumulate
@@ -236,10 +236,9 @@ class Trainer(DefaultTrainer):
 def with_empty_passes(cfg):
     """``cfg`` whose heads have a synchronized norm that takes a pass without any object.
 
-    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the running
-    statistics
-    of torch's would decay. Detectron2's naiveSyncBN_N takes part in the collective even with no region, and
-    weights the ranks by their regions.
+    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the
+    running statistics of torch's would decay. Detectron2's naiveSyncBN_N takes part in the
+    collective even with no region, and weights the ranks by their regions.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -388,8 +387,8 @@ def without_traceback(record):
 
 
 def train_process(*arguments):
-    """What each process runs: _train, whose errors that a user can mend become InputError, which the launcher
-    knows."""
+    """What each process runs: _train, whose errors that a user can mend become InputError, which
+    the launcher knows."""
     try:
         _train(*arguments)
     except (InputError, OSError, MemoryError) as error:

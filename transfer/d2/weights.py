@@ -1,7 +1,7 @@
 """Pre-trained weights -> a model of Detectron2, where every tensor of the ResNet must arrive.
 
-Detectron2's checkpointer only warns about tensors that it could not place, and training then starts from
-noise.
+Detectron2's checkpointer only warns about tensors that it could not place, and training then starts
+from noise.
 """
 
 import re
@@ -30,8 +30,8 @@ ZOO = {
         "statistics": False,
     },
 }
-# A tensor of the ResNet in a model. The ResNet is below an FPN, or is the backbone itself (C4, DC5); the res5
-# of C4 is in the RoI heads.
+# A tensor of the ResNet in a model. The ResNet is below an FPN, or is the backbone itself (C4,
+# DC5); the res5 of C4 is in the RoI heads.
 RESNET = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)((?:stem|res\d)\..+)")
 ADVICE = "does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?"
 
@@ -49,8 +49,9 @@ def resnet_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def load_backbone(model: torch.nn.Module, path: str) -> None:
     """Copy a converted file's tensors into the model's ResNet.
 
-    Detectron2's checkpointer would run the code that a pickle may hold. Raises InputError that names the
-    tensors of the model that the file does not fill, or those of the file that have no place.
+    Detectron2's checkpointer would run the code that a pickle may hold. Raises InputError that
+    names the tensors of the model that the file does not fill, or those of the file that have no
+    place.
     """
     needed = resnet_state(model)
     state = {detectron2_name(name): tensor for name, tensor in load_weights(path)[0].items()}
@@ -105,10 +106,9 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def assert_backbone_arrived(self, statistics=True):
-        """Raises InputError that names the tensors of the backbone that the loaded file did not fill, or
-        those of
-        the file's ResNet-50 that found no place. ``statistics``: whether the file has BatchNorm's running
-        ones."""
+        """Raises InputError that names the tensors of the backbone that the loaded file did not
+        fill, or those of the file's ResNet-50 that found no place. ``statistics``: whether the file
+        has BatchNorm's running ones."""
         absent = [
             name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))
         ]

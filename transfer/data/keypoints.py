@@ -26,8 +26,8 @@ def keypoint_metadata(dataset: Dataset) -> dict:
 def check_keypoints(cfg, eval_only: bool = False) -> None:
     """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns.
 
-    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files, without
-    keypoints.
+    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files,
+    without keypoints.
     """
     training = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*training, *cfg.DATASETS.TEST)):

@@ -1,17 +1,15 @@
 """A procedural data set: coloured, textured shapes that overlap on a textured background, with exact masks.
 
-It serves the quick start and the tests: no download, a thousand small images in a few seconds on one core. A
-class is
-a form with its marking; colour, rotation, scale and background are drawn independently of it. In a second
-set, for the
-controlled test of the method's claim, the subject's colour belongs to the class as well (COLOUR_CLASSES).
-Image ``i`` of a set is a pure function of (seed, i): writing a set twice gives the same bytes.
+It serves the quick start and the tests: no download, a thousand small images in a few seconds on
+one core. A class is a form with its marking; colour, rotation, scale and background are drawn
+independently of it. In a second set, for the controlled test of the method's claim, the subject's
+colour belongs to the class as well (COLOUR_CLASSES). Image ``i`` of a set is a pure function of
+(seed, i): writing a set twice gives the same bytes.
 
-A form is a function of the plane that approximates the signed distance to its outline, negative inside. That
-one number gives both drawings of it: the mask holds the pixels whose centre is inside (distance < 0), and the
-image
-blends the shape in over the one pixel about the outline (opacity 1/2 - distance), so the mask is exactly
-where the shape is more than half opaque.
+A form is a function of the plane that approximates the signed distance to its outline, negative
+inside. That one number gives both drawings of it: the mask holds the pixels whose centre is inside
+(distance < 0), and the image blends the shape in over the one pixel about the outline (opacity 1/2
+- distance), so the mask is exactly where the shape is more than half opaque.
 """
 
 import json
@@ -26,8 +24,8 @@ from rsa_detectron2.common.errors import InputError
 
 
 def _star(u, v, inner=0.45):
-    """Five tips at radius 1, notches at ``inner``: fold the plane into half a tip, then one edge is one
-    line."""
+    """Five tips at radius 1, notches at ``inner``: fold the plane into half a tip, then one edge is
+    one line."""
     sector = 2 * np.pi / 5
     angle = np.abs((np.arctan2(v, u) + sector / 2) % sector - sector / 2)
     radius = np.hypot(u, v)
@@ -55,8 +53,8 @@ FORMS = {
         - 0.5
     ),
 }
-# The marking that a form bears, from -1 to 1 of brightness on the same grids: a class shows in its texture,
-# too, as that of an animal does, which a short run can learn. Colour tells nothing.
+# The marking that a form bears, from -1 to 1 of brightness on the same grids: a class shows in its
+# texture, too, as that of an animal does, which a short run can learn. Colour tells nothing.
 MARKINGS = {
     "circle": lambda u, v: np.sin(14 * u),
     "square": lambda u, v: np.sin(9 * u) * np.sin(9 * v),
@@ -69,17 +67,14 @@ MARKINGS = {
 }
 
 CLASSES = tuple(FORMS)
-# The second set, whose classes are the pairs of a form and a colour ("star-blue"): the colours have one luma
-# and one chroma (largest less smallest channel) and differ in hue alone, by 60 degrees. So the aggressive
-# augmentation destroys
-# a known part of the label. Grayscale (p 0.2) makes the colours of a form the same picture, but for clipping
-# at 0 and
-# 255. The jitter (p 0.8) turns the hue by up to 36 degrees either way, and in 1 of 6 cases by more than the
-# 30 degrees
-# at which another colour is nearer. Of all aggressive views 0.2 + 0.8 * 0.8 / 6 = 31 % have lost their colour
-# or bear
-# another's, and 52 % of the pairs of two have at least one such view. Form and marking survive; blur alone
-# blurs them.
+# The second set, whose classes are the pairs of a form and a colour ("star-blue"): the colours have
+# one luma and one chroma (largest less smallest channel) and differ in hue alone, by 60 degrees. So
+# the aggressive augmentation destroys a known part of the label. Grayscale (p 0.2) makes the
+# colours of a form the same picture, but for clipping at 0 and 255. The jitter (p 0.8) turns the
+# hue by up to 36 degrees either way, and in 1 of 6 cases by more than the 30 degrees at which
+# another colour is nearer. Of all aggressive views 0.2 + 0.8 * 0.8 / 6 = 31 % have lost their
+# colour or bear another's, and 52 % of the pairs of two have at least one such view. Form and
+# marking survive; blur alone blurs them.
 COLOUR_FORMS = ("circle", "square", "star", "cross")
 HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "magenta": 300}
 COLOUR_CLASSES = {f"{form}-{colour}": (form, colour) for form in COLOUR_FORMS for colour in HUES}
@@ -88,11 +83,11 @@ MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 16, 0.05
 
 
 def local_grid(size, x, y, radius, angle):
-    """Coordinates (u, v) of every pixel's centre in a shape's own frame: two float32 [size, size], in units
-    of radius.
+    """Coordinates (u, v) of every pixel's centre in a shape's own frame: two float32 [size, size],
+    in units of radius.
 
-    ``x``, ``y`` (the middle) and ``radius`` are in pixels, where pixel column 0 spans 0 to 1; ``angle`` in
-    radians.
+    ``x``, ``y`` (the middle) and ``radius`` are in pixels, where pixel column 0 spans 0 to 1;
+    ``angle`` in radians.
     """
     centres = np.arange(size, dtype=np.float32) + 0.5
     dx, dy = (centres[None, :] - x) / radius, (centres[:, None] - y) / radius
@@ -107,8 +102,8 @@ def signed_distance(form, size, x, y, radius, angle):
 
 
 def _texture(rng, size, colour, contrast):
-    """``colour`` (RGB) with smooth coloured blotches and a grating over it: float32 [size, size, 3], about 0
-    to 255."""
+    """``colour`` (RGB) with smooth coloured blotches and a grating over it: float32 [size, size,
+    3], about 0 to 255."""
     cells = rng.integers(3, 9)
     blotches = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
     blotches = np.asarray(blotches.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -128,20 +123,19 @@ def equal_luma(hue):
 
 
 def draw_scene(rng, size, classes, main=False, colour=None):
-    """One image with one shape per entry of ``classes`` (indices into CLASSES), each on top of those before
-    it.
+    """One image with one shape per entry of ``classes`` (indices into CLASSES), each on top of
+    those before it.
 
-    With ``main``, the last shape is the subject: large and near the middle, the others small and cut by the
-    border; ``colour`` (RGB) is the subject's, in place of a random one, and changes nothing else.
-    Returns image uint8 [size, size, 3], masks bool [N, size, size] and labels int64 [N], in drawing order.
-    Masks
-    are modal: what a later shape covers is taken out of the earlier masks, so no pixel belongs to two. A
-    shape that is
-    almost hidden (fewer than 16 pixels visible, or under 5 % of what it would show alone) stays in the
-    picture but has no mask, so N may be smaller than ``len(classes)``.
+    With ``main``, the last shape is the subject: large and near the middle, the others small and
+    cut by the border; ``colour`` (RGB) is the subject's, in place of a random one, and changes
+    nothing else. Returns image uint8 [size, size, 3], masks bool [N, size, size] and labels int64
+    [N], in drawing order. Masks are modal: what a later shape covers is taken out of the earlier
+    masks, so no pixel belongs to two. A shape that is almost hidden (fewer than 16 pixels visible,
+    or under 5 % of what it would show alone) stays in the picture but has no mask, so N may be
+    smaller than ``len(classes)``.
     """
-    # The farthest of a few random colours from those already used: every shape stays visible against the
-    # others.
+    # The farthest of a few random colours from those already used: every shape stays visible
+    # against the others.
     colours = [rng.uniform(30, 225, 3)]
     for _ in classes:
         candidates = rng.uniform(10, 245, (6, 3))
@@ -180,15 +174,14 @@ def draw_scene(rng, size, classes, main=False, colour=None):
 
 
 def write_image_folder(root, images_per_class, size, seed, colours=False):
-    """Write ``root/<class>/<nnnn>.jpg``, ``images_per_class`` each of ``size`` pixels square, in ImageFolder
-    layout.
+    """Write ``root/<class>/<nnnn>.jpg``, ``images_per_class`` each of ``size`` pixels square, in
+    ImageFolder layout.
 
     The subject of a picture has the class of its folder, one of CLASSES or, with ``colours``, of
-    COLOUR_CLASSES; up to
-    two small shapes at the border are distractors. ``root/shapes.json``, written last, marks the folder as
-    complete:
-    then a second call returns at once. Raises InputError if ``root`` holds, whole or in part, a set of other
-    parameters. Returns ``root`` as a Path.
+    COLOUR_CLASSES; up to two small shapes at the border are distractors. ``root/shapes.json``,
+    written last, marks the folder as complete: then a second call returns at once. Raises
+    InputError if ``root`` holds, whole or in part, a set of other parameters. Returns ``root`` as a
+    Path.
     """
     root = Path(root)
     names = list(COLOUR_CLASSES if colours else CLASSES)
@@ -213,18 +206,15 @@ def write_image_folder(root, images_per_class, size, seed, colours=False):
 
 
 def write_coco(root, name, num_images, size, seed):
-    """Write ``root/images/<name>_<nnnn>.jpg`` and ``root/<name>.json`` (COCO instances); returns the JSON's
-    Path.
+    """Write ``root/images/<name>_<nnnn>.jpg`` and ``root/<name>.json`` (COCO instances); returns
+    the JSON's Path.
 
     Two to five shapes per image. Category ids are 1..len(CLASSES); ``file_name`` is relative to
-    ``root/images``;
-    ``segmentation`` is compressed RLE of the visible pixels, ``area`` their number and ``bbox`` the tight [x,
-    y, width,
-    height] in pixels. Almost hidden shapes are not annotated (see :func:`draw_scene`). Splits that share
-    ``root``
-    need different names, and different seeds or they hold the same pictures. The JSON is written last: where
-    it
-    exists the set is complete and the call returns at once. Raises InputError if it is of other parameters.
+    ``root/images``; ``segmentation`` is compressed RLE of the visible pixels, ``area`` their number
+    and ``bbox`` the tight [x, y, width, height] in pixels. Almost hidden shapes are not annotated
+    (see :func:`draw_scene`). Splits that share ``root`` need different names, and different seeds
+    or they hold the same pictures. The JSON is written last: where it exists the set is complete
+    and the call returns at once. Raises InputError if it is of other parameters.
     """
     path = Path(root) / f"{name}.json"
     info = {"num_images": num_images, "size": size, "seed": seed, "classes": list(CLASSES)}
@@ -279,6 +269,6 @@ def _write_json(path, content):
 
 
 def _write_jpeg(path, image):
-    """Full-resolution colour: halving it, JPEG's default, smears outlines of small pictures off their
-    masks."""
+    """Full-resolution colour: halving it, JPEG's default, smears outlines of small pictures off
+    their masks."""
     Image.fromarray(image).save(path, quality=92, subsampling=0)

@@ -1,7 +1,7 @@
 """What a fine-tuning run leaves in its folder besides Detectron2's own files, from either engine.
 
-``training.json`` is the run's record (common/record.py) from the first iteration on, ``results.json`` at its
-end the same with what came out.
+``training.json`` is the run's record (common/record.py) from the first iteration on,
+``results.json`` at its end the same with what came out.
 """
 
 import json
@@ -24,10 +24,9 @@ from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
 def describe(cfg, engine, weights, processes=1, accumulate=1, origin=record.Origin()):
     """The record of a run with ``cfg``, which came from ``origin``.
 
-    engine: "detectron2" or "torchvision"; weights: provenance of the converted file, None for random
-    initialization;
-    processes, accumulate: GPUs (or CPU processes), and passes that each splits its images of an iteration
-    into.
+    engine: "detectron2" or "torchvision"; weights: provenance of the converted file, None for
+    random initialization; processes, accumulate: GPUs (or CPU processes), and passes that each
+    splits its images of an iteration into.
     """
     import torch  # here, because reports read results without it
 
@@ -63,16 +62,13 @@ def write_results(
     accumulate=1,
     origin=record.Origin(),
 ):
-    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs of a
-    training also end its ``metrics.json``.
+    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs
+    of a training also end its ``metrics.json``.
 
-    ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a model that has them, where a
-    missing or
-    non-finite number becomes null; iterations: that the model which was judged has been trained for;
-    eval_only: it may
-    have been trained with another config; seconds: wall time of the command that ended the run; the others as
-    in
-    :func:`describe`.
+    ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a model that has them,
+    where a missing or non-finite number becomes null; iterations: that the model which was judged
+    has been trained for; eval_only: it may have been trained with another config; seconds: wall
+    time of the command that ended the run; the others as in :func:`describe`.
     """
 
     def percent(task, key):
@@ -178,8 +174,8 @@ NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*
 def begin_training(
     cfg, weights, processes=1, accumulate=1, engine="torchvision", origin=record.Origin(), num_images=None
 ):
-    """Write the record of a run that begins, as in :func:`describe`, and return it. num_images: that it
-    trains on.
+    """Write the record of a run that begins, as in :func:`describe`, and return it. num_images:
+    that it trains on.
 
     The metrics.json of a run that came to no checkpoint is emptied.
     """
@@ -248,9 +244,9 @@ def set_names(names):
 
 
 def check_unchanged(cfg, processes=1, accumulate=1):
-    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings. Resuming restores
-    some of
-    them from the checkpoint, the learning rate for one, so that changed ones would hold in part only."""
+    """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings.
+    Resuming restores some of them from the checkpoint, the learning rate for one, so that changed
+    ones would hold in part only."""
     training = read_training(cfg.OUTPUT_DIR)
     if training is None:
         raise InputError(
@@ -280,15 +276,15 @@ def check_unchanged(cfg, processes=1, accumulate=1):
 
 
 def normalised(config, processes, accumulate):
-    """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all GPUs with
-    SyncBN."""
+    """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all
+    GPUs with SyncBN."""
     synchronised = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
     return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronised else processes))
 
 
 def check_network(cfg, folder):
-    """Raises InputError where the training in ``folder`` had another input or other layers than ``cfg``, of
-    which the tensors of its model need not show a thing."""
+    """Raises InputError where the training in ``folder`` had another input or other layers than
+    ``cfg``, of which the tensors of its model need not show a thing."""
     training = read_training(folder)
     if training and (found := differences(cfg, training, NETWORK)):
         raise InputError(
@@ -298,8 +294,8 @@ def check_network(cfg, folder):
 
 
 def own_training(cfg):
-    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the settings of
-    ``cfg``, else None."""
+    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the
+    settings of ``cfg``, else None."""
     training = read_training(cfg.OUTPUT_DIR)
     return training if training and not differences(cfg, training) else None
 

@@ -1,18 +1,16 @@
-"""Mask and Faster R-CNN R50-FPN from torchvision's parts: fine-tuning on one device, where Detectron2 is not
-installed.
+"""Mask and Faster R-CNN R50-FPN from torchvision's parts: fine-tuning on one device, where
+Detectron2 is not installed.
 
-The same YAML gives the same layers, initialisation, schedule, files and metric; what cannot be honoured is
-refused.
-Tables 5 and 6 are Detectron2's all the same, because torchvision differs in the small print: box losses are
-smooth
-L1 with beta 1/9 (Detectron2: L1); RoIAlign has no half-pixel shift; anchors are rounded to whole pixels; mask
-targets are cut from the resized bitmap, not from polygons; images are resized without antialiasing; SyncBN is
-BatchNorm.
+The same YAML gives the same layers, initialisation, schedule, files and metric; what cannot be
+honoured is refused. Tables 5 and 6 are Detectron2's all the same, because torchvision differs in
+the small print: box losses are smooth L1 with beta 1/9 (Detectron2: L1); RoIAlign has no half-pixel
+shift; anchors are rounded to whole pixels; mask targets are cut from the resized bitmap, not from
+polygons; images are resized without antialiasing; SyncBN is BatchNorm.
 
-Randomness is derived, never stored: images, flips, sides and samples of iteration i are a pure function of
-(SEED, i).
-So a resumed run equals an uninterrupted one: on a CPU bit for bit, on a GPU up to the order of its atomic
-sums. Iterations count from 0, as in Detectron2: the checkpoint after 5000 of them is model_0004999.pth.
+Randomness is derived, never stored: images, flips, sides and samples of iteration i are a pure
+function of (SEED, i). So a resumed run equals an uninterrupted one: on a CPU bit for bit, on a GPU
+up to the order of its atomic sums. Iterations count from 0, as in Detectron2: the checkpoint after
+5000 of them is model_0004999.pth.
 """
 
 import functools
@@ -63,8 +61,8 @@ BOX_FIELDS = ("boxes", "scores", "labels")
 
 
 def training_batches(cfg, dataset, start, stop, device):
-    """Yield (images, targets) of iterations ``start`` to ``stop - 1``, with torch's random state set for
-    each.
+    """Yield (images, targets) of iterations ``start`` to ``stop - 1``, with torch's random state
+    set for each.
 
     images: list of float32 [3, H, W] from 0 to 1. Every epoch takes all images once, in an order of its own.
     """
@@ -95,8 +93,8 @@ def training_batches(cfg, dataset, start, stop, device):
 
 
 def learning_rate(solver, i):
-    """Detectron2's WarmupMultiStepLR: linear warm-up, then BASE_LR times GAMMA for each of STEPS that has
-    passed."""
+    """Detectron2's WarmupMultiStepLR: linear warm-up, then BASE_LR times GAMMA for each of STEPS
+    that has passed."""
     progress = min(i / min(solver.WARMUP_ITERS, solver.MAX_ITER), 1) if solver.WARMUP_ITERS else 1
     warmup = solver.WARMUP_FACTOR * (1 - progress) + progress
     return solver.BASE_LR * warmup * solver.GAMMA ** sum(i >= step for step in solver.STEPS)
@@ -222,15 +220,15 @@ def fit(cfg, model, dataset, checkpoint=None, origin=Origin()):
 
 @torch.no_grad()
 def detect(cfg, model, dataset):
-    """-> COCO-format detections: original category_id, bbox [x, y, w, h] in pixels, score and, where the
-    model has masks, segmentation as compressed RLE."""
+    """-> COCO-format detections: original category_id, bbox [x, y, w, h] in pixels, score and,
+    where the model has masks, segmentation as compressed RLE."""
     model.eval()
     model.transform.min_size, model.transform.max_size = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
     detections = []
     for image_id in tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None):
         image = dataset.image(image_id).to(next(model.parameters()).device).float() / 255
-        # The steps of model.forward, which would paste a hundred masks at once: gigabytes for a large
-        # photograph.
+        # The steps of model.forward, which would paste a hundred masks at once: gigabytes for a
+        # large photograph.
         images, _ = model.transform([image])
         features = model.backbone(images.tensors)
         proposals, _ = model.rpn(images, features)

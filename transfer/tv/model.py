@@ -74,8 +74,8 @@ def build_model(cfg):
 
     def pooler(head):
         pool = poolers.MultiScaleRoIAlign(LEVELS, head.POOLER_RESOLUTION, sampling_ratio=0)
-        # Left to itself it derives these from the first images that it sees, wrongly for sides under 80
-        # pixels.
+        # Left to itself it derives these from the first images that it sees, wrongly for sides
+        # under 80 pixels.
         pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], poolers.LevelMapper(2, 5)
         return pool
 

@@ -139,8 +139,8 @@ def test_spoiled_config_is_named(image_folder, tmp_path, run):
 
 
 def test_full_disk_is_survived(image_folder, tmp_path, uninterrupted, monkeypatch, capsys):
-    """From step 4 to 7 no file may grow beyond 100 kB: the checkpoint of step 6 fails, that of step 9 is
-    written."""
+    """From step 4 to 7 no file may grow beyond 100 kB: the checkpoint of step 6 fails, that of step
+    9 is written."""
     step, steps = train_loop.train_step, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -36,8 +36,8 @@ def two_processes(image_folder, tmp_path_factory):
 
 
 def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_processes):
-    """Parameters of online network, predictor and target after the last step, to 1e-5 of each tensor's
-    largest."""
+    """Parameters of online network, predictor and target after the last step, to 1e-5 of each
+    tensor's largest."""
     cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS, "SOLVER.MICRO_BATCH", 4)
     one, two = final_weights(train_loop.train(cfg)), final_weights(two_processes)
     checked = 0
@@ -105,8 +105,8 @@ def test_a_kind_of_input_error_is_handed_on_as_one(one_of_one):
 
 
 def test_model_goes_before_the_group(one_of_one, monkeypatch):
-    """The other way round is a deadlock, once in a while: of the group's threads with the thread that ends
-    them."""
+    """The other way round is a deadlock, once in a while: of the group's threads with the thread
+    that ends them."""
     gone = []
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: gone.append("group"))
 

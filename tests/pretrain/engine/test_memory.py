@@ -37,8 +37,8 @@ def test_given_size_must_divide():
 
 
 def test_activations_of_a_known_network():
-    """Float32 convolutions save their inputs, BatchNorm and ReLU theirs: all images' worth grows with the
-    batch alone."""
+    """Float32 convolutions save their inputs, BatchNorm and ReLU theirs: all images' worth grows
+    with the batch alone."""
     networks = Networks(build_backbone("resnet18"), 64, 16, rsa)
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
     small, large = (micro_batch.activations(networks, size, None) for size in (64, 128))

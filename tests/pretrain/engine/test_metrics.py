@@ -139,8 +139,8 @@ def test_metrics_hold_every_figure(image_folder, tmp_path):
 
 
 def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, monkeypatch):
-    """In three epochs with kNN after each. Unless not one may be bad; a run that goes on then stops at its
-    start."""
+    """In three epochs with kNN after each. Unless not one may be bad; a run that goes on then stops
+    at its start."""
     copy = shutil.copytree(image_folder, tmp_path / "train")
     broken = sorted(copy.glob("*/*.png"))[0]
     broken.write_bytes(b"")

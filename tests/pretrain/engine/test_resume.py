@@ -70,8 +70,8 @@ def test_signal_while_a_checkpoint_is_read(image_folder, tmp_path, uninterrupted
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, monkeypatch, number):
-    """While the data set is opened, or the first kNN runs: nothing is lost, and a scheduler is told to come
-    again."""
+    """While the data set is opened, or the first kNN runs: nothing is lost, and a scheduler is told
+    to come again."""
     evaluate = train_loop.evaluate_knn
     monkeypatch.setattr(train_loop, "evaluate_knn", lambda *_, **__: signal.raise_signal(number))
     handler = signal.getsignal(number)
@@ -218,8 +218,8 @@ def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
 
 
 def test_validation_folder_that_does_not_fit_is_left_alone(image_folder, tmp_path):
-    """Unlabelled images beside each other: a run without kNN, not an error; but an explicit DATA.VAL is
-    one."""
+    """Unlabelled images beside each other: a run without kNN, not an error; but an explicit
+    DATA.VAL is one."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         for i, path in enumerate(sorted(image_folder.glob("*/*"))):

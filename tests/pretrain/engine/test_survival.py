@@ -69,8 +69,9 @@ def uninterrupted(image_folder, tmp_path_factory):
     "number, kills, code", [(signal.SIGKILL, 20, None), (signal.SIGTERM, 6, train_loop.REQUEUE)]
 )
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
-    """Some while they start, at a random time; the others when they are a random number of steps further, and
-    then in whatever they do: stepping or writing. Each start takes another number of workers."""
+    """Some while they start, at a random time; the others when they are a random number of steps
+    further, and then in whatever they do: stepping or writing. Each start takes another number of
+    workers."""
     weights, seconds = uninterrupted
     rng = np.random.default_rng(0)
     codes, reached = [], set()
@@ -183,8 +184,8 @@ def run_signalled_in_a_finalizer(cfg):
 
 
 def test_signal_whose_exception_python_drops(image_folder, tmp_path):
-    """As it starts, amid a finalizer (a fork's callbacks do the same): the run leaves after its first step
-    instead."""
+    """As it starts, amid a finalizer (a fork's callbacks do the same): the run leaves after its
+    first step instead."""
     process = processes.Process(
         target=run_signalled_in_a_finalizer, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
     )

@@ -1,5 +1,5 @@
-"""Files that would run code, claim absurd sizes, or are damaged: nothing runs, memory stays small, one clear
-line.
+"""Files that would run code, claim absurd sizes, or are damaged: nothing runs, memory stays small,
+one clear line.
 
 The files are small: twelve tensors of a ResNet-50 stand for the 265.
 """
@@ -55,8 +55,8 @@ def canary(tmp_path):
 
 
 def outcome(path, read=readers.read_checkpoint):
-    """ "right" when ``path`` is read with the very numbers of :data:`STATE`, "other" with others, else
-    "refused"."""
+    """ "right" when ``path`` is read with the very numbers of :data:`STATE`, "other" with others,
+    else "refused"."""
     try:
         state, provenance = read(path)
     except InputError as error:

@@ -1,11 +1,10 @@
-"""Each family's checkpoint, in its real layout, gives back the features of the network that it was written
-from.
+"""Each family's checkpoint, in its real layout, gives back the features of the network that it was
+written from.
 
-The layouts are built from the modules and names of each family's public code, which the comments name;
-weights are
-random. Where a family writes objects of its own libraries beside the tensors, classes of those names stand in
-for them.
-The ResNet-50 is an eighth as wide inside its blocks, for speed: 265 tensors of the same names, 2048 features.
+The layouts are built from the modules and names of each family's public code, which the comments
+name; weights are random. Where a family writes objects of its own libraries beside the tensors,
+classes of those names stand in for them. The ResNet-50 is an eighth as wide inside its blocks, for
+speed: 265 tensors of the same names, 2048 features.
 """
 
 import argparse
@@ -259,8 +258,8 @@ def layouts(pair):
             {**simple, "state_dict": parallel(encoder=with_fc(q, mlp()), predictor=mlp())},
             only_q,
         ),
-        # HobbitLong/PyContrast learning/contrast_trainer.py: DDP around the model, none around its moving
-        # average
+        # HobbitLong/PyContrast learning/contrast_trainer.py: DDP around the model, none around its
+        # moving average
         "InfoMin": lambda: (
             {
                 "model": parallel(encoder=both["online"], head=mlp(), head_jig=net(fc1=mlp(), fc2=neck)),
@@ -460,8 +459,8 @@ def test_timm_safetensors(tmp_path):
 
 
 def small(*prefixes, rename=lambda name: name):
-    """Names of a ResNet-50 below each prefix; each tensor holds one number, its place, and takes as little of
-    a file."""
+    """Names of a ResNet-50 below each prefix; each tensor holds one number, its place, and takes as
+    little of a file."""
     return {
         prefix + rename(name): torch.tensor(float(1000 * block + place)).expand(shape)
         for block, prefix in enumerate(prefixes)

@@ -1,5 +1,5 @@
-"""The converter takes exactly 265 tensors, or says what is wrong with them; and it never runs a file's
-code."""
+"""The converter takes exactly 265 tensors, or says what is wrong with them; and it never runs a
+file's code."""
 
 import json
 import os
@@ -404,8 +404,8 @@ def test_default_outputs_of_files_without_a_method_have_their_names(checkpoint, 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_detectron2_files_of_others_are_read(checkpoint, tmp_path, protocol):
-    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc under another
-    name."""
+    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc
+    under another name."""
     arrays = {
         detectron2_name(name.removeprefix("online.backbone.")): tensor.numpy()
         for name, tensor in checkpoint["model"].items()

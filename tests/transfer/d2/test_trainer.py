@@ -1,5 +1,5 @@
-"""What only Detectron2 itself can confirm: weights that arrive, accumulation, several processes, precise
-BN."""
+"""What only Detectron2 itself can confirm: weights that arrive, accumulation, several processes,
+precise BN."""
 
 import itertools
 import json
@@ -126,8 +126,8 @@ def test_a_stock_model_with_our_config_has_the_features_of_the_transfer_recipe(w
 
 
 def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoint):
-    """Detectron2's own pre-processing and backbone against the timm network that was trained, stage by
-    stage."""
+    """Detectron2's own pre-processing and backbone against the timm network that was trained, stage
+    by stage."""
     from rsa_detectron2.pretrain.method.networks import build_backbone
 
     backbone = build_backbone("resnet50")
@@ -149,8 +149,8 @@ def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoi
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet101", "resnext101_32x8d", "wide_resnet50_2"])
 def test_features_of_other_networks(tmp_path, name):
-    """Stock Detectron2, its checkpointer and its backbone, against torchvision's network; in 1e-5 of the
-    largest."""
+    """Stock Detectron2, its checkpointer and its backbone, against torchvision's network; in 1e-5
+    of the largest."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)().eval()
     for layer in network.modules():
@@ -214,8 +214,8 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["w.pkl", "w.pth", "w?x=1.pkl"])
 def test_what_a_file_of_weights_would_run_is_not_run(weights, shapes, tmp_path, name):
-    """Nor does the name decide how it is read: Detectron2 unpickles a .pkl, and takes others for files of
-    torch."""
+    """Nor does the name decide how it is read: Detectron2 unpickles a .pkl, and takes others for
+    files of torch."""
     contents = pickle.loads(weights.read_bytes())
     path = tmp_path / name
     path.write_bytes(pickle.dumps({**contents, "more": Bomb(tmp_path / "it ran")}))
@@ -280,8 +280,9 @@ def shapes(tmp_path_factory):
 def tiny(shapes, folder, *overrides):
     """Seconds on a CPU: ResNet-18, narrow heads, 64 px, no randomness but the order of the images.
 
-    Every anchor and every proposal counts, and only the objects' own boxes are foreground, so that nothing is
-    sampled and each image has as many terms in the loss as any other with the same number of objects.
+    Every anchor and every proposal counts, and only the objects' own boxes are foreground, so that
+    nothing is sampled and each image has as many terms in the loss as any other with the same
+    number of objects.
     """
     cfg = load("base_mask_rcnn_R50_FPN.yaml")
     cfg.merge_from_list(
@@ -399,8 +400,8 @@ def assert_close(a, b, rel):
 
 
 def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
-    """Norm layers frozen: 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same weights, to
-    1e-5."""
+    """Norm layers frozen: 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same
+    weights, to 1e-5."""
     two = same_number_of_objects(shapes, tmp_path)
     runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
     for name, (processes, accumulate) in runs.items():
@@ -422,8 +423,8 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
 
 
 def record_statistics(cfg, folder):
-    """What a process of two leaves: its own precise statistics by fvcore, and those of all images by the
-    hook."""
+    """What a process of two leaves: its own precise statistics by fvcore, and those of all images
+    by the hook."""
     import detectron2.utils.comm as comm
 
     d2_data.register_datasets(cfg)
@@ -690,8 +691,8 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
 
 
 def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monkeypatch):
-    """A file as MSRA's: Caffe's names, BatchNorm folded into scale and bias, a bias of conv1's that nobody
-    needs, fc."""
+    """A file as MSRA's: Caffe's names, BatchNorm folded into scale and bias, a bias of conv1's that
+    nobody needs, fc."""
 
     def caffe(name):
         stage, block, layer, kind = (
@@ -746,8 +747,8 @@ def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monk
 
 
 def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
-    """Images of the iterations after the checkpoint, not those of the first again; so in each of the
-    passes."""
+    """Images of the iterations after the checkpoint, not those of the first again; so in each of
+    the passes."""
 
     def images(trainer, iterations):
         batches = iter(trainer._trainer.data_loader)
@@ -804,9 +805,9 @@ NORMALISED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_H
 
 @pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALISED_HEADS)])
 def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, processes, norms):
-    """One image of eight has objects: at least five of six iterations see none, on any rank. SyncBN in one
-    process; in two,
-    each process's own BatchNorm, or Detectron2's synchronised one that GPUs get in the heads."""
+    """One image of eight has objects: at least five of six iterations see none, on any rank. SyncBN
+    in one process; in two, each process's own BatchNorm, or Detectron2's synchronised one that GPUs
+    get in the heads."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
     d2_trainer.train(cfg, processes=processes)
@@ -837,10 +838,9 @@ def record_gradients(cfg, folder, images):
 
 @pytest.mark.parametrize("images", [[0, 7], [6, 7]])
 def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_path, images):
-    """Against one process with torch's own BatchNorm over both images: the mask head's gradient is half,
-    because DDP takes
-    the mean with the other rank's zero, and its statistics are the same. With no object at all, nothing
-    moves."""
+    """Against one process with torch's own BatchNorm over both images: the mask head's gradient is
+    half, because DDP takes the mean with the other rank's zero, and its statistics are the same.
+    With no object at all, nothing moves."""
     one = with_objects_in(shapes, tmp_path, 1)
     for processes, norms in (
         (1, [n.replace("naiveSyncBN_N", "BN") for n in NORMALISED_HEADS]),
@@ -921,8 +921,9 @@ def one_image(tmp_path_factory):
 
 
 def stock(name, weights, data, folder, *overrides, val=None):
-    """The configuration of a user's YAML that inherits from Detectron2's own ``name`` and says what our
-    weights need, as tools/train_net.py makes it for --train and --val with the data set ``data``."""
+    """The configuration of a user's YAML that inherits from Detectron2's own ``name`` and says what
+    our weights need, as tools/train_net.py makes it for --train and --val with the data set
+    ``data``."""
     path = folder / "user.yaml"
     path.write_text(f'_BASE_: "{model_zoo.get_config_file(name)}"' + OURS.format(weights=weights))
     args = train_net.parse(
@@ -956,8 +957,8 @@ def stock(name, weights, data, folder, *overrides, val=None):
 def test_other_architectures_train_from_our_weights(
     weights, shapes, one_image, tmp_path, monkeypatch, name, key, loss
 ):
-    """All 265 tensors arrive, wherever the model has them, and its outputs are those of the data set's 8
-    classes."""
+    """All 265 tensors arrive, wherever the model has them, and its outputs are those of the data
+    set's 8 classes."""
     arrived = []
 
     def compare(model, path):

@@ -76,8 +76,8 @@ def test_forms_lie_within_their_radius_and_have_soft_edges_in_pixels(form):
     distance = signed_distance(form, 128, x=64.0, y=64.0, radius=50.0, angle=0.3)
     row, column = np.nonzero(distance < 0)
     assert np.hypot(row + 0.5 - 64, column + 0.5 - 64).max() <= 1.1 * 50
-    # About a distance: neighbouring pixels differ by at most one pixel's diagonal, so outlines are one pixel
-    # soft.
+    # About a distance: neighbouring pixels differ by at most one pixel's diagonal, so outlines are
+    # one pixel soft.
     assert max(np.abs(np.diff(distance, axis=axis)).max() for axis in (0, 1)) < 1.01
 
 
@@ -196,8 +196,8 @@ def test_colours_have_one_luma_and_their_own_hue():
 
 @pytest.mark.parametrize("form", COLOUR_FORMS)
 def test_grayscale_leaves_nothing_of_the_colour(form):
-    """Pictures that differ in the colour of their subject alone are apart in colour and, where nothing is
-    clipped, the same in gray: to 2 levels, the rounding of three channels."""
+    """Pictures that differ in the colour of their subject alone are apart in colour and, where
+    nothing is clipped, the same in gray: to 2 levels, the rounding of three channels."""
     for seed in range(5):
         drawn = [
             draw_scene(np.random.default_rng(seed), 64, [1, CLASSES.index(form)], True, equal_luma(hue))
@@ -213,8 +213,8 @@ def test_grayscale_leaves_nothing_of_the_colour(form):
 
 
 def test_share_of_aggressive_views_without_their_colour():
-    """As often as shapes.py says: the draws of the aggressive stage on swatches, and the hue that comes out.
-    2000 draws deviate from 0.307 by 0.01."""
+    """As often as shapes.py says: the draws of the aggressive stage on swatches, and the hue that
+    comes out. 2000 draws deviate from 0.307 by 0.01."""
     hues = np.array(list(HUES.values())) / 360
     rng = np.random.default_rng(0)
     params = torch.stack([draw_params(rng) for _ in range(2000)])

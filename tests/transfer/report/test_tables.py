@@ -457,8 +457,8 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
         return [len(row.runs) for row in make_rows("ap", {"s0": kept, "s1": kept | change})]
 
     assert together(seed=1) == [2]
-    # a seed in common; another network; a part of the training; no training of that config; BatchNorm sees 4;
-    # another lr
+    # a seed in common; another network; a part of the training; no training of that config;
+    # BatchNorm sees 4; another lr
     for change in (
         {},
         {"seed": 1, "weights": {**mine, "branch": "target"}},

@@ -1,5 +1,5 @@
-"""The embedded engine against Detectron2's own model, and what it promises: refusals, exact resume, category
-ids."""
+"""The embedded engine against Detectron2's own model, and what it promises: refusals, exact resume,
+category ids."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ CATEGORIES = [3, 7, 90]  # with gaps, as COCO's
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Data set name of five 80x64 images with a bright box of each category on noise; in the last, all are
-    crowds."""
+    """Data set name of five 80x64 images with a bright box of each category on noise; in the last,
+    all are crowds."""
     root = tmp_path_factory.mktemp("coco")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -221,8 +221,8 @@ def test_equals_detectron2_part_by_part():
     assert count(ours.backbone.fpn) == fpn
     assert count(ours.rpn.head) == count(theirs.proposal_generator.rpn_head)
     assert count(ours.roi_heads.box_head) == count(theirs.roi_heads.box_head)
-    # The background's own outputs: one box of 4 numbers from 1024 features, one mask from 256 channels, and
-    # biases.
+    # The background's own outputs: one box of 4 numbers from 1024 features, one mask from 256
+    # channels, and biases.
     assert count(ours.roi_heads.box_predictor) == count(theirs.roi_heads.box_predictor) + 4 * (1024 + 1)
     masks = count(ours.roi_heads.mask_head) + count(ours.roi_heads.mask_predictor)
     assert masks == count(theirs.roi_heads.mask_head) + 256 + 1
@@ -296,8 +296,8 @@ def test_coco_ap(coco):
 
 
 def forget(folder, checkpoint):
-    """Make of a finished run one that was killed after ``checkpoint``, before it had written a row of
-    metrics."""
+    """Make of a finished run one that was killed after ``checkpoint``, before it had written a row
+    of metrics."""
     for path in folder.glob("*.pth"):
         if path.name > checkpoint:
             path.unlink()
@@ -512,8 +512,8 @@ def test_iterations_without_any_object_train(coco, tmp_path, masks):
 
 
 def test_an_empty_batch_leaves_a_norm_and_its_gradient_at_zero():
-    """What the mask head's BatchNorm does with no region: no statistics, and a gradient of zeros that DDP
-    waits for."""
+    """What the mask head's BatchNorm does with no region: no statistics, and a gradient of zeros
+    that DDP waits for."""
     layer = torch.nn.BatchNorm2d(4)
     before = [buffer.clone() for buffer in (layer.running_mean, layer.running_var)]
     layer(torch.zeros(0, 4, 3, 3)).sum().backward()
