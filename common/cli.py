@@ -1,9 +1,10 @@
-"""What the command-line tools share: the user's mistakes as one line, and what a terminal and a
-shell need."""
+"""What the command-line tools share: errors as one line, and care for terminal and shell."""
 
 import contextlib
 import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from rsa_detectron2.common.errors import InputError, one_line
 from rsa_detectron2.common.progress import close_bars
@@ -15,9 +16,8 @@ def expand_home(argument):
     return option + equals + os.path.expanduser(value)
 
 
-def run(main):
-    """``main()``, with the user's mistakes (InputError) and the system's refusals as one line on
-    stderr, status 2."""
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call ``main``. What a user can mend (InputError, OSError) ends as one line on stderr, status 2."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     # A file's name need not be UTF-8, and the terminal may take less than that.
     sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,9 +1,11 @@
 """Config files: where they are looked for, and how one is merged with overrides."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin, flatten
@@ -12,7 +14,7 @@ from rsa_detectron2.common.record import Origin, flatten
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def find_config(path):
+def find_config(path: str) -> str:
     """``--config-file`` is looked up in the working directory first, then under ``configs/``."""
     for candidate in (Path(path), CONFIGS / path):
         if candidate.is_file():
@@ -20,17 +22,18 @@ def find_config(path):
     raise InputError(f"no config file {path}: looked in {Path.cwd()} and in {CONFIGS}")
 
 
-def origin(path, overrides, defaults):
-    """Where a configuration comes from, for the record of its run: files of ``configs/`` by their
-    name there, overrides, and the CfgNode of the engine's defaults."""
+def origin(path: str, overrides: Sequence, defaults: CfgNode) -> Origin:
+    """Where a configuration comes from, for the record of its run.
+
+    A file of ``configs/`` is named by its path there; ``defaults`` is the engine's own configuration.
+    """
     path, configs = Path(path).resolve(), CONFIGS
     path = path.relative_to(configs) if path.is_relative_to(configs) else path
     return Origin(str(path), tuple(overrides), flatten(defaults))
 
 
-def merge_config(cfg, path, overrides):
-    """Merge a YAML file (or None) and ``KEY VALUE`` overrides into a CfgNode; what is wrong becomes
-    one InputError."""
+def merge_config(cfg: CfgNode, path: str | None, overrides: Sequence) -> CfgNode:
+    """Merge a YAML file (or None) and ``[KEY, VALUE, ...]`` into ``cfg``. Raises InputError."""
     try:
         if path:
             refuse_repeated_keys(path)
@@ -49,18 +52,19 @@ def merge_config(cfg, path, overrides):
     return cfg
 
 
-def whole_as_float(cfg, key, value):
-    """``value``, as a float where it is a whole number and the key of ``cfg`` holds floats: yacs
-    wants 0.0 for 0."""
+def whole_as_float(cfg: CfgNode, key: str, value: object) -> object:
+    """``value``, as a float where the key holds floats: yacs refuses 0 for 0.0."""
     node = cfg
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return float(value) if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(value)) else value
 
 
-def refuse_repeated_keys(path):
-    """Raise InputError for a key that a YAML file, or one that it inherits from, gives twice:
-    PyYAML keeps the last."""
+def refuse_repeated_keys(path: str | Path) -> None:
+    """Raise InputError for a key that the file, or one that it inherits from, gives twice.
+
+    PyYAML would silently keep the last.
+    """
 
     def check(node, prefix=""):
         lines = {}

@@ -44,9 +44,8 @@ def cores():
     """How many cores of this machine are this process's own. srun may have bound the task to its
     share already."""
     mine = len(os.sched_getaffinity(0))
-    by_srun = (
-        "TORCHELASTIC_RUN_ID" not in os.environ
-    )  # else torchrun is the task, and its processes share the cores
+    # Under torchrun the task is torchrun itself, and its processes share the task's cores.
+    by_srun = "TORCHELASTIC_RUN_ID" not in os.environ
     bound = by_srun and mine < int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) * local_world_size()
     return mine if bound else max(1, mine // local_world_size())
 

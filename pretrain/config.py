@@ -12,6 +12,7 @@ import yaml
 from fvcore.common.config import CfgNode as CN
 
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.record import flatten
 
 # A new method takes a name here, a row of objectives.METHODS and a recipe in configs/pretrain.
 METHODS = ("rsa", "byol", "byol_aw", "simsiam", "simsiam_rsa", "simclr", "moco")
@@ -191,7 +192,7 @@ def expand_paths(cfg: CN) -> None:
 
 def check(cfg: CN) -> None:
     """Refuse values that no run could use. Raises InputError naming the key and what it takes."""
-    values = _flatten(cfg)
+    values = flatten(cfg)
     for key in KEYS:
         if key.rule and (problem := key.rule(values[key.name])):
             raise InputError(f"{key.name} is {values[key.name]!r}: {problem}")
@@ -226,25 +227,14 @@ def differences(
     the text is no configuration.
     """
     try:
-        saved = {**_flatten(get_cfg()), **_flatten(yaml.safe_load(saved_yaml))}
+        saved = {**flatten(get_cfg()), **flatten(yaml.safe_load(saved_yaml))}
     except (yaml.YAMLError, AttributeError):
         raise InputError(
             f"{source} cannot be read as a configuration: restore it, or give another --output-dir"
         ) from None
-    now = _flatten(cfg)
+    now = flatten(cfg)
     return saved, [
         f"{key}: {saved.get(key)} -> {now.get(key)}"
         for key in sorted({*saved, *now})
-        if key not in free and _plain(saved.get(key)) != _plain(now.get(key))
+        if key not in free and saved.get(key) != now.get(key)
     ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value  # YAML has no tuples
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

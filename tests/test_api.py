@@ -1,7 +1,6 @@
 """The Python API: the README's examples, run as they stand there, and what each function gives."""
 
 import re
-import shutil
 
 import pytest
 import safetensors.torch
@@ -18,18 +17,17 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 def folder(tmp_path, monkeypatch, image_folder, resnet50_checkpoint):
     """A working directory with what the examples name: images, and a pre-trained checkpoint."""
     (tmp_path / "images").symlink_to(image_folder)
-    (tmp_path / "output" / "pretrain").mkdir(parents=True)
-    shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")
+    (tmp_path / "pretrained.pth").symlink_to(resnet50_checkpoint)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_examples_of_the_readme(folder, monkeypatch):
     assert len(EXAMPLES) == 4
-    recipe = rsa.pretrain_backbone
+    pretrain_backbone = rsa.pretrain_backbone
 
-    def tiny(name, overrides):  # as the example says, but for the size
-        return recipe(name, [*overrides, *TINY, "MODEL.SMALL_STEM", False])
+    def tiny(recipe, overrides):  # as the example says, but for the size
+        return pretrain_backbone(recipe, [*overrides, *TINY, "MODEL.BACKBONE", "resnet50"])
 
     monkeypatch.setattr(rsa, "pretrain_backbone", tiny)
     namespace = {}
@@ -44,9 +42,9 @@ def test_examples_of_the_readme(folder, monkeypatch):
 def test_features_are_those_of_the_checkpoint(folder, to, suffix):
     """The converted file gives the features of the checkpoint itself: float32, 1e-6 relative."""
     path = folder / f"backbone.{suffix}"
-    provenance = rsa.convert_backbone("output/pretrain/model_final.pth", path, to=to)
+    provenance = rsa.convert_backbone("pretrained.pth", path, to=to)
     assert (provenance["method"], provenance["step"], provenance["branch"]) == ("rsa", 7, "online")
-    names, features = rsa.extract_features("output/pretrain/model_final.pth", "images", limit=3)
+    names, features = rsa.extract_features("pretrained.pth", "images", limit=3)
     again, same = rsa.extract_features(path, "images", limit=3)
     assert names == again and features.shape == (3, 2048)
     torch.testing.assert_close(same, features, rtol=1e-6, atol=1e-6)
@@ -58,7 +56,7 @@ def test_stock_detectron2_gives_the_same_features(folder):
     from detectron2.config import get_cfg
     from detectron2.modeling import build_backbone
 
-    rsa.convert_backbone("output/pretrain/model_final.pth", "r50.pkl")
+    rsa.convert_backbone("pretrained.pth", "r50.pkl")
     cfg = get_cfg()
     rsa.add_rsa_config(cfg)
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
@@ -66,7 +64,7 @@ def test_stock_detectron2_gives_the_same_features(folder):
     stock = build_backbone(cfg).eval()
     checkpoint.DetectionCheckpointer(stock).load("r50.pkl")
 
-    rsa.convert_backbone("output/pretrain/model_final.pth", "r50.safetensors", to="timm")
+    rsa.convert_backbone("pretrained.pth", "r50.safetensors", to="timm")
     network = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     network.load_state_dict(safetensors.torch.load_file("r50.safetensors"), strict=False)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))

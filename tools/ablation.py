@@ -123,9 +123,8 @@ def run_all(runs, images, jobs, overrides):
                     path / RESULT, lambda file: file.write(json.dumps(result, indent=2).encode())
                 )
 
-    handler = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # by way of the except below
+    # by way of the except below
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(1 if device().type == "cpu" else torch.get_num_threads())
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="runs", dynamic_ncols=True) as progress:
         try:
@@ -145,6 +144,7 @@ def run_all(runs, images, jobs, overrides):
 def pretraining(path, method, seed, images, overrides):
     """The command of one run."""
     workers = [] if device().type == "cuda" else ["DATA.NUM_WORKERS", "0"]
+    # BatchNorm sees the same images on any machine
     return [
         sys.executable,
         str(Path(__file__).with_name("pretrain.py")),
@@ -160,7 +160,7 @@ def pretraining(path, method, seed, images, overrides):
         "1",
         *workers,
         *overrides,
-    ]  # BatchNorm sees the same images on any machine
+    ]
 
 
 def recipe(method):

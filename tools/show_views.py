@@ -24,13 +24,8 @@ from rsa_detectron2.tools._weights import load_features
 
 def main():
     args = parse()
-    for name, least in (
-        ("rows", 1),
-        ("pairs", 1),
-        ("limit", 1),
-        ("workers", -1),
-        ("image_size", 7),
-    ):  # the blur reflects 6 pixels
+    # the blur reflects 6 pixels
+    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1), ("image_size", 7)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -55,9 +50,8 @@ def main():
     drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
     print(folder / "pairs.csv")
     print(pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
-    drifts = drift.measure_operations(
-        features, images, args.seed, -(-args.limit // 4)
-    )  # nine views instead of two
+    # nine views instead of two
+    drifts = drift.measure_operations(features, images, args.seed, -(-args.limit // 4))
     drift.write_operations(folder / "operations.csv", drifts)
     print(folder / "operations.csv")
     print(pictures.plot_operations(drifts, folder / "operations.png"))

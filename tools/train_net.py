@@ -2,10 +2,10 @@
 """Fine-tune Mask R-CNN FPN from converted weights and evaluate it, with Detectron2 or the embedded engine.
 
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --train train.json images --val
-    val.json images
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --eval-only MODEL.WEIGHTS
-    model_final.pth
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
+        --train train.json images --val val.json images
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
+        --eval-only MODEL.WEIGHTS model_final.pth
 
 An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated
 (--accumulate), or the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override

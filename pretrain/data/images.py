@@ -23,16 +23,8 @@ Image.MAX_IMAGE_PIXELS = (
 # What Pillow finds odd in a file that it reads nevertheless. Its warnings do not say which file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-EXPECTED_BANDS = {
-    0: 1,
-    1: 1,
-    2: 3,
-    3: 1,
-    4: 1,
-    5: 4,
-    6: 3,
-    8: 3,
-}  # of a TIFF, by its PhotometricInterpretation
+# The bands that a TIFF of each PhotometricInterpretation has.
+EXPECTED_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}
 ALPHA = (1, 2)  # values of a TIFF's ExtraSamples
 
 

@@ -123,9 +123,8 @@ class HuggingFace(Source):
         try:
             if shards:
                 metadata = [ParquetFile(shard) for shard in shards]
-                self.starts = np.cumsum(
-                    [0, *(file.metadata.num_rows for file in metadata[:-1])]
-                )  # rows, by shard
+                # The first row of each shard.
+                self.starts = np.cumsum([0, *(file.metadata.num_rows for file in metadata[:-1])])
                 self.column, label, self.classes = choose_columns(metadata[0].schema_arrow, root)
                 values = [
                     value for file in metadata if label for value in file.read([label])[label].to_pylist()

@@ -23,9 +23,8 @@ def draw(kind, folder, num_images, seed=0):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     place = KINDS[kind](folder, num_images, max(1, num_images // 4), np.random.default_rng(seed))
-    (folder / STANDIN).write_text(
-        f"drawn, {num_images} images in the format of {kind}\n"
-    )  # last: now it is whole
+    # Written last: it says that the folder is complete.
+    (folder / STANDIN).write_text(f"drawn, {num_images} images in the format of {kind}\n")
     return place
 
 

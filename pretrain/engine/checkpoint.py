@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import check_tensors, write_atomically
@@ -18,7 +19,7 @@ class Damaged(InputError):
     """A file whose bytes are not those that were written."""
 
 
-def load(path):
+def load(path: str | Path) -> dict:
     """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not
     those written, and InputError when it is no checkpoint of this project."""
     try:
@@ -36,7 +37,7 @@ def load(path):
     return state
 
 
-def newest(folder):
+def newest(folder: Path) -> str | None:
     """Path of the newest whole checkpoint in ``folder`` to go on from, or None where no run has saved one.
 
     A damaged one is put aside and named, and the one before is taken: a run that resumes bit for
@@ -69,7 +70,7 @@ def newest(folder):
     return None
 
 
-def finished(folder):
+def finished(folder: Path) -> dict | None:
     """The content of a run's model_final.pth, None where it is not there yet. Raises InputError."""
     try:
         return load(folder / FINAL) if (folder / FINAL).is_file() else None
@@ -77,12 +78,12 @@ def finished(folder):
         raise InputError(f"{error}: move it away, or give another --output-dir") from None
 
 
-def take_up(cfg, saved):
-    """What is known of the run in the output folder, by its checkpoint ``saved`` or by config.yaml:
-    its micro-batch, 0 if there is none, and whether its data set has the same path.
+def compare_run(cfg: CfgNode, saved: dict | None) -> tuple[int, bool]:
+    """Compare ``cfg`` with the run in the output folder: with its checkpoint ``saved``, or config.yaml.
 
-    Raises InputError, naming each difference, when that run has another configuration and anything to
-    lose: the result would be neither the one run's nor the other's.
+    Returns the run's micro-batch, 0 if it chose none, and whether its data set has the same path.
+    Raises InputError that names each difference when that run saved something under another
+    configuration: the result would be neither the one run's nor the other's.
     """
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG
@@ -97,7 +98,7 @@ def take_up(cfg, saved):
     return 0 if changed else own["SOLVER.MICRO_BATCH"], own["DATA.PATH"] == cfg.DATA.PATH
 
 
-def write_config(cfg):
+def write_config(cfg: CfgNode) -> None:
     """Leave the configuration beside the checkpoints, with what was chosen at the start."""
     try:
         write_atomically(Path(cfg.OUTPUT_DIR) / CONFIG, lambda file: file.write(cfg.dump().encode()))

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fvcore.common.config import CfgNode
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -25,7 +27,7 @@ PATIENCE = 10  # seconds that a process whose peer is lost waits before it says 
 HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
 
 
-def num_processes(wanted=None):
+def num_processes(wanted: int | None = None) -> int:
     """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given;
     without a GPU, one or ``wanted`` on the CPU."""
     available = torch.cuda.device_count()
@@ -37,7 +39,7 @@ def num_processes(wanted=None):
     return wanted or max(1, available)
 
 
-def launch(train, cfg, processes):
+def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str:
     """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
 
     Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and
@@ -45,6 +47,7 @@ def launch(train, cfg, processes):
     """
     if distributed.launched() or processes == 1:
         return join_and_run(train, cfg)
+    # local_addr: this machine's own name need not resolve.
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -54,7 +57,7 @@ def launch(train, cfg, processes):
         run_id="pretrain",
         max_restarts=0,
         local_addr="localhost",
-    )  # not this machine's name, which need not resolve
+    )
     # What elastic hands on to the processes. Recent versions of torch take it from the config,
     # earlier ones from the environment.
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
@@ -62,9 +65,8 @@ def launch(train, cfg, processes):
         n.name for n in handlers
     )
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(
-        logging.ERROR
-    )  # that it ends the others is no news
+    # It would say that it ends the other processes.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
     except SignalException as stopped:
@@ -89,16 +91,15 @@ def launch(train, cfg, processes):
                 signal.signal(number, handler)
 
 
-def is_a_crash(record):
-    """False for InputError and Interrupted, for which the tool prints one line, and for signals
-    that are handed on."""
+def is_a_crash(record: logging.LogRecord) -> bool:
+    """False for signals that are passed on, and for InputError and Interrupted: the tool prints those."""
     error = str(record.exc_info[1]) if record.exc_info else ""
     return not record.msg.startswith("Closing process") and not any(
         f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON
     )
 
 
-def adopt_slurm(environment):
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """Describe a task of srun in torchrun's words, so that ``srun tools/pretrain.py`` needs no launcher.
 
     SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool
@@ -108,9 +109,8 @@ def adopt_slurm(environment):
     if "RANK" in environment or tasks == 1:
         return
     host, number = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"]).groups()
-    on_this_node = (
-        environment["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]
-    )  # "4(x2),3": 4 on the first
+    # "4(x2),3" means 4 tasks on each of two nodes, then 3.
+    on_this_node = environment["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]
     environment.update(
         {
             "RANK": environment["SLURM_PROCID"],
@@ -123,14 +123,13 @@ def adopt_slurm(environment):
     )
 
 
-def join_and_run(train, cfg):
+def join_and_run(train: Callable[[CfgNode], str], cfg: CfgNode) -> str:
     """Join the process group that the launcher's environment describes, if any, and run."""
     if not distributed.launched():
         return train(cfg)
     if torch.cuda.is_available():
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-        )  # srun may show each task one
+        # srun may show each task only its own GPU.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(distributed.cores())
     # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
@@ -149,9 +148,8 @@ def join_and_run(train, cfg):
     except (InputError, OSError, MemoryError) as error:  # as the one that the launcher knows by its name
         close_bars()
         raise InputError(one_line(error)) from None
-    except (
-        RuntimeError
-    ):  # most often a lost peer, whose own error the launcher must see first: it tells of one alone
+    except RuntimeError:
+        # Most often a lost peer. The launcher reports only the first error, so wait for the peer's own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the wait
         time.sleep(PATIENCE)
         raise

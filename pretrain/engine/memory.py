@@ -1,9 +1,10 @@
-"""How many images go through the networks at once. The global batch is reached by accumulating over
-the rest."""
+"""The micro-batch: how many images go through the networks at once. The rest is accumulated."""
 
 import copy
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rsa_detectron2.common import distributed
@@ -13,9 +14,9 @@ from rsa_detectron2.common.errors import InputError
 FILL = 0.8
 
 
-def per_process(batch_size, world_size):
-    """A process's share of the global batch. Raises InputError, with the nearest ones that divide,
-    when there is none."""
+def per_process(batch_size: int, world_size: int) -> int:
+    """The local batch size. Raises InputError where the global one does not divide, with the nearest
+    that do."""
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
         near = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -26,9 +27,10 @@ def per_process(batch_size, world_size):
     return batch_size // world_size
 
 
-def resolve(wanted, images, memory):
-    """The micro-batch of a process that has ``images`` of the global batch: ``wanted``, or, when
-    that is 0, the largest divisor that ``memory()``, a number of images, has room for.
+def resolve(wanted: int, images: int, memory: Callable[[], int]) -> int:
+    """The micro-batch of a process with a local batch of ``images``: ``wanted``, if not 0.
+
+    Else the largest divisor of ``images`` that is at most ``memory()``.
 
     Raises InputError, with the nearest ones that divide, when ``wanted`` does not.
     """
@@ -45,20 +47,22 @@ def resolve(wanted, images, memory):
     return wanted
 
 
-def room(networks, size, amp):
-    """How many ``size`` x ``size`` images this process's device has room for in a training step, at
-    least 1: the fewest over the ranks. ``networks`` on the CPU, as they were built."""
+def max_batch_size(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
+    """How many ``size`` x ``size`` images fit on the device in a training step, at least 1.
+
+    The smallest number of all processes. ``networks`` are on the CPU, as they were built.
+    """
     held, image = costs(networks, size, amp)
     return max(1, distributed.least(int((FILL * free_memory() - held) / image)))
 
 
-def needed(networks, size, amp, count):
+def needed(networks: nn.Module, size: int, amp: torch.dtype | None, count: int) -> float:
     """Bytes that a process should have free to train with ``count`` images at once."""
     held, image = costs(networks, size, amp)
     return (held + count * image) / FILL
 
 
-def costs(networks, size, amp):
+def costs(networks: nn.Module, size: int, amp: torch.dtype | None) -> tuple[int, float]:
     """Bytes of a training step: whatever its number of images, and for each of them."""
     weights = sum(t.nbytes for t in networks.state_dict().values())
     gradients = sum(p.nbytes for p in networks.parameters() if p.requires_grad)
@@ -68,7 +72,7 @@ def costs(networks, size, amp):
     return weights + 3 * gradients, 2 * views + 1.25 * activations(networks, size, amp)
 
 
-def activations(networks, size, amp):
+def activations(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
     """Bytes that the forward pass of one image leaves for the backward pass, counted on the CPU.
 
     Between a pass of three images and one of two, so that what does not grow with the batch drops out.
@@ -93,7 +97,7 @@ def activations(networks, size, amp):
     return saved(3) - saved(2)
 
 
-def free_memory():
+def free_memory() -> int:
     """Bytes that this process may take on its device."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]

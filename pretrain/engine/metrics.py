@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 import time
 
@@ -11,59 +10,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
-from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.common.signals import stop_signals
 from rsa_detectron2.pretrain.engine import checkpoint
 
 
-class Stopped(BaseException):
-    """Not an Exception: reading a file, for one, takes any of those for damage."""
-
-
-class StopSignals:
-    """While it is entered, each of common.signals' makes ``asked`` true, and the loop ends after
-    its step. Before ``stepping`` there is nothing to save: a single process stops at once, with
-    Stopped; with several, some may already be in the first step, and all finish it. A second SIGINT
-    kills, except under a launcher, which hands one Ctrl-C on twice.
-    """
-
-    def __init__(self):
-        self.asked = self.stepping = False
-
-    def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle) for number in stop_signals()}
-        return self
-
-    def handle(self, number, frame):
-        again, self.asked = (
-            self.asked,
-            True,
-        )  # first of all: Python drops what is raised amid a finalizer or a fork
-        if not self.stepping and distributed.world_size() == 1:
-            raise Stopped(
-                f"stopped by {signal.Signals(number).name} before its first step; the same command goes on"
-            )
-        if number == signal.SIGINT and again and not distributed.launched():
-            raise KeyboardInterrupt
-
-    def __exit__(self, kind, value, traceback):
-        if (
-            distributed.world_size() == 1
-        ):  # of several, one may be signalled when the others are saving already
-            for number, handler in self.previous.items():
-                signal.signal(number, handler)
-
-
 class Meter:
-    """Sums the figures of the steps since its last reading. They stay on the device until then,
-    which spares it a synchronisation per step."""
+    """Sums the figures of the steps since its last reading. They stay on the device until then, which
+    saves a synchronization in each step."""
 
     def __init__(self, batch_size, seconds=0.0):
         self.batch_size = batch_size  # global
         self.total = seconds  # of training, with its loader, but without kNN evaluations
-        self.streak = torch.zeros(
-            (), device=distributed.device()
-        )  # steps in a row without a finite loss, up to now
+        # steps in a row without a finite loss, up to now
+        self.streak = torch.zeros((), device=distributed.device())
         self.reset()
 
     def reset(self):
@@ -107,43 +65,7 @@ class Meter:
         return row
 
 
-class Alarms:
-    """Stop a run that has failed before it burns days. The thresholds are the configuration's ALARM."""
-
-    def __init__(self, thresholds):
-        self.thresholds = thresholds
-        self.collapsed = 0  # steps in a row
-
-    def check(self, step, row, steps):
-        """Raises InputError on a row of :meth:`Meter.read` over ``steps`` steps that shows
-        divergence or collapse."""
-        if row["nonfinite_steps"] >= self.thresholds.NONFINITE_STEPS:
-            raise InputError(
-                f"the loss is {row['loss']} at step {step}, not finite for "
-                f"{row['nonfinite_steps']} steps: {DIVERGED}"
-            )
-        self.collapsed = self.collapsed + steps if row["feature_std"] < self.thresholds.FEATURE_STD else 0
-        if self.collapsed >= self.thresholds.COLLAPSE_STEPS:
-            raise InputError(
-                f"the features have collapsed: their standard deviation is {row['feature_std']:.4f} at step "
-                f"{step}, below ALARM.FEATURE_STD for {self.collapsed} steps; lower SOLVER.BASE_LR or raise "
-                "MODEL.TAU; the checkpoint from before is kept"
-            )
-
-
-DIVERGED = "lower SOLVER.BASE_LR, or try --amp bf16 or off; the last checkpoint is kept"
-
-
-def assert_finite(networks, step):
-    """Raises InputError when a weight or a running statistic is NaN or infinite, before it is saved
-    over a good checkpoint."""
-    sums = torch.stack([tensor.float().sum() for tensor in networks.state_dict().values()])
-    if not math.isfinite(sums.sum()):
-        raise InputError(f"weights are not finite at step {step}: {DIVERGED}")
-
-
-# Figures on the progress bar: their short names and forms. The most telling come first, for a
-# narrow terminal cuts it.
+# Figures on the progress bar: short name and format. Most useful first: narrow terminals truncate.
 PROGRESS = {
     "loss": ("loss", ".3f"),
     "feature_std": ("std", ".2f"),
@@ -162,8 +84,11 @@ PROGRESS = {
 
 
 class Log:
-    """Rows to metrics.jsonl and TensorBoard, and the progress bar. Rows of steps after ``start``,
-    which a killed run wrote and the resumed one will write again, are dropped."""
+    """Rows to metrics.jsonl and TensorBoard, and the progress bar.
+
+    A killed run may have written rows of steps after ``start``. They are dropped: the resumed run
+    writes them again.
+    """
 
     def __init__(self, folder, total, start):
         path = folder / "metrics.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rsa_detectron2.pretrain.method.augment import aggressive, normalize, to_float
+from rsa_detectron2.pretrain.method import augment
 from rsa_detectron2.pretrain.method.networks import Networks
 
 
@@ -37,11 +37,11 @@ def train_step(
     networks, model, optimizer, scaler = state.networks, state.model, state.optimizer, state.scaler
     figures = {}
     optimizer.zero_grad(set_to_none=True)
-    for i, (weak, strong) in enumerate(micro_batches, start=1):
+    for i, (weak, aggressive) in enumerate(micro_batches, start=1):
         last = i == count
         with contextlib.nullcontext() if last or model is networks else model.no_sync():
             with torch.autocast(weak.device.type, state.amp or torch.bfloat16, enabled=state.amp is not None):
-                part = model(weak, strong, beta)
+                part = model(weak, aggressive, beta)
             scaler.scale(part["loss"] / count).backward()
         for name, value in part.items():
             figures[name] = figures.get(name, 0) + value.detach() / count
@@ -60,8 +60,9 @@ def normalized_views(batch: dict, mean: torch.Tensor, std: torch.Tensor) -> tupl
 
     ``mean`` and ``std``, float32 [3], lie there too, which saves a synchronization.
     """
-    views = batch["views"]
-    return normalize(to_float(views), mean, std), normalize(aggressive(views, batch["params"]), mean, std)
+    weak = augment.to_float(batch["views"])
+    aggressive = augment.aggressive(batch["views"], batch["params"])
+    return augment.normalize(weak, mean, std), augment.normalize(aggressive, mean, std)
 
 
 def prefetch(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:

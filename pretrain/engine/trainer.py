@@ -20,7 +20,8 @@ from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
-from rsa_detectron2.pretrain.engine.metrics import Alarms, Log, Meter, Stopped, StopSignals, assert_finite
+from rsa_detectron2.pretrain.engine.guards import Alarms, Stopped, StopSignals, assert_finite
+from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
@@ -82,7 +83,7 @@ def find_past(cfg: CfgNode) -> Past:
     saved = checkpoint.load(path) if path else None
     complete = distributed.from_first((folder / checkpoint.FINAL).is_file())
     known = saved or checkpoint.finished(folder)
-    micro_batch_size, same_path = checkpoint.take_up(cfg, known)
+    micro_batch_size, same_path = checkpoint.compare_run(cfg, known)
     return Past(saved, known, complete, micro_batch_size, same_path)
 
 
@@ -147,7 +148,7 @@ class Trainer:
         self.micro_batch_size = cfg.SOLVER.MICRO_BATCH = memory.resolve(
             cfg.SOLVER.MICRO_BATCH,
             self.local_batch_size,
-            lambda: kept or memory.room(networks, cfg.DATA.IMAGE_SIZE, amp),
+            lambda: kept or memory.max_batch_size(networks, cfg.DATA.IMAGE_SIZE, amp),
         )
         self.accumulate = self.local_batch_size // self.micro_batch_size
         self.networks, shared_by = parallel.convert_batch_norm(networks.to(self.device), cfg.MODEL.SYNC_BN)

@@ -87,13 +87,14 @@ def aggressive(views: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     them there spares the device a synchronization per operation.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
+    # which samples each of 18 operations takes
     taken = torch.stack(
         [
             *(slot == operation for slot in params[:, ORDER].unbind(1) for operation in range(4)),
             params[:, GRAY] > 0,
             params[:, SIGMA] > 0,
         ]
-    )  # which samples each of 18 operations takes
+    )
     indices = taken.nonzero()[:, 1]
     if images.is_cuda:
         indices = indices.pin_memory().to(images.device, non_blocking=True)

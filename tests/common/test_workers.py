@@ -20,7 +20,7 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.signals import STOP_SIGNALS, stop_signals
 from rsa_detectron2.pretrain.data.images import UnreadableImage
-from rsa_detectron2.pretrain.engine.metrics import StopSignals
+from rsa_detectron2.pretrain.engine.guards import StopSignals
 from rsa_detectron2.tools import prepare_data
 from tests.conftest import ROOT, TINY, processes
 

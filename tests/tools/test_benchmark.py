@@ -53,10 +53,8 @@ def test_turns_are_interleaved_and_their_medians_summed_up():
 
     a = [99, 1, 99, 30, 99, 10, 99, 2, 99, 5, 99, 5]
     seconds = take_turns({"a": work("a", a), "b": work("b", [99, 1] * 6)}, ["1", "2"], 3, lambda: now)
-    assert seconds == {
-        "a": 10,
-        "b": 2,
-    }  # 5 of 1, 10, 5 and 5 of 30, 2, 5; the call before each is not counted
+    # 5 of 1, 10, 5 and 5 of 30, 2, 5; the call before each is not counted
+    assert seconds == {"a": 10, "b": 2}
     turns = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
     assert [sorted(turn) for turn in turns] == [[f"a{part}"] * 2 + [f"b{part}"] * 2 for part in (1, 2)] * 3
     assert all(turn[0] == turn[1] for turn in turns) and len({turn[0][0] for turn in turns}) == 2

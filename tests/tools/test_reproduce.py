@@ -95,9 +95,8 @@ def test_commands_are_ones_that_the_tools_take(here, monkeypatch, table):
         if getattr(args, "config_file", None):
             assert (ROOT / "configs" / args.config_file).is_file()
     if options:
-        assert (
-            sum(step.command[0] == "tools/train_net.py" for step in missing) == 11
-        )  # ten rows, and one of its own
+        # ten rows, and one of its own
+        assert sum(step.command[0] == "tools/train_net.py" for step in missing) == 11
 
 
 def test_commands_of_a_row(here, monkeypatch):

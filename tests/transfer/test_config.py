@@ -318,8 +318,7 @@ def test_train_option_takes_classes_and_schedule_from_the_data_set(tiny_coco, tm
     assert made("SOLVER.MAX_ITER", "77").SOLVER.MAX_ITER == 77
     assert made("SOLVER.STEPS", "(5,)").SOLVER.MAX_ITER == 90000
     assert made(eval_only=True).SOLVER.MAX_ITER == 90000 and capsys.readouterr().out == ""
-    assert (
-        made(eval_only=True).OUTPUT_DIR == f"{cfg.OUTPUT_DIR}_eval"
-    )  # beside the results of the recipe's own run
+    # beside the results of the recipe's own run
+    assert made(eval_only=True).OUTPUT_DIR == f"{cfg.OUTPUT_DIR}_eval"
     (tmp_path / "own.yaml").write_text("SOLVER:\n  MAX_ITER: 5000\n  STEPS: [4000]\n")
     assert made(config_file=str(tmp_path / "own.yaml")).SOLVER.MAX_ITER == 5000

@@ -66,10 +66,8 @@ HUGGING_FACE = (
     (r"\.shortcut\.normalization\.", ".downsample.1."),
 )
 
-ASSUMED, ASK = (
-    "assumed",
-    "ask",
-)  # pixels of layouts whose files come from anywhere: ImageNet's, or to be stated
+# pixels of layouts whose files come from anywhere: ImageNet's, or to be stated
+ASSUMED, ASK = ("assumed", "ask")
 
 
 @dataclass(frozen=True)

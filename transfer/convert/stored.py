@@ -112,10 +112,11 @@ def as_tensor(value: Any) -> Tensor | None:
             (1, tuple(shape), dtype, bool(fortran), data),
         ):
             return _array(data, dtype, shape, "F" if fortran else "C")
+        # protocol 5
         case Call(
             ("numpy.core.numeric _frombuffer" | "numpy._core.numeric _frombuffer"),
             (data, dtype, tuple(shape), ("C" | "F") as order),
-        ):  # protocol 5
+        ):
             return _array(data, dtype, shape, order)
     return None
 

@@ -210,9 +210,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
-            load_model(
-                self.checkpointer.get_checkpoint_file(), unwrap(self.model).state_dict()
-            )  # Detectron2 only warns
+            # Detectron2 only warns
+            load_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model).state_dict())
             try:
                 super().resume_or_load(True)
             except ValueError as error:  # the optimizer's
@@ -221,9 +220,8 @@ class Trainer(DefaultTrainer):
                     "or give another OUTPUT_DIR"
                 ) from None
             self._trainer.data_loader = self.build_loader(self.cfg, self.start_iter)
-            if (
-                self.cfg.SEED >= 0
-            ):  # or else the same random numbers as in its first iterations would be drawn again
+            # or else the same random numbers as in its first iterations would be drawn again
+            if self.cfg.SEED >= 0:
                 seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
         elif weights in ZOO:
             super().resume_or_load(False)
@@ -274,9 +272,8 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, orig
     provenance, reference, trained_on = None, cfg.SOLVER.REFERENCE_WORLD_SIZE, processes
     if eval_only and resume and (training := read_training(cfg.OUTPUT_DIR)):
         trained_on = training["processes"]
-        cfg.INPUT.MASK_FORMAT = settings(training["config"])[
-            "INPUT.MASK_FORMAT"
-        ]  # by the training set, see below
+        # by the training set, see below
+        cfg.INPUT.MASK_FORMAT = settings(training["config"])["INPUT.MASK_FORMAT"]
     if reference and (not eval_only or resume):
         if cfg.SOLVER.IMS_PER_BATCH % reference:
             raise InputError(
@@ -305,9 +302,8 @@ def train(cfg, processes=1, resume=False, eval_only=False, accumulate=None, orig
     if start:
         check_unchanged(cfg, processes, accumulate)
     resume = resume if eval_only else bool(start)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(
-        logging.ERROR
-    )  # not which processes it terminates
+    # not which processes it terminates
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     datasets = load_datasets(cfg, eval_only, own_only=True)
     if cfg.DATASETS.TEST[0] in datasets:
         datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
@@ -398,9 +394,8 @@ def train_process(*arguments):
 def _train(cfg, resume, eval_only, provenance, accumulate, origin):
     start = time.perf_counter()
     logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(
-        logging.ERROR
-    )  # Detectron2 calls a deprecated function
+    # Detectron2 calls a deprecated function
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
     register_datasets(cfg, eval_only)  # a process that launch has started knows of none
@@ -434,9 +429,8 @@ def _train(cfg, resume, eval_only, provenance, accumulate, origin):
         if cfg.MODEL.KEYPOINT_ON:
             ap.setdefault("keypoints", {})  # Detectron2 leaves it out where nothing was detected
         training = read_training(Path(final).parent)
-        own = (
-            own_training(cfg) if eval_only and resume else None
-        )  # then these are the training's results once more
+        # then these are the training's results once more
+        own = own_training(cfg) if eval_only and resume else None
         processes, accumulate = (
             (own["processes"], own["accumulate"]) if own else (comm.get_world_size(), accumulate)
         )

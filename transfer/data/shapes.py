@@ -29,10 +29,8 @@ def _star(u, v, inner=0.45):
     sector = 2 * np.pi / 5
     angle = np.abs((np.arctan2(v, u) + sector / 2) % sector - sector / 2)
     radius = np.hypot(u, v)
-    nx, ny = (
-        inner * np.sin(sector / 2),
-        1 - inner * np.cos(sector / 2),
-    )  # normal of the line from tip to notch
+    # normal of the line from tip to notch
+    nx, ny = (inner * np.sin(sector / 2), 1 - inner * np.cos(sector / 2))
     return ((radius * np.cos(angle) - 1) * nx + radius * np.sin(angle) * ny) / np.hypot(nx, ny)
 
 

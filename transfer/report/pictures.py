@@ -169,6 +169,7 @@ def draw_panels(panels, num_runs, path):
             for (label, (x, y)), color in zip(curves, colors):
                 # a few evaluations are points; a line alone would hide how many there were
                 marker = "o" if len(x) < 30 else None
+                # legends leave out "_..."
                 ax.plot(
                     x,
                     y,
@@ -177,7 +178,7 @@ def draw_panels(panels, num_runs, path):
                     marker=marker,
                     markersize=3,
                     label=" " + label if label.startswith("_") else label,
-                )  # legends leave out "_..."
+                )
             if curves:
                 # an axis of its own for one curve is told apart by that curve's colour
                 ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
@@ -185,9 +186,8 @@ def draw_panels(panels, num_runs, path):
                 beside = (
                     {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2} if both else {}
                 )
-                ax.legend(
-                    fontsize=8, frameon=False, **beside
-                )  # it would not see the curves of the other axis
+                # it would not see the curves of the other axis
+                ax.legend(fontsize=8, frameon=False, **beside)
             ax.spines["top"].set_visible(False)
         left.set_title(title, fontsize=11, loc="left")
         left.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -50,13 +50,14 @@ from rsa_detectron2.transfer.tv.model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
 
+# torchvision's name: Detectron2's
 LOSSES = {
     "loss_classifier": "loss_cls",
     "loss_box_reg": "loss_box_reg",
     "loss_mask": "loss_mask",
     "loss_objectness": "loss_rpn_cls",
     "loss_rpn_box_reg": "loss_rpn_loc",
-}  # torchvision's name: Detectron2's
+}
 BOX_FIELDS = ("boxes", "scores", "labels")
 
 
@@ -205,9 +206,8 @@ def fit(cfg, model, dataset, checkpoint=None, origin=Origin()):
     if cfg.TEST.PRECISE_BN.ENABLED:
         stop = solver.MAX_ITER + cfg.TEST.PRECISE_BN.NUM_ITER
         batches = training_batches(cfg, dataset, solver.MAX_ITER, stop, device)
-        unpack = model.register_forward_pre_hook(
-            lambda _, inputs: inputs[0]
-        )  # model(batch) -> model(images, targets)
+        # model(batch) -> model(images, targets)
+        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])
         update_statistics(
             model,
             tqdm(

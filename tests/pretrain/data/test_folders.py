@@ -212,9 +212,8 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, capsys):
     )
     ImageFolder(tmp_path / "set")
     assert not capsys.readouterr().err  # said once
-    hidden = (tmp_path / "set").rename(
-        tmp_path / ".cache"
-    )  # a folder that the user names may be hidden itself
+    # a folder that the user names may be hidden itself
+    hidden = (tmp_path / "set").rename(tmp_path / ".cache")
     assert len(ImageFolder(hidden)) == 2
     assert not find_labelled_names(hidden)
 

@@ -51,9 +51,8 @@ def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_p
         for final in (two_processes, str(tmp_path / "run" / "model_final.pth"))
     ]
     losses = [[row["loss"] for row in part if "loss" in row] for part in rows]
-    assert (
-        losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3 * EPOCHS
-    )  # both are the global batch's mean
+    # both are the global batch's mean
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3 * EPOCHS
 
 
 def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):

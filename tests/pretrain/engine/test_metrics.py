@@ -13,7 +13,8 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.folders import ImageFolder
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
-from rsa_detectron2.pretrain.engine.metrics import Alarms, Meter, assert_finite
+from rsa_detectron2.pretrain.engine.guards import Alarms, assert_finite
+from rsa_detectron2.pretrain.engine.metrics import Meter
 from tests.conftest import tiny_cfg
 
 
@@ -76,9 +77,8 @@ def test_collapsed_run_stops_and_keeps_the_checkpoint_before(image_folder, tmp_p
     train_loop.train(calm)
     rows = [json.loads(line) for line in Path(calm.OUTPUT_DIR, "metrics.jsonl").read_text().splitlines()]
     stds = [row["feature_std"] for row in rows if "loss" in row]
-    first = next(
-        i for i in range(3, len(stds)) if stds[i] < min(stds[:i])
-    )  # a new low, after the first epoch
+    # a new low, after the first epoch
+    first = next(i for i in range(3, len(stds)) if stds[i] < min(stds[:i]))
     cfg = tiny_cfg(
         image_folder,
         tmp_path / "stopped",

@@ -53,9 +53,8 @@ def test_an_old_checkpoint_converts(tmp_path):
     weights, _ = load_weights(output)
     assert len(weights) == 265
     assert (provenance["method"], provenance["step"], provenance["branch"]) == ("rsa", 7, "online")
-    names = sorted(
-        torch.load(path, weights_only=True)["model"]
-    )  # tensor k holds (k % 97 + 1) / 97 throughout
+    # tensor k holds (k % 97 + 1) / 97 throughout
+    names = sorted(torch.load(path, weights_only=True)["model"])
     for name, tensor in weights.items():
         value = (names.index(f"online.backbone.{name}") % 97 + 1) / 97
         assert torch.equal(tensor, torch.full_like(tensor, value)), name

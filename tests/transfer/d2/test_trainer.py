@@ -506,9 +506,8 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["processes"] == 2 and results["seed"] == 1 and "NORM: BN" in results["config"]
     assert results["iterations"] == 4 and not results["eval_only"]
-    about = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)[
-        "run"
-    ]  # what it says of itself
+    # what it says of itself
+    about = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["run"]
     assert (
         about == json.loads((tmp_path / "run" / "training.json").read_text())
         and about["engine"] == "detectron2"
@@ -761,9 +760,8 @@ def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
     first = d2_trainer.Trainer(cfg, 2)
     first.resume_or_load(False)
     whole = images(first, 8)
-    assert (
-        all(len(batch) == 1 for batch in whole) and len({i for [i] in whole[:8]}) == 8
-    )  # an epoch, one image a pass
+    # an epoch, one image a pass
+    assert all(len(batch) == 1 for batch in whole) and len({i for [i] in whole[:8]}) == 8
     first.iter = 2
     first.checkpointer.save("model_0000002", iteration=2)
     again = d2_trainer.Trainer(cfg, 2)
@@ -851,9 +849,8 @@ def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_
     whole, first, second = (
         torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1_0", "2_0", "2_1")
     )
-    assert all(
-        torch.equal(first[0][name], second[0][name]) for name in whole[0]
-    )  # each has a gradient, and the mean
+    # each has a gradient, and the mean
+    assert all(torch.equal(first[0][name], second[0][name]) for name in whole[0])
     masks = [name for name in whole[0] if "mask_head" in name]
     assert len(masks) == 7
     for name in masks:
@@ -982,9 +979,8 @@ def test_other_architectures_train_from_our_weights(
         "loss_cls_stage2": "2.cls_score.",
     }[loss]
     sizes = {tensor.shape[0] for n, tensor in final(tmp_path / "run").items() if classifier + "bias" in n}
-    assert (
-        sizes <= {8, 9, 72} and len(sizes) == 1
-    )  # without and with a background, and for each of nine anchors
+    # without and with a background, and for each of nine anchors
+    assert sizes <= {8, 9, 72} and len(sizes) == 1
     assert protocol_of(yaml.safe_load(results["config"])) == "other"
 
 

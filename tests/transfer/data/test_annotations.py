@@ -451,9 +451,8 @@ def test_ignored_objects_are_crowds(tiny_coco, tmp_path, capsys):
             "segmentation": {"size": [6, 8], "counts": "0`1"},
         }
     ]
-    assert coco_ap(dataset, found)["bbox"]["AP"] == pytest.approx(
-        100
-    )  # the class of the other has nothing to find
+    # the class of the other has nothing to find
+    assert coco_ap(dataset, found)["bbox"]["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,8 @@ def test_rows_that_share_their_runs():
     ):
         assert len({names[place] for place in group}) == 1
     assert len(set(names.values())) == 84
-    assert (
-        names["table1", "rsa_decay", "cifar10"] != names["table2", "rsa", "cifar10"]
-    )  # beta_base 0.5 and 0.3
+    # beta_base 0.5 and 0.3
+    assert names["table1", "rsa_decay", "cifar10"] != names["table2", "rsa", "cifar10"]
 
 
 @pytest.mark.parametrize("schedule, table", [("1x", "table5"), ("2x", "table6")])
@@ -169,6 +168,7 @@ def test_headers_of_the_transfer_configs(schedule, table):
 
 def test_published_numbers_stand_in_no_other_code():
     """But in the headers of the configs, which are tested against the file."""
+    # of AP and top-1, which are no settings
     figures = {
         match
         for match in re.findall(
@@ -181,7 +181,7 @@ def test_published_numbers_stand_in_no_other_code():
             ),
         )
         if float(match) > 20
-    }  # of AP and top-1, which are no settings
+    }
     number = re.compile(rf"(?<![\d.])(?:{'|'.join(map(re.escape, sorted(figures)))})(?![\d.])")
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"

@@ -345,9 +345,8 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     assert all(torch.equal(buffer, momenta[1][n]) for n, buffer in momenta[0].items())
 
     folder = tmp_path / "parts"
-    about = json.loads(
-        (folder / "training.json").read_text()
-    )  # what a run says of itself, also in its checkpoints
+    # what a run says of itself, also in its checkpoints
+    about = json.loads((folder / "training.json").read_text())
     assert parts["run"] == about and about["kind"] == "finetune" and about["engine"] == "torchvision"
     assert about["settings"]["SOLVER.MAX_ITER"] == about["steps"] == 6 and about["data"]["images"] > 0
     assert len(about["data"]["sha256"][0]) == 64
