@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.cli import run
@@ -23,12 +24,14 @@ from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.pixels import check_pixels
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
+from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
 from rsa_detectron2.tools._weights import load_features
 
 
-def main():
+def main() -> None:
     args = parse()
     for name, value, least in (
         ("epochs", args.epochs, 1),
@@ -39,10 +42,8 @@ def main():
             raise InputError(f"--{name} is {value}: it must be at least {least}")
 
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
-    cfg.DATA.PATH, cfg.DATA.VAL = (
-        args.train or cfg.DATA.PATH,
-        args.val or ("" if args.train else cfg.DATA.VAL),
-    )
+    cfg.DATA.PATH = args.train or cfg.DATA.PATH
+    cfg.DATA.VAL = args.val or ("" if args.train else cfg.DATA.VAL)
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
@@ -68,35 +69,39 @@ def main():
         result["bank"] = min(args.bank or len(train), len(train))
         result["knn_top1"] = evaluate_knn(features, train, val, args.bank)
     else:
-        name = "small" if cfg.DATA.IMAGE_SIZE <= 64 else "large"
-        protocol = linear.shorten(linear.LINEAR[name], args.epochs)
         features.amp = None  # float32 features, whatever it was trained with
-        result |= {
-            "protocol": name,
-            "settings": asdict(protocol),
-            "seed": args.seed,
-            "epochs": protocol.epochs,
-        }
-        top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
-        result |= {
-            "linear_top1_last": top1[-1],
-            "linear_top1_best": max(top1),
-            "best_epoch": 1 + top1.index(max(top1)),
-        }
-        if args.train_bn:
-            top1 = linear.evaluate_linear(features, train, val, protocol, args.seed, train_bn=True)
-            result |= {
-                "train_bn_top1_last": top1[-1],
-                "train_bn_top1_best": max(top1),
-                "train_bn_best_epoch": 1 + top1.index(max(top1)),
-            }
+        result |= run_linear(args, features, train, val)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, lambda file: file.write(json.dumps(result).encode()))
     print(json.dumps(result))
 
 
-def parse():
+def run_linear(args: argparse.Namespace, features: Features, train: Source, val: Source) -> dict[str, Any]:
+    """Linear evaluation, once more with BatchNorm in train mode for --train-bn."""
+    name = "small" if features.data.IMAGE_SIZE <= 64 else "large"
+    protocol = linear.shorten(linear.LINEAR[name], args.epochs)
+    top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
+    result = {
+        "protocol": name,
+        "settings": asdict(protocol),
+        "seed": args.seed,
+        "epochs": protocol.epochs,
+        "linear_top1_last": top1[-1],
+        "linear_top1_best": max(top1),
+        "best_epoch": 1 + top1.index(max(top1)),
+    }
+    if args.train_bn:
+        top1 = linear.evaluate_linear(features, train, val, protocol, args.seed, train_bn=True)
+        result |= {
+            "train_bn_top1_last": top1[-1],
+            "train_bn_top1_best": max(top1),
+            "train_bn_best_epoch": 1 + top1.index(max(top1)),
+        }
+    return result
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

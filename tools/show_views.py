@@ -22,7 +22,7 @@ from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.tools._weights import load_features
 
 
-def main():
+def main() -> None:
     args = parse()
     # the blur reflects 6 pixels
     for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1), ("image_size", 7)):
@@ -50,8 +50,8 @@ def main():
     drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
     print(folder / "pairs.csv")
     print(pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
-    # nine views instead of two
-    drifts = drift.measure_operations(features, images, args.seed, -(-args.limit // 4))
+    quarter = -(-args.limit // 4)  # each image takes nine views instead of two
+    drifts = drift.measure_operations(features, images, args.seed, quarter)
     drift.write_operations(folder / "operations.csv", drifts)
     print(folder / "operations.csv")
     print(pictures.plot_operations(drifts, folder / "operations.png"))
@@ -73,7 +73,7 @@ def draw_noisy(args):
     print(pictures.draw_noisy(panels, args.seed, folder / "noisy.png", args.limit))
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

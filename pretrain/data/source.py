@@ -3,8 +3,10 @@
 import functools
 import mmap
 import sys
+from collections.abc import Collection
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
@@ -30,22 +32,22 @@ class Source:
     files = ()  # that hold the images, where they have none of their own
     value_range = ()  # DATA.RANGE
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index):
+    def read(self, index: int) -> torch.Tensor:
         return decode(*self.encoded(index), self.value_range)
 
-    def id(self, index):
+    def id(self, index: int) -> str:
         """Names an image like ``name``, but the same wherever the data set lies."""
         return self.name(index)
 
-    def indices(self, ids):
+    def indices(self, ids: Collection[str]) -> list[int]:
         """Those of the images that have one of these ids, ascending."""
         return [index for index in range(len(self)) if self.id(index) in ids] if ids else []
 
     @functools.cached_property
-    def bad(self):
+    def bad(self) -> mmap.mmap:
         """A byte for each image, 1 where it is known to be unreadable.
 
         Workers that are forked after the first use share it.
@@ -56,7 +58,7 @@ class Source:
         """Make ``bad`` now, so that workers that are forked later share it."""
         _ = self.bad
 
-    def known_bad(self):
+    def known_bad(self) -> list[int]:
         """Indices of the images that are known to be unreadable."""
         return np.flatnonzero(np.frombuffer(self.bad[:], np.uint8)[: len(self)]).tolist()
 
@@ -97,7 +99,7 @@ class SampleOfFiles(Sample):
 
 
 @functools.cache  # the same folder may be opened several times
-def say(line):
+def say(line: str) -> None:
     """Print a line about a data set to stderr, once."""
     if distributed.is_first_process():
         tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one

@@ -14,8 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import ImageFolder
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
-from rsa_detectron2.pretrain.evaluate import drift
-from rsa_detectron2.pretrain.evaluate import pictures as view_pictures
+from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.method.augment import FACTORS, GRAY, ORDER, SIGMA, aggressive, to_float
 from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
@@ -173,7 +172,7 @@ def shown(monkeypatch):
 
 def test_pictures_show_the_noisiest_and_the_closest(images, features, tmp_path, shown):
     pairs = drift.measure_pairs(features, images, seed=0, limit=100)
-    view_pictures.draw_pairs(pairs, images, SIZE, 0, 6, tmp_path / "pairs.png")
+    pictures.draw_pairs(pairs, images, SIZE, 0, 6, tmp_path / "pairs.png")
     assert len(shown) == 6 + 8
     cosines = [
         by_hand(
@@ -187,12 +186,12 @@ def test_pictures_show_the_noisiest_and_the_closest(images, features, tmp_path, 
     expected = [*pairs["cosine"][:6], *pairs["cosine"][:-9:-1]]
     np.testing.assert_allclose(cosines, expected, atol=1e-2)  # rounded to 8 bits
     few = {name: values[:4] for name, values in pairs.items()}
-    view_pictures.draw_pairs(few, images, SIZE, 0, 24, tmp_path / "few.png")
+    pictures.draw_pairs(few, images, SIZE, 0, 24, tmp_path / "few.png")
     assert len(shown) == 6 + 8 + 4  # none twice
 
 
 def test_picture_of_views_has_original_weak_and_aggressive(images, tmp_path, shown):
-    view_pictures.draw_views(images, SIZE, 0, 3, tmp_path / "views.png")
+    pictures.draw_views(images, SIZE, 0, 3, tmp_path / "views.png")
     assert len(shown) == 3 * 5
     for row, index in enumerate((0, 4, 8)):
         original, weak, _, weak_, _ = (
