@@ -127,7 +127,7 @@ def choose_engine(wanted: str | None) -> str:
 def detectron2_works() -> bool:
     """Whether Detectron2 loads. One built for another torch, or too old for Pillow, does not."""
     try:
-        importlib.import_module("rsa_detectron2.transfer.d2.trainer")
+        importlib.import_module("rsa_detectron2.transfer.d2.engine")
     except Exception:
         return False
     return True
@@ -154,7 +154,7 @@ def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: li
         return load_results(output)
     if engine == "detectron2":
         from rsa_detectron2.transfer.d2 import config
-        from rsa_detectron2.transfer.d2 import trainer as detector
+        from rsa_detectron2.transfer.d2 import engine as detector
 
         defaults = config.get_cfg()
     else:

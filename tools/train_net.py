@@ -88,14 +88,14 @@ def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
     if importlib.util.find_spec("detectron2") is None:
         raise InputError(INSTALL_DETECTRON2)
     try:
-        from rsa_detectron2.transfer.d2 import trainer
+        from rsa_detectron2.transfer.d2 import engine
         from rsa_detectron2.transfer.d2.config import get_cfg
     except Exception as error:  # most often built for another torch, or too old for this Pillow
         raise InputError(
             f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
             "reinstall it for this torch, or run with --engine torchvision"
         ) from None
-    return trainer, get_cfg
+    return engine, get_cfg
 
 
 def configure(cfg, args):

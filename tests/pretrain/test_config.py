@@ -84,7 +84,7 @@ def test_differences_name_what_would_change_the_result():
     cfg.merge_from_list(["DATA.NUM_WORKERS", 3, "SOLVER.BASE_LR", 0.9, "DATA.STD", (0.1, 0.2, 0.3)])
     before, changed = differences(saved, cfg, "config.yaml")
     assert before["SOLVER.BASE_LR"] == 0.6
-    assert changed == ["DATA.STD: [0.229, 0.224, 0.225] -> (0.1, 0.2, 0.3)", "SOLVER.BASE_LR: 0.6 -> 0.9"]
+    assert changed == ["DATA.STD: [0.229, 0.224, 0.225] -> [0.1, 0.2, 0.3]", "SOLVER.BASE_LR: 0.6 -> 0.9"]
     assert differences("SEED: 0", get_cfg(), "config.yaml")[1] == []  # what it lacks had its default
     with pytest.raises(InputError, match="config.yaml cannot be read as a configuration"):
         differences("[", cfg, "config.yaml")

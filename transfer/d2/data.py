@@ -14,6 +14,8 @@ from rsa_detectron2.transfer.data.annotations import load_datasets
 from rsa_detectron2.transfer.data.keypoints import keypoint_metadata
 from rsa_detectron2.transfer.data.masks import to_rle
 
+NUM_WORKERS = "DATALOADER.NUM_WORKERS"  # the key, for messages
+
 
 class Mapper(DatasetMapper):
     """DatasetMapper whose errors name the image's file."""

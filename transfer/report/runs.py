@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
@@ -21,78 +23,79 @@ from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
 
 
-def describe(cfg, engine, weights, processes=1, accumulate=1, origin=record.Origin()):
-    """The record of a run with ``cfg``, which came from ``origin``.
+@dataclass(frozen=True)
+class Setup:
+    """How a run is carried out, besides its configuration."""
 
-    engine: "detectron2" or "torchvision"; weights: provenance of the converted file, None for
-    random initialization; processes, accumulate: GPUs (or CPU processes), and passes that each
-    splits its images of an iteration into.
-    """
+    engine: str  # "detectron2" or "torchvision"
+    weights: dict | None = None  # provenance of the converted file; None: random initialization
+    processes: int = 1  # GPUs, or processes on the CPU
+    accumulate: int = 1  # passes that each splits its images of an iteration into
+    origin: record.Origin = record.Origin()  # of the configuration
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a run."""
+
+    # {"bbox": {"AP": percent, ...}, "segm": {...}}, and "keypoints" of a model that has them.
+    ap: dict
+    iterations: int  # that the model which was evaluated has been trained for
+    seconds: float  # wall time of the command that ended the run
+    eval_only: bool = False  # the model may have been trained with another configuration
+
+
+def describe(cfg: CfgNode, setup: Setup) -> dict:
+    """The record of a run."""
     import torch  # here, because reports read results without it
 
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu" else "CPU"
-    )
+    on_gpu = torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu"
     return record.describe(
         "finetune",
         cfg,
-        origin,
-        engine=engine,
+        setup.origin,
+        engine=setup.engine,
         seed=cfg.SEED,
-        weights=weights,
-        method=(weights or {}).get("method"),
+        weights=setup.weights,
+        method=(setup.weights or {}).get("method"),
         steps=cfg.SOLVER.MAX_ITER,
-        processes=processes,
-        accumulate=accumulate,
-        device=device,
+        processes=setup.processes,
+        accumulate=setup.accumulate,
+        device=torch.cuda.get_device_name() if on_gpu else "CPU",
         config=cfg.dump(),
-        bn_batch_size=normalised(yaml.safe_load(cfg.dump()), processes, accumulate),
+        bn_batch_size=bn_batch_size(yaml.safe_load(cfg.dump()), setup.processes, setup.accumulate),
     )
 
 
-def write_results(
-    cfg,
-    engine,
-    ap,
-    weights,
-    iterations,
-    seconds,
-    eval_only=False,
-    processes=1,
-    accumulate=1,
-    origin=record.Origin(),
-):
-    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content; the APs
-    of a training also end its ``metrics.json``.
+def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
+    """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
 
-    ap: ``{"bbox": {"AP": percent, ...}, "segm": {...}}``, and "keypoints" of a model that has them,
-    where a missing or non-finite number becomes null; iterations: that the model which was judged
-    has been trained for; eval_only: it may have been trained with another config; seconds: wall
-    time of the command that ended the run; the others as in :func:`describe`.
+    A missing or non-finite AP becomes null. The APs of a training also end its ``metrics.json``.
     """
+    ap = outcome.ap
 
     def percent(task, key):
         value = ap.get(task, {}).get(key)
         return float(value) if value is not None and math.isfinite(value) else None
 
     results = {
-        **describe(cfg, engine, weights, processes, accumulate, origin),
+        **describe(cfg, setup),
         "ap": {
             task: {key: percent(task, key) for key in AP_KEYS}
             for task in ("bbox", "segm", *ap.keys() & {"keypoints"})
         },
-        "iterations": iterations,
-        "eval_only": eval_only,
-        "seconds": float(seconds),
+        "iterations": outcome.iterations,
+        "eval_only": outcome.eval_only,
+        "seconds": float(outcome.seconds),
         "data": (read_training(cfg.OUTPUT_DIR) or {}).get("data"),
     }
     record.write(cfg.OUTPUT_DIR, results, RESULTS)
-    if not eval_only:
+    if not outcome.eval_only:
         last = {
             f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()
         }
         with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
-            metrics.write(json.dumps({"iteration": iterations - 1, **last}) + "\n")
+            metrics.write(json.dumps({"iteration": outcome.iterations - 1, **last}) + "\n")
     return results
 
 
@@ -117,7 +120,7 @@ CONTENT = {
 }
 
 
-def load_results(folder):
+def load_results(folder: str | Path) -> dict:
     """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
     path = Path(folder, RESULTS)
     try:
@@ -171,18 +174,15 @@ EVALUATION = re.compile(
 NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
 
-def begin_training(
-    cfg, weights, processes=1, accumulate=1, engine="torchvision", origin=record.Origin(), num_images=None
-):
-    """Write the record of a run that begins, as in :func:`describe`, and return it. num_images:
-    that it trains on.
+def begin_training(cfg: CfgNode, setup: Setup, num_images: int | None = None) -> dict:
+    """Write the record of a run that begins, and return it; ``num_images``: that it trains on.
 
     The metrics.json of a run that came to no checkpoint is emptied.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / "metrics.json").is_file():
         os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
-    about = describe(cfg, engine, weights, processes, accumulate, origin)
+    about = describe(cfg, setup)
     about["annotations"] = annotation_digests(cfg)
     about["data"] = {
         "name": ", ".join(set_names(cfg.DATASETS.TRAIN)),
@@ -193,12 +193,12 @@ def begin_training(
     return about
 
 
-def annotation_digests(cfg):
+def annotation_digests(cfg: CfgNode) -> list[str]:
     """The sha256 of each annotation file of the training set."""
     return [sha256(locate_dataset(name)[0]) for name in cfg.DATASETS.TRAIN]
 
 
-def read_training(folder):
+def read_training(folder: str | Path) -> dict | None:
     """What :func:`begin_training` left in ``folder``, or None. Raises InputError."""
     path = Path(folder, TRAINING)
     if not path.is_file():
@@ -243,7 +243,7 @@ def set_names(names):
     return [name.split("::")[0].split("/")[-1] for name in names]
 
 
-def check_unchanged(cfg, processes=1, accumulate=1):
+def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> None:
     """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings.
     Resuming restores some of them from the checkpoint, the learning rate for one, so that changed
     ones would hold in part only."""
@@ -258,8 +258,8 @@ def check_unchanged(cfg, processes=1, accumulate=1):
             f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another "
             f"OUTPUT_DIR, or leave {'it' if len(found) == 1 else 'them'} unchanged"
         )
-    before = normalised(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
-    now = normalised(yaml.safe_load(cfg.dump()), processes, accumulate)
+    before = bn_batch_size(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
+    now = bn_batch_size(yaml.safe_load(cfg.dump()), processes, accumulate)
     if before != now:
         raise InputError(
             f"the run in {cfg.OUTPUT_DIR} began with "
@@ -275,14 +275,14 @@ def check_unchanged(cfg, processes=1, accumulate=1):
         )
 
 
-def normalised(config, processes, accumulate):
+def bn_batch_size(config: dict, processes: int, accumulate: int) -> int:
     """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all
     GPUs with SyncBN."""
-    synchronised = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
-    return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronised else processes))
+    synchronized = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
+    return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronized else processes))
 
 
-def check_network(cfg, folder):
+def check_network(cfg: CfgNode, folder: str | Path) -> None:
     """Raises InputError where the training in ``folder`` had another input or other layers than
     ``cfg``, of which the tensors of its model need not show a thing."""
     training = read_training(folder)
@@ -293,14 +293,14 @@ def check_network(cfg, folder):
         )
 
 
-def own_training(cfg):
+def own_training(cfg: CfgNode) -> dict | None:
     """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the
     settings of ``cfg``, else None."""
     training = read_training(cfg.OUTPUT_DIR)
     return training if training and not differences(cfg, training) else None
 
 
-def settings(config):
+def settings(config: str) -> dict:
     """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...}."""
 
     def leaves(node, prefix=""):

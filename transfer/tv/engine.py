@@ -1,8 +1,8 @@
 """Mask and Faster R-CNN R50-FPN from torchvision's parts: fine-tuning on one device, where
 Detectron2 is not installed.
 
-The same YAML gives the same layers, initialisation, schedule, files and metric; what cannot be
-honoured is refused. Tables 5 and 6 are Detectron2's all the same, because torchvision differs in
+The same YAML gives the same layers, initialization, schedule, files and metric; what cannot be
+honored is refused. Tables 5 and 6 are Detectron2's all the same, because torchvision differs in
 the small print: box losses are smooth L1 with beta 1/9 (Detectron2: L1); RoIAlign has no half-pixel
 shift; anchors are rounded to whole pixels; mask targets are cut from the resized bitmap, not from
 polygons; images are resized without antialiasing; SyncBN is BatchNorm.
@@ -19,10 +19,12 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from pycocotools import mask as rle
 from torch import nn
 from torchvision.models.detection import roi_heads, transform
@@ -40,6 +42,8 @@ from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.precise_bn import update_statistics
 from rsa_detectron2.transfer.report.run_folder import FINAL, find_start, save_checkpoint
 from rsa_detectron2.transfer.report.runs import (
+    Outcome,
+    Setup,
     begin_training,
     check_network,
     check_unchanged,
@@ -50,7 +54,7 @@ from rsa_detectron2.transfer.tv.model import bfloat16_inside, build_model, check
 
 log = logging.getLogger(__name__)
 
-# torchvision's name: Detectron2's
+# torchvision's name of a loss: Detectron2's.
 LOSSES = {
     "loss_classifier": "loss_cls",
     "loss_box_reg": "loss_box_reg",
@@ -61,17 +65,16 @@ LOSSES = {
 BOX_FIELDS = ("boxes", "scores", "labels")
 
 
-def training_batches(cfg, dataset, start, stop, device):
+def training_batches(
+    cfg: CfgNode, dataset: CocoInstances, start: int, stop: int, device: torch.device | str
+) -> Iterator[tuple[list[torch.Tensor], list[dict]]]:
     """Yield (images, targets) of iterations ``start`` to ``stop - 1``, with torch's random state
     set for each.
 
     images: list of float32 [3, H, W] from 0 to 1. Every epoch takes all images once, in an order of its own.
     """
-    seed, size, probability = (
-        max(cfg.SEED, 0),
-        cfg.SOLVER.IMS_PER_BATCH,
-        0.5 * (cfg.INPUT.RANDOM_FLIP == "horizontal"),
-    )
+    seed, size = max(cfg.SEED, 0), cfg.SOLVER.IMS_PER_BATCH
+    probability = 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0
 
     @functools.lru_cache(2)
     def order(epoch):
@@ -93,7 +96,7 @@ def training_batches(cfg, dataset, start, stop, device):
         )
 
 
-def learning_rate(solver, i):
+def learning_rate(solver: CfgNode, i: int) -> float:
     """Detectron2's WarmupMultiStepLR: linear warm-up, then BASE_LR times GAMMA for each of STEPS
     that has passed."""
     progress = min(i / min(solver.WARMUP_ITERS, solver.MAX_ITER), 1) if solver.WARMUP_ITERS else 1
@@ -101,9 +104,8 @@ def learning_rate(solver, i):
     return solver.BASE_LR * warmup * solver.GAMMA ** sum(i >= step for step in solver.STEPS)
 
 
-def load_checkpoint(path, model):
-    """Load one of this run's own checkpoints into ``model`` and return all of its content. Raises
-    InputError."""
+def load_checkpoint(path: Path, model: nn.Module) -> dict:
+    """Load one of this run's checkpoints into ``model``; returns its content. Raises InputError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
@@ -115,158 +117,206 @@ def load_checkpoint(path, model):
         ) from None
 
 
-def fit(cfg, model, dataset, checkpoint=None, origin=Origin()):
-    """Train to MAX_ITER and write model_final.pth; from ``checkpoint`` on, if given. Raises InputError."""
-    solver, folder, device = cfg.SOLVER, Path(cfg.OUTPUT_DIR), next(model.parameters()).device
+def load_backbone(cfg: CfgNode, model: nn.Module) -> dict | None:
+    """Copy MODEL.WEIGHTS into the backbone; returns their provenance. Raises InputError."""
+    if not cfg.MODEL.WEIGHTS:
+        log.info("MODEL.WEIGHTS is empty: training starts from random weights")
+        return None
+    state, provenance = load_weights(cfg.MODEL.WEIGHTS)
+    check_weights(cfg, provenance)
+    body = model.backbone.body.state_dict()
+    if differ := sorted({name for name in body if not name.endswith("num_batches_tracked")} ^ set(state)):
+        raise InputError(
+            f"{cfg.MODEL.WEIGHTS} is not the network of MODEL.RESNETS, for it lacks or adds {differ[:4]}"
+        )
+    model.backbone.body.load_state_dict(state, strict=False)
+    log.info("%s: all %d backbone tensors loaded", cfg.MODEL.WEIGHTS, len(state))
+    return provenance
+
+
+def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.SGD:
+    """Detectron2's SGD: BatchNorm's parameters have a weight decay of their own."""
     norms = [p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
     others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
-    optimizer = torch.optim.SGD(
+    return torch.optim.SGD(
         [{"params": others}, {"params": norms, "weight_decay": solver.WEIGHT_DECAY_NORM}],
         solver.BASE_LR,
         solver.MOMENTUM,
         weight_decay=solver.WEIGHT_DECAY,
     )
 
-    def save(name, i):
-        save_checkpoint(
-            folder,
-            name,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "iteration": i,
-                "weights": provenance,
-                "run": about,
-            },
-        )
 
-    start, provenance, about = 0, None, None
-    if checkpoint:
-        saved = load_checkpoint(checkpoint, model)
-        optimizer.load_state_dict(saved["optimizer"])
-        start, provenance = saved["iteration"] + 1, saved["weights"]
-        about = saved.get("run")  # a checkpoint without it is of an older version
-        log.info("%s: resuming at iteration %d of %d", checkpoint.name, start, solver.MAX_ITER)
-        if checkpoint.name == FINAL:
+class Trainer:
+    """A training from its weights, or from ``checkpoint`` on, to model_final.pth. Raises InputError."""
+
+    def __init__(self, cfg: CfgNode, model: nn.Module, dataset: CocoInstances, checkpoint: Path | None):
+        self.cfg, self.model, self.dataset = cfg, model, dataset
+        self.folder, self.device = Path(cfg.OUTPUT_DIR), next(model.parameters()).device
+        self.optimizer = build_optimizer(model, cfg.SOLVER)
+        self.start, self.about = 0, None
+        if not checkpoint:
+            self.provenance = load_backbone(cfg, model)
             return
-    elif cfg.MODEL.WEIGHTS:
-        state, provenance = load_weights(cfg.MODEL.WEIGHTS)
-        check_weights(cfg, provenance)
-        body = model.backbone.body.state_dict()
-        if differ := sorted({name for name in body if not name.endswith("num_batches_tracked")} ^ set(state)):
-            raise InputError(
-                f"{cfg.MODEL.WEIGHTS} is not the network of MODEL.RESNETS, for it lacks or adds {differ[:4]}"
-            )
-        model.backbone.body.load_state_dict(state, strict=False)
-        log.info("%s: all %d backbone tensors loaded", cfg.MODEL.WEIGHTS, len(state))
-    else:
-        log.info("MODEL.WEIGHTS is empty: training starts from random weights")
-    if not start:
-        about = begin_training(cfg, provenance, origin=origin, num_images=len(dataset.ids))
+        saved = load_checkpoint(checkpoint, model)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.start, self.provenance = saved["iteration"] + 1, saved["weights"]
+        self.about = saved.get("run")  # a checkpoint without it is of an older version
+        log.info("%s: resuming at iteration %d of %d", checkpoint.name, self.start, cfg.SOLVER.MAX_ITER)
 
-    model.train()
-    recent = []
-    with (
-        open(folder / "metrics.json", "a" if start else "w", buffering=1) as metrics,
-        tqdm(
-            total=solver.MAX_ITER,
-            initial=start,
-            desc="fine-tuning",
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        ) as bar,
-    ):
-        for i, (images, targets) in enumerate(
-            training_batches(cfg, dataset, start, solver.MAX_ITER, device), start
-        ):
-            losses = model(images, targets)
-            total = sum(losses.values())
-            figures = torch.stack([total, *losses.values()]).tolist()  # one synchronisation
-            if not math.isfinite(figures[0]):
-                raise InputError(
-                    f"the loss is {figures[0]:f} at iteration {i}: lower SOLVER.BASE_LR ({solver.BASE_LR})"
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(solver, i)
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-
-            recent.append(figures)
-            bar.set_postfix(loss=f"{recent[-1][0]:.3f}", refresh=False)
-            bar.update()
-            if (i + 1) % 20 == 0 or i + 1 == solver.MAX_ITER:
-                means = dict(zip(("total_loss", *map(LOSSES.get, losses)), np.mean(recent, 0)))
-                metrics.write(json.dumps({"iteration": i, **means, "lr": learning_rate(solver, i)}) + "\n")
-                recent.clear()
-            if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
-                save(f"model_{i:07d}.pth", i)
-
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        stop = solver.MAX_ITER + cfg.TEST.PRECISE_BN.NUM_ITER
-        batches = training_batches(cfg, dataset, solver.MAX_ITER, stop, device)
-        # model(batch) -> model(images, targets)
-        unpack = model.register_forward_pre_hook(lambda _, inputs: inputs[0])
-        update_statistics(
-            model,
+    def fit(self, origin: Origin) -> None:
+        """Train to MAX_ITER, then save model_final.pth."""
+        solver = self.cfg.SOLVER
+        if not self.start:
+            setup = Setup("torchvision", self.provenance, origin=origin)
+            self.about = begin_training(self.cfg, setup, len(self.dataset.ids))
+        self.model.train()
+        recent = []  # losses since the last row of metrics.json
+        with (
+            open(self.folder / "metrics.json", "a" if self.start else "w", buffering=1) as metrics,
             tqdm(
-                batches, "precise BatchNorm", cfg.TEST.PRECISE_BN.NUM_ITER, dynamic_ncols=True, disable=None
-            ),
-        )
+                total=solver.MAX_ITER,
+                initial=self.start,
+                desc="fine-tuning",
+                unit="it",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+            ) as bar,
+        ):
+            for i, batch in enumerate(self.batches(self.start, solver.MAX_ITER), self.start):
+                recent.append(self.step(i, *batch))
+                bar.set_postfix(loss=f"{recent[-1]['total_loss']:.3f}", refresh=False)
+                bar.update()
+                if (i + 1) % 20 == 0 or i + 1 == solver.MAX_ITER:
+                    means = {name: np.mean([losses[name] for losses in recent]) for name in recent[0]}
+                    metrics.write(
+                        json.dumps({"iteration": i, **means, "lr": learning_rate(solver, i)}) + "\n"
+                    )
+                    recent.clear()
+                if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
+                    self.save(f"model_{i:07d}.pth", i)
+        if self.cfg.TEST.PRECISE_BN.ENABLED:
+            self.make_statistics_precise()
+        self.save(FINAL, solver.MAX_ITER - 1)
+
+    def batches(self, start: int, stop: int) -> Iterator:
+        return training_batches(self.cfg, self.dataset, start, stop, self.device)
+
+    def step(self, i: int, images: list[torch.Tensor], targets: list[dict]) -> dict[str, float]:
+        """Iteration ``i``: one optimizer step; returns its losses under Detectron2's names."""
+        losses = self.model(images, targets)
+        total = sum(losses.values())
+        # One synchronization for all figures.
+        figures = torch.stack([total, *losses.values()]).tolist()
+        if not math.isfinite(figures[0]):
+            raise InputError(
+                f"the loss is {figures[0]:f} at iteration {i}: "
+                f"lower SOLVER.BASE_LR ({self.cfg.SOLVER.BASE_LR})"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg.SOLVER, i)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        return dict(zip(("total_loss", *map(LOSSES.get, losses)), figures))
+
+    def make_statistics_precise(self) -> None:
+        """BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER further batches."""
+        start, count = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.PRECISE_BN.NUM_ITER
+        batches = self.batches(start, start + count)
+        # update_statistics calls model(batch), and the model takes (images, targets).
+        unpack = self.model.register_forward_pre_hook(lambda _, inputs: inputs[0])
+        bar = tqdm(batches, "precise BatchNorm", count, dynamic_ncols=True, disable=None)
+        update_statistics(self.model, bar)
         unpack.remove()
-    save(FINAL, solver.MAX_ITER - 1)
+
+    def save(self, name: str, i: int) -> None:
+        """Write a checkpoint after iteration ``i``."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": i,
+            "weights": self.provenance,
+            "run": self.about,
+        }
+        save_checkpoint(self.folder, name, content)
+
+
+def fit(
+    cfg: CfgNode,
+    model: nn.Module,
+    dataset: CocoInstances,
+    checkpoint: Path | None = None,
+    origin: Origin = Origin(),
+) -> None:
+    """Train ``model`` to MAX_ITER and write model_final.pth; from ``checkpoint`` on, if given."""
+    trainer = Trainer(cfg, model, dataset, checkpoint)
+    if checkpoint and checkpoint.name == FINAL:  # it is trained already
+        return
+    try:
+        trainer.fit(origin)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {trainer.device}: "
+            "lower SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR"
+        ) from None
 
 
 @torch.no_grad()
-def detect(cfg, model, dataset):
-    """-> COCO-format detections: original category_id, bbox [x, y, w, h] in pixels, score and,
-    where the model has masks, segmentation as compressed RLE."""
+def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]:
+    """Detections in COCO's format, with the annotation file's own category ids.
+
+    bbox is [x, y, w, h] in pixels; a model with masks adds segmentation as compressed RLE.
+    """
     model.eval()
     model.transform.min_size, model.transform.max_size = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
+    device = next(model.parameters()).device
     detections = []
     for image_id in tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None):
-        image = dataset.image(image_id).to(next(model.parameters()).device).float() / 255
-        # The steps of model.forward, which would paste a hundred masks at once: gigabytes for a
-        # large photograph.
-        images, _ = model.transform([image])
-        features = model.backbone(images.tensors)
-        proposals, _ = model.rpn(images, features)
-        (found,), _ = model.roi_heads(features, proposals, images.image_sizes)
-        found["boxes"] = transform.resize_boxes(found["boxes"], images.image_sizes[0], image.shape[1:])
-        found = {key: values.cpu() for key, values in found.items()}
-        for n, ((x0, y0, x1, y1), score, label) in enumerate(
-            zip(*(found[key].tolist() for key in BOX_FIELDS))
-        ):
-            detections.append(
-                {
-                    "image_id": image_id,
-                    "category_id": dataset.categories[label - 1],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "score": score,
-                }
-            )
+        image = dataset.image(image_id).to(device).float() / 255
+        instances = detect_one(model, image)
+        rows = zip(*(instances[key].tolist() for key in BOX_FIELDS))
+        for n, ((x0, y0, x1, y1), score, label) in enumerate(rows):
+            detection = {
+                "image_id": image_id,
+                "category_id": dataset.categories[label - 1],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": score,
+            }
             if cfg.MODEL.MASK_ON:
-                mask = (
-                    roi_heads.paste_masks_in_image(found["masks"][[n]], found["boxes"][[n]], image.shape[1:])[
-                        0, 0
-                    ]
-                    >= 0.5
-                )
-                code = rle.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))
-                detections[-1]["segmentation"] = {
-                    "size": code["size"],
-                    "counts": code["counts"].decode("ascii"),
-                }
+                mask, box = instances["masks"][[n]], instances["boxes"][[n]]
+                detection["segmentation"] = paste_rle(mask, box, image.shape[1:])
+            detections.append(detection)
     return detections
 
 
-def train(cfg, resume=False, eval_only=False, origin=Origin()):
+def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Boxes in pixels of the image, scores, labels and 28 x 28 masks of float32 [3, H, W], on the CPU.
+
+    The steps of model.forward, which would paste a hundred masks at once: gigabytes for a large
+    photograph.
+    """
+    images, _ = model.transform([image])
+    features = model.backbone(images.tensors)
+    proposals, _ = model.rpn(images, features)
+    (instances,), _ = model.roi_heads(features, proposals, images.image_sizes)
+    size = images.image_sizes[0]
+    instances["boxes"] = transform.resize_boxes(instances["boxes"], size, image.shape[1:])
+    return {key: values.cpu() for key, values in instances.items()}
+
+
+def paste_rle(mask: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> dict:
+    """One mask [1, 1, 28, 28] at its box [1, 4] in an image of ``size`` (H, W): compressed RLE."""
+    pixels = roi_heads.paste_masks_in_image(mask, box, size)[0, 0] >= 0.5
+    code = rle.encode(np.asfortranarray(pixels.numpy(), dtype=np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
+
+
+def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: Origin = Origin()) -> dict:
     """Fine-tune and evaluate; returns the content of OUTPUT_DIR/results.json. Raises InputError.
 
-    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one. eval_only: evaluate
-    OUTPUT_DIR/model_final.pth with ``resume``, else MODEL.WEIGHTS, then a whole model of this engine.
-    The AP is that of the saved file, read back.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
+    eval_only: evaluate OUTPUT_DIR/model_final.pth with ``resume``, else MODEL.WEIGHTS, then a
+    whole model of this engine. The AP is that of the saved file, read back.
     """
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     start = None if eval_only else find_start(folder, resume)
@@ -276,16 +326,32 @@ def train(cfg, resume=False, eval_only=False, origin=Origin()):
         check_unchanged(cfg)
     if eval_only:
         check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
-    masks, datasets = cfg.MODEL.MASK_ON, load_datasets(cfg, eval_only)
-    val_set = CocoInstances(datasets[cfg.DATASETS.TEST[0]], training=False, masks=masks)
+    datasets = load_datasets(cfg, eval_only)
+    val_set = CocoInstances(datasets[cfg.DATASETS.TEST[0]], training=False, masks=cfg.MODEL.MASK_ON)
     if not eval_only:
         train_set = CocoInstances(
             datasets[cfg.DATASETS.TRAIN[0]],
             training=True,
-            masks=masks,
+            masks=cfg.MODEL.MASK_ON,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
     torch.manual_seed(max(cfg.SEED, 0))
+    model = build_on_device(cfg)
+    (folder / "inference").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    if not eval_only:
+        fit(cfg, model, train_set, start, origin)
+    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
+    state, iterations, weights = load_model(final, model.state_dict())
+    model.load_state_dict(state)
+    ap = evaluate(cfg, model, val_set)
+    other_model = eval_only and not (resume and own_training(cfg))
+    outcome = Outcome(ap, iterations, time.time() - began, other_model)
+    return write_results(cfg, Setup("torchvision", weights, origin=origin), outcome)
+
+
+def build_on_device(cfg: CfgNode) -> nn.Module:
+    """The model on MODEL.DEVICE, in bfloat16 with SOLVER.AMP.ENABLED."""
     device = torch.device("cuda" if cfg.MODEL.DEVICE == "cuda" and torch.cuda.is_available() else "cpu")
     model = build_model(cfg).to(device)
     if cfg.SOLVER.AMP.ENABLED:
@@ -294,30 +360,13 @@ def train(cfg, resume=False, eval_only=False, origin=Origin()):
             if part is not None:
                 bfloat16_inside(part, device)
     log.info("one %s device: SyncBN is BatchNorm over its batch", device.type)
-    (folder / "inference").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump())
-    if not eval_only:
-        try:
-            fit(cfg, model, train_set, start, origin)
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {device}: lower "
-                "SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR"
-            ) from None
-    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
-    state, iterations, weights = load_model(final, model.state_dict())
-    model.load_state_dict(state)
+    return model
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, val_set: CocoInstances) -> dict:
+    """AP of the model's detections, which it leaves in OUTPUT_DIR/inference."""
+    folder = Path(cfg.OUTPUT_DIR, "inference")
     detections = detect(cfg, model, val_set)
-    (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
-    val_set.dataset.save(folder / "inference" / "annotations.json")  # of the detections' ids
-    ap = coco_ap(val_set.dataset, detections, ("bbox", "segm") if masks else ("bbox",))
-    return write_results(
-        cfg,
-        engine="torchvision",
-        ap=ap,
-        weights=weights,
-        iterations=iterations,
-        seconds=time.time() - began,
-        eval_only=eval_only and not (resume and own_training(cfg)),
-        origin=origin,
-    )
+    (folder / "coco_instances_results.json").write_text(json.dumps(detections))
+    val_set.dataset.save(folder / "annotations.json")  # it has the ids that the detections refer to
+    return coco_ap(val_set.dataset, detections, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))

@@ -5,7 +5,7 @@ import torch
 
 from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
-from rsa_detectron2.pretrain.engine import memory as micro_batch
+from rsa_detectron2.pretrain.engine import memory
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.engine.checkpoint import LAST
 from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
@@ -14,26 +14,26 @@ from tests.conftest import tiny_cfg
 
 
 def test_share_of_a_process():
-    assert micro_batch.per_process(2048, 32) == 64
+    assert memory.per_process(2048, 32) == 64
     with pytest.raises(
         InputError, match="2048 does not divide among 3 processes: use --batch-size 2046 or 2049"
     ):
-        micro_batch.per_process(2048, 3)
+        memory.per_process(2048, 3)
     with pytest.raises(InputError, match="use --batch-size 4$"):
-        micro_batch.per_process(2, 4)
+        memory.per_process(2, 4)
 
 
 @pytest.mark.parametrize("room, expected", [(1, 1), (100, 64), (256, 256), (300, 256), (10_000, 256)])
 def test_largest_divisor_that_fits(room, expected):
-    assert micro_batch.resolve(0, 256, lambda: room) == expected
+    assert memory.resolve(0, 256, lambda: room) == expected
 
 
 def test_given_size_must_divide():
-    assert micro_batch.resolve(32, 256, None) == 32
+    assert memory.resolve(32, 256, None) == 32
     with pytest.raises(InputError, match="48 does not divide the 256 images .* use --micro-batch 32 or 64"):
-        micro_batch.resolve(48, 256, None)
+        memory.resolve(48, 256, None)
     with pytest.raises(InputError, match="use --micro-batch 256$"):
-        micro_batch.resolve(512, 256, None)
+        memory.resolve(512, 256, None)
 
 
 def test_activations_of_a_known_network():
@@ -41,9 +41,9 @@ def test_activations_of_a_known_network():
     with the batch alone."""
     networks = Networks(build_backbone("resnet18"), 64, 16, rsa)
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
-    small, large = (micro_batch.activations(networks, size, None) for size in (64, 128))
+    small, large = (memory.activations(networks, size, None) for size in (64, 128))
     assert large == pytest.approx(4 * small, rel=0.02)  # the heads do not grow with the image
-    half = micro_batch.activations(networks, 128, torch.bfloat16)
+    half = memory.activations(networks, 128, torch.bfloat16)
     assert 0.4 < half / large < 0.7
     # The inputs of ResNet-18's 20 convolutions (He et al. 2016, table 1), two views, are a lower bound.
     inputs = 3 * 128**2 + 6 * 64 * 32**2 + 5 * 128 * 16**2 + 5 * 256 * 8**2 + 3 * 512 * 4**2
@@ -76,11 +76,11 @@ def test_other_accumulation_sees_the_same_samples(image_folder, tmp_path, order,
 
 def test_chosen_size_is_kept_with_the_run(image_folder, tmp_path, monkeypatch, stop_after):
     """Less memory at the next start changes nothing."""
-    monkeypatch.setattr(micro_batch, "room", lambda *_: 5)
+    monkeypatch.setattr(memory, "max_batch_size", lambda *_: 5)
     stop_after(2)
     with pytest.raises(Interrupted):
         train_loop.train(tiny_cfg(image_folder, tmp_path))
-    monkeypatch.setattr(micro_batch, "room", lambda *_: 1)
+    monkeypatch.setattr(memory, "max_batch_size", lambda *_: 1)
     stop_after(2)
     cfg = tiny_cfg(image_folder, tmp_path)
     with pytest.raises(Interrupted):

@@ -39,6 +39,9 @@ from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.d2 import data as d2_data
+from rsa_detectron2.transfer.d2 import engine as d2_engine
+from rsa_detectron2.transfer.d2 import evaluation as d2_evaluation
+from rsa_detectron2.transfer.d2 import model as d2_model
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.d2 import weights as d2_weights
 from rsa_detectron2.transfer.d2.config import add_rsa_config
@@ -46,7 +49,7 @@ from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.shapes import write_coco
 from rsa_detectron2.transfer.precise_bn import norm_layers
 from rsa_detectron2.transfer.report import paper, run_folder
-from rsa_detectron2.transfer.report.runs import describe
+from rsa_detectron2.transfer.report.runs import Setup, describe
 from tests.transfer.report.test_run_folder import full_after
 
 CONFIGS = ROOT / "configs" / "transfer"
@@ -78,7 +81,7 @@ def test_every_key_of_detectron2_counts():
     origin = Origin("transfer/mask_rcnn_R50_FPN_1x_random.yaml", (), flatten(get_cfg()))
 
     def words():
-        run = describe(cfg, "detectron2", None, processes=8, origin=origin) | {
+        run = describe(cfg, Setup("detectron2", processes=8, origin=origin)) | {
             "iterations": cfg.SOLVER.MAX_ITER
         }
         return paper.differences(cell.training, json.loads(json.dumps(run)))
@@ -406,7 +409,7 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
     runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
     for name, (processes, accumulate) in runs.items():
         cfg = tiny(two, tmp_path / name, *FROZEN)
-        results = d2_trainer.train(cfg, processes=processes, accumulate=accumulate)
+        results = d2_engine.train(cfg, processes=processes, accumulate=accumulate)
         assert (results["processes"], results["accumulate"], results["weights"]) == (
             processes,
             accumulate,
@@ -414,7 +417,7 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
         )
     whole = final(tmp_path / "whole")
     torch.manual_seed(1)  # as SEED does
-    start = d2_trainer.Trainer.build_model(tiny(two, tmp_path, *FROZEN)).state_dict()
+    start = d2_model.build_model(tiny(two, tmp_path, *FROZEN)).state_dict()
     assert any(torch.equal(whole[name], start[name]) for name in whole if "norm" in name)
     moved = [name for name in whole if not torch.equal(whole[name], start[name]) and "norm" not in name]
     assert len(moved) > 30
@@ -468,7 +471,7 @@ def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_pat
         "INPUT.MASK_FORMAT",
         "bitmask",
     )
-    d2_trainer.launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    d2_engine.launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
     (own0, after0), (own1, after1) = (
         torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)
     )
@@ -558,7 +561,7 @@ def test_images_that_do_not_divide_are_refused(images, processes, accumulate, me
     cfg = load("base_mask_rcnn_R50_FPN.yaml")
     cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH = "cpu", images
     with pytest.raises(InputError, match=message):
-        d2_trainer.plan_passes(cfg, processes, accumulate)
+        d2_engine.plan_passes(cfg, processes, accumulate)
 
 
 @pytest.mark.parametrize(
@@ -572,7 +575,7 @@ def test_passes_follow_from_memory(monkeypatch, capsys, gigabytes, processes, pa
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     cfg = load("base_mask_rcnn_R50_FPN.yaml")
-    assert d2_trainer.plan_passes(cfg, processes) == passes
+    assert d2_engine.plan_passes(cfg, processes) == passes
     each = 16 // processes // passes
     said = f"{processes} cuda x {passes} accumulated x {each}; BatchNorm sees {each * processes}"
     assert said in capsys.readouterr().out
@@ -581,13 +584,13 @@ def test_passes_follow_from_memory(monkeypatch, capsys, gigabytes, processes, pa
 def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
     cfg = load("mask_rcnn_R50_FPN_1x.yaml")
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
-    scaled = d2_trainer.DefaultTrainer.auto_scale_workers(cfg, 2)
+    scaled = d2_engine.DefaultTrainer.auto_scale_workers(cfg, 2)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (4, 0.005, 360000)
     with pytest.raises(InputError, match="--accumulate is 0: it must be at least 1"):
-        d2_trainer.plan_passes(cfg, 2, 0)
-    assert d2_trainer.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
+        d2_engine.plan_passes(cfg, 2, 0)
+    assert d2_engine.plan_passes(scaled, 2) == 1 and "scaled from 8 GPUs" in capsys.readouterr().out
     with pytest.raises(InputError, match="choose one"):
-        d2_trainer.plan_passes(scaled, 2, 2)
+        d2_engine.plan_passes(scaled, 2, 2)
 
 
 def test_an_evaluation_of_a_scaled_training_is_its_own(shapes, tmp_path):
@@ -602,8 +605,8 @@ def test_an_evaluation_of_a_scaled_training_is_its_own(shapes, tmp_path):
         "SOLVER.STEPS",
         (),
     )
-    first = d2_trainer.train(tiny(shapes, tmp_path, *scaled))
-    again = d2_trainer.train(tiny(shapes, tmp_path, *scaled), resume=True, eval_only=True)
+    first = d2_engine.train(tiny(shapes, tmp_path, *scaled))
+    again = d2_engine.train(tiny(shapes, tmp_path, *scaled), resume=True, eval_only=True)
     assert first["config"] == again["config"] and "MASK_FORMAT: bitmask" in first["config"]
     assert "MAX_ITER: 4" in first["config"] and "NUM_ITER: 6" in first["config"]  # 4 of 2 images, 6 of 2
     assert not again["eval_only"] and again["iterations"] == 4 and again["ap"] == first["ap"]
@@ -613,20 +616,20 @@ def test_schedule_that_cannot_be_scaled(shapes, tmp_path):
     with pytest.raises(
         InputError, match="SOLVER.IMS_PER_BATCH 4 does not divide: leave out --scale-schedule"
     ):
-        d2_trainer.train(tiny(shapes, tmp_path, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 8))
+        d2_engine.train(tiny(shapes, tmp_path, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 8))
 
 
 def test_an_error_in_another_process_is_its_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "SOLVER.BASE_LR", 1e12, "SOLVER.MAX_ITER", 8, *FROZEN)
     with pytest.raises(InputError, match="(?s)NaN.*lower SOLVER.BASE_LR") as error:
-        d2_trainer.train(cfg, processes=2)
+        d2_engine.train(cfg, processes=2)
     assert "Traceback" not in str(error.value)
 
 
 def test_weights_of_another_input_are_refused_before_training(weights, shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "MODEL.WEIGHTS", str(weights), "INPUT.FORMAT", "BGR")
     with pytest.raises(InputError, match="INPUT.FORMAT 'RGB'"):
-        d2_trainer.train(cfg)
+        d2_engine.train(cfg)
     assert not (tmp_path / "config.yaml").exists()
 
 
@@ -775,15 +778,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(shapes, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "save_tensors", full_after("model_0000000.pth"))
         with pytest.raises(InputError, match=r"model_final.pth \(No space left on device\): make room"):
-            d2_trainer.train(tiny(shapes, tmp_path, *options))
+            d2_engine.train(tiny(shapes, tmp_path, *options))
     assert "model_0000001.pth (No space left on device); training goes on" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("*.pth*")] == ["model_0000000.pth"]
-    assert d2_trainer.train(tiny(shapes, tmp_path, *options), resume=True)["iterations"] == 3
+    assert d2_engine.train(tiny(shapes, tmp_path, *options), resume=True)["iterations"] == 3
 
 
 def test_only_known_zoo_files(shapes, tmp_path):
     with pytest.raises(InputError, match="no weights detectron2://ImageNetPretrained/MSRA/R-101.pkl"):
-        d2_trainer.train(
+        d2_engine.train(
             tiny(shapes, tmp_path, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-101.pkl")
         )
 
@@ -808,7 +811,7 @@ def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, proces
     get in the heads."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
-    d2_trainer.train(cfg, processes=processes)
+    d2_engine.train(cfg, processes=processes)
     assert all(tensor.isfinite().all() for tensor in final(tmp_path / "run").values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert np.isfinite(rows[0]["total_loss"]) and np.isfinite(rows[0]["loss_mask"])
@@ -845,7 +848,7 @@ def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_
         (2, NORMALISED_HEADS),
     ):
         cfg = tiny(one, tmp_path, *FROZEN, *norms, *NEGATIVES)
-        d2_trainer.launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))
+        d2_engine.launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))
     whole, first, second = (
         torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1_0", "2_0", "2_1")
     )
@@ -880,7 +883,7 @@ def test_a_truncated_image_is_named_in_one_line(shapes, damaged, tmp_path, capfd
     with pytest.raises(
         InputError, match=r"images/train_000\d.jpg cannot be used \(OSError: image file is truncated"
     ) as error:
-        d2_trainer.train(cfg, processes=processes)
+        d2_engine.train(cfg, processes=processes)
     assert "\n" not in str(error.value) and "DataLoader" not in str(error.value)
     assert "SIGTERM" not in capfd.readouterr().err
     logs = [path.read_text() for path in tmp_path.glob("log.txt*")]
@@ -891,7 +894,7 @@ def test_a_truncated_image_of_the_validation_set_is_named(shapes, damaged, tmp_p
     cfg = tiny(damaged, tmp_path, "DATALOADER.NUM_WORKERS", 1)
     d2_data.register_datasets(cfg)
     with pytest.raises(InputError, match="train_0000.jpg cannot be used"):
-        next(iter(d2_trainer.Trainer.build_test_loader(cfg, damaged)))
+        next(iter(d2_evaluation.build_test_loader(cfg, damaged)))
 
 
 OURS = """
@@ -969,7 +972,7 @@ def test_other_architectures_train_from_our_weights(
     monkeypatch.setattr(d2_trainer, "assert_backbone_arrived", compare)
     cfg = stock(name, weights, shapes, tmp_path, val=one_image)
     assert value_of(cfg, key) == 8
-    results = d2_trainer.train(cfg)
+    results = d2_engine.train(cfg)
     assert arrived == [265] and results["weights"]["format"] == "this project's pre-training"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert np.isfinite(rows[0]["total_loss"]) and loss in rows[0]
@@ -1026,7 +1029,7 @@ def test_keypoints_train_and_are_measured(weights, shapes, one_image, tmp_path, 
         2,
         val=val,
     )
-    results = d2_trainer.train(cfg)
+    results = d2_engine.train(cfg)
     assert (
         "keypoints that change places in a mirrored image: left_top and right_top (" in capfd.readouterr().out
     )
@@ -1040,7 +1043,7 @@ def test_keypoints_train_and_are_measured(weights, shapes, one_image, tmp_path, 
 def test_keypoints_that_do_not_fit_are_refused_before_training(weights, shapes, tmp_path):
     def message(data, *overrides):
         with pytest.raises(InputError) as error:
-            d2_trainer.train(stock(KEYPOINT_RCNN, weights, data, tmp_path, *overrides))
+            d2_engine.train(stock(KEYPOINT_RCNN, weights, data, tmp_path, *overrides))
         return str(error.value)
 
     assert "needs the names of the keypoints in each of the categories" in message(shapes)
@@ -1098,7 +1101,7 @@ def test_architectures_that_cannot_be_trained_are_refused(
     weights, shapes, tmp_path, name, overrides, message
 ):
     with pytest.raises(InputError, match=message) as error:
-        d2_trainer.train(stock(name, weights, shapes, tmp_path, *overrides))
+        d2_engine.train(stock(name, weights, shapes, tmp_path, *overrides))
     assert "\n" not in str(error.value)
 
 

@@ -22,7 +22,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Boxes, Instances
 
 from rsa_detectron2.transfer.d2 import data as d2_data
-from rsa_detectron2.transfer.d2 import trainer as d2_trainer
+from rsa_detectron2.transfer.d2 import evaluation as d2_evaluation
 from rsa_detectron2.transfer.data.annotations import dataset_name, forget_datasets, load_datasets
 from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
@@ -116,7 +116,7 @@ def test_boxes_alone(tiny_coco, tmp_path):
 
 
 def write_sound(cfg):
-    """As :func:`d2_trainer.train` does before it starts processes."""
+    """As :func:`d2_engine.train` does before it starts processes."""
     load_datasets(cfg)[cfg.DATASETS.TEST[0]].save(d2_data.sound_annotations(cfg))
 
 
@@ -124,7 +124,7 @@ def evaluate(cfg, detections):
     """Detections [(image id, class, box x0 y0 x1 y1)] -> box AP by Detectron2's evaluator, and its file."""
     d2_data.register_datasets(cfg)
     write_sound(cfg)
-    evaluator = d2_trainer.Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    evaluator = d2_evaluation.build_evaluator(cfg, cfg.DATASETS.TEST[0])
     evaluator._distributed = False
     evaluator.reset()
     for image_id, label, box in detections:
@@ -175,7 +175,7 @@ def test_each_file_is_parsed_once(tiny_coco, tmp_path):
     forget_datasets()
     for _ in range(2):
         assert len(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])) == 3
-        d2_trainer.Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+        d2_evaluation.build_evaluator(cfg, cfg.DATASETS.TEST[0])
     assert list(files.values()) == [1, 1]
 
 

@@ -7,6 +7,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.report import runs as results
+from rsa_detectron2.transfer.report.runs import Outcome, Setup
 
 
 def test_results_round_trip_as_valid_json(tmp_path):
@@ -14,7 +15,7 @@ def test_results_round_trip_as_valid_json(tmp_path):
     weights = {"method": "rsa", "step": 500}
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path / "run")
-    results.write_results(cfg, "torchvision", ap, weights, 700, 12.5)
+    results.write_results(cfg, Setup("torchvision", weights), Outcome(ap, 700, 12.5))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -58,7 +59,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path, capsys):
         results.check_unchanged(cfg)
     assert results.read_training(tmp_path) is None and not results.own_training(cfg)
     (tmp_path / "metrics.json").write_text("x")  # of a run that came to no checkpoint
-    results.begin_training(cfg, {"method": "rsa"})
+    results.begin_training(cfg, Setup("torchvision", {"method": "rsa"}))
     assert {path.name for path in tmp_path.iterdir()} == {"training.json", "metrics.json"}
     assert (tmp_path / "metrics.json").read_text() == ""
     assert results.read_training(tmp_path)["weights"] == {"method": "rsa"}
@@ -87,14 +88,14 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path, capsys):
     moved = cfg.clone()  # the same files, in another machine's folders
     moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/scratch/w.pkl", placed("scratch")
     assert not results.own_training(moved)
-    results.begin_training(moved, None)
+    results.begin_training(moved, Setup("torchvision"))
     moved.MODEL.WEIGHTS, moved.DATASETS.TRAIN = "/other/w.pkl", placed("other")
     assert results.own_training(moved)
     moved.DATASETS.TRAIN = placed("other", "val")
     assert not results.own_training(moved)
     moved.DATASETS.TRAIN, moved.MODEL.RESNETS.NORM = placed("other"), "BN"
     moved.MODEL.DEVICE = "cuda"
-    results.begin_training(moved, None, processes=2, accumulate=4)
+    results.begin_training(moved, Setup("torchvision", processes=2, accumulate=4))
     results.check_unchanged(moved, processes=4, accumulate=2)  # 2 images at once without SyncBN, and 2 again
     with pytest.raises(InputError, match=r"began with 2 x 4 passes .* over 2 images at once, and not 4"):
         results.check_unchanged(moved, processes=2, accumulate=2)
@@ -126,7 +127,7 @@ def test_a_model_is_evaluated_as_it_was_trained(tmp_path, key, value):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR, cfg.MODEL.RESNETS.NORM = str(tmp_path), "SyncBN"
     results.check_network(cfg, tmp_path)  # nothing is known of it
-    results.begin_training(cfg, None)
+    results.begin_training(cfg, Setup("torchvision"))
     cfg.MODEL.RESNETS.NORM, cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TEST = "BN", 9, 400
     results.check_network(cfg, tmp_path)
     cfg.merge_from_list([key, value])
@@ -152,7 +153,9 @@ def test_a_model_is_evaluated_as_it_was_trained(tmp_path, key, value):
 def test_results_of_another_kind_are_one_line(tmp_path, change):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
-    whole = results.write_results(cfg, "torchvision", {}, {"method": "rsa", "step": 9}, 700, 12.5)
+    whole = results.write_results(
+        cfg, Setup("torchvision", {"method": "rsa", "step": 9}), Outcome({}, 700, 12.5)
+    )
     assert results.load_results(tmp_path)["weights"] == {"method": "rsa", "step": 9}
     (tmp_path / "results.json").write_text(json.dumps(whole | change))
     with pytest.raises(InputError, match="results.json does not hold a run's results") as error:
@@ -163,7 +166,8 @@ def test_results_of_another_kind_are_one_line(tmp_path, change):
 def test_the_last_row_of_the_metrics_is_the_result(tmp_path):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
-    results.write_results(cfg, "torchvision", {"bbox": {"AP": 40.0}}, None, 700, 12.5)
-    results.write_results(cfg, "torchvision", {"bbox": {"AP": 30.0}}, None, 700, 12.5, eval_only=True)
+    results.write_results(cfg, Setup("torchvision"), Outcome({"bbox": {"AP": 40.0}}, 700, 12.5))
+    evaluated = Outcome({"bbox": {"AP": 30.0}}, 700, 12.5, eval_only=True)
+    results.write_results(cfg, Setup("torchvision"), evaluated)
     [row] = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
     assert row["iteration"] == 699 and row["bbox/AP"] == 40 and row["segm/APl"] is None and len(row) == 13

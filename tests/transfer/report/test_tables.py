@@ -21,6 +21,7 @@ from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.data.masks import to_rle
 from rsa_detectron2.transfer.report import paper, pictures
 from rsa_detectron2.transfer.report import runs as results
+from rsa_detectron2.transfer.report.runs import Outcome, Setup
 from rsa_detectron2.transfer.report.tables import make_rows, own_row, table_cells, weights_label, write_csv
 from tests.conftest import ROOT
 
@@ -62,7 +63,7 @@ def make_run(folder, ap, dataset="coco_2017_val", detections=None, weights=None)
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(folder)
     cfg.DATASETS.TEST = (dataset,)
-    results.write_results(cfg, "torchvision", ap, weights, 700, 12.5)
+    results.write_results(cfg, Setup("torchvision", weights), Outcome(ap, 700, 12.5))
     (folder / "metrics.json").write_text(
         "".join(json.dumps({"iteration": i, "total_loss": 2 - i / 100}) + "\n" for i in range(0, 100, 20))
         + json.dumps({"iteration": 100, "bbox/AP": 33.0})
@@ -262,17 +263,13 @@ def full_run(folder, box, mask, weights, row="random", table="table5", protocol=
         cfg.merge_from_file(str(ROOT / "configs" / "transfer" / "protocol_moco.yaml"))
     cfg.OUTPUT_DIR, cfg.SEED = str(folder), 0
     cfg.merge_from_list([item for pair in changes.get("keys", {}).items() for item in pair])
+    origin = Origin(cell.training.recipe, (), flatten(defaults))
+    engine, processes = changes.get("engine", "detectron2"), changes.get("processes", 8)
+    iterations = changes.get("iterations", cfg.SOLVER.MAX_ITER)
     results.write_results(
         cfg,
-        changes.get("engine", "detectron2"),
-        aps(box, mask),
-        weights,
-        changes.get("iterations", cfg.SOLVER.MAX_ITER),
-        12.5,
-        changes.get("eval_only", False),
-        changes.get("processes", 8),
-        1,
-        Origin(cell.training.recipe, (), flatten(defaults)),
+        Setup(engine, weights, processes, origin=origin),
+        Outcome(aps(box, mask), iterations, 12.5, changes.get("eval_only", False)),
     )
     return folder
 

@@ -1,0 +1,299 @@
+"""Fine-tuning with Detectron2: checks, processes, training, and the AP of the saved file, read back."""
+
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, default_setup, launch
+
+from rsa_detectron2.common.errors import InputError, one_line
+from rsa_detectron2.common.record import Origin
+from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
+from rsa_detectron2.transfer.convert.needs import check_weights
+from rsa_detectron2.transfer.convert.writers import load_model
+from rsa_detectron2.transfer.d2.data import register_datasets, sound_annotations
+from rsa_detectron2.transfer.d2.evaluation import evaluate
+from rsa_detectron2.transfer.d2.model import build_model
+from rsa_detectron2.transfer.d2.trainer import Trainer
+from rsa_detectron2.transfer.d2.weights import read_provenance
+from rsa_detectron2.transfer.data.annotations import forget_datasets, load_datasets
+from rsa_detectron2.transfer.data.checks import check_datasets
+from rsa_detectron2.transfer.data.keypoints import check_keypoints
+from rsa_detectron2.transfer.report.run_folder import find_start, trained_model
+from rsa_detectron2.transfer.report.runs import (
+    Outcome,
+    Setup,
+    begin_training,
+    check_network,
+    check_unchanged,
+    load_results,
+    own_training,
+    read_training,
+    settings,
+    write_results,
+)
+
+# Key: what can be trained on boxes, masks and keypoints, from a pre-trained ResNet.
+POSSIBLE = {
+    "MODEL.META_ARCHITECTURE": list(CLASSES_KEYS),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ["RPN"],
+    "MODEL.LOAD_PROPOSALS": [False],
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
+    "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
+}
+ONE_LINE = (InputError, FloatingPointError, torch.OutOfMemoryError)  # errors that end as one line
+
+
+@dataclass
+class Job:
+    """What each process of a fine-tuning gets."""
+
+    cfg: CfgNode
+    setup: Setup
+    resume: bool  # training: from the last checkpoint; evaluation: the model of OUTPUT_DIR
+    eval_only: bool
+
+
+def train(
+    cfg: CfgNode,
+    processes: int = 1,
+    resume: bool = False,
+    eval_only: bool = False,
+    accumulate: int | None = None,
+    origin: Origin = Origin(),
+) -> dict:
+    """Fine-tune and evaluate; returns the content of results.json. Raises InputError.
+
+    processes: one per GPU, or on the CPU.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
+    accumulate: passes that an iteration's images are split into; None: by memory.
+    """
+    check_possible(cfg, POSSIBLE, "the detectron2 engine")
+    start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
+    datasets = check_datasets(cfg, eval_only)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoints(cfg, eval_only)
+    choose_device(cfg, processes)
+    if eval_only:
+        check_model(cfg, resume)
+    if not eval_only or resume:
+        cfg = scale_from_reference(cfg, processes, eval_only)
+    provenance = None
+    if not eval_only:
+        accumulate = plan_passes(cfg, processes, accumulate)
+        choose_mask_format(cfg, datasets)
+        if not start:
+            provenance = check_start(cfg)
+    use_local_batch_norm(cfg, processes)
+    setup = Setup("detectron2", provenance, processes, accumulate or 1, origin)
+    if start:
+        check_unchanged(cfg, processes, setup.accumulate)
+    del datasets  # The cache that forget_datasets clears would otherwise live on.
+    save_annotations(cfg, eval_only)
+    if processes > 1:
+        forget_datasets()  # each process loads its own
+    run_processes(Job(cfg, setup, resume if eval_only else bool(start), eval_only))
+    return load_results(cfg.OUTPUT_DIR)
+
+
+def choose_device(cfg: CfgNode, processes: int) -> None:
+    """MODEL.DEVICE is the CPU on a machine without GPUs. Raises InputError for too many processes."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        cfg.MODEL.DEVICE = "cpu"
+    elif processes > gpus or processes > 1 and cfg.MODEL.DEVICE == "cpu":
+        raise InputError(f"{processes} processes on {cfg.MODEL.DEVICE}, but this machine shows {gpus} GPUs")
+
+
+def check_model(cfg: CfgNode, resume: bool) -> None:
+    """Raises InputError unless there is a model to evaluate, and it was trained as ``cfg`` builds it."""
+    if not resume and not Path(cfg.MODEL.WEIGHTS).is_file():
+        raise InputError(
+            f"--eval-only needs a fine-tuned model, and there is no MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}"
+        )
+    check_network(cfg, cfg.OUTPUT_DIR if resume else Path(cfg.MODEL.WEIGHTS).parent)
+
+
+def scale_from_reference(cfg: CfgNode, processes: int, eval_only: bool) -> CfgNode:
+    """The schedule for this number of GPUs, where SOLVER.REFERENCE_WORLD_SIZE asks for it.
+
+    An evaluation takes the number of GPUs, and the mask format, of the training. Raises InputError.
+    """
+    if eval_only and (training := read_training(cfg.OUTPUT_DIR)):
+        processes = training["processes"]
+        cfg.INPUT.MASK_FORMAT = settings(training["config"])["INPUT.MASK_FORMAT"]
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if not reference:
+        return cfg
+    if cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"the schedule is scaled from {reference} GPUs, among which "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide: leave out --scale-schedule"
+        )
+    cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
+    # Precise BatchNorm still needs as many images.
+    cfg.TEST.PRECISE_BN.NUM_ITER = cfg.TEST.PRECISE_BN.NUM_ITER * reference // processes
+    return cfg
+
+
+def choose_mask_format(cfg: CfgNode, datasets: list) -> None:
+    if cfg.INPUT.MASK_FORMAT == "polygon" and any(dataset.has_rle() for dataset in datasets):
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        print("the training set has run-length encoded masks: INPUT.MASK_FORMAT is bitmask", flush=True)
+
+
+def check_start(cfg: CfgNode) -> dict | None:
+    """The provenance of MODEL.WEIGHTS. Raises InputError where they do not fit the configuration."""
+    if not cfg.MODEL.WEIGHTS:
+        print("MODEL.WEIGHTS is empty: training starts from random weights", flush=True)
+        return None
+    provenance = read_provenance(cfg.MODEL.WEIGHTS)
+    check_weights(cfg, provenance)
+    return provenance
+
+
+def use_local_batch_norm(cfg: CfgNode, processes: int) -> None:
+    """BatchNorm for SyncBN, where there are several processes on a CPU."""
+    if cfg.MODEL.DEVICE != "cpu" or processes == 1:
+        return
+    for part in cfg.MODEL.values():
+        if isinstance(part, dict) and part.get("NORM") == "SyncBN":
+            part["NORM"] = "BN"
+    print("SyncBN needs GPUs: on the CPU each process has a BatchNorm of its own", flush=True)
+
+
+def save_annotations(cfg: CfgNode, eval_only: bool) -> None:
+    """Leave the annotations of the test set as they are evaluated, if they are the user's own."""
+    datasets = load_datasets(cfg, eval_only, own_only=True)
+    if cfg.DATASETS.TEST[0] in datasets:
+        datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
+
+
+def plan_passes(cfg: CfgNode, processes: int, accumulate: int | None = None) -> int:
+    """How many passes each process splits its images of an iteration into; prints it.
+
+    By default as few as fit the GPU by :data:`BYTES_PER_IMAGE`, since BatchNorm sees the images of
+    one pass. Raises InputError.
+    """
+    images, scaled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if accumulate is not None and accumulate < 1:
+        raise InputError(f"--accumulate is {accumulate}: it must be at least 1")
+    if scaled and accumulate:
+        raise InputError("--accumulate keeps the schedule and --scale-schedule adapts it: choose one")
+    if accumulate is None:
+        accumulate = 1
+        if cfg.MODEL.DEVICE != "cpu" and not scaled and images % processes == 0:
+            most = max(1, int(0.8 * torch.cuda.get_device_properties(0).total_memory / BYTES_PER_IMAGE))
+            local = images // processes
+            accumulate = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
+    if images % (processes * accumulate):
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {images} does not divide among {processes} processes x {accumulate} passes"
+        )
+    each = images // (processes * accumulate)
+    bn_batch_size = each if cfg.MODEL.DEVICE == "cpu" else each * processes
+    note = f"; schedule and learning rate scaled from {REFERENCE_GPUS} GPUs" if scaled else ""
+    print(
+        f"an iteration: {images} images = {processes} {cfg.MODEL.DEVICE} "
+        f"x {accumulate} accumulated x {each}; BatchNorm sees {bn_batch_size} at once{note}",
+        flush=True,
+    )
+    return accumulate
+
+
+def run_processes(job: Job) -> None:
+    """Run the job in its processes. Raises InputError for what a user can mend."""
+    processes = job.setup.processes
+    # torch would log which processes it terminates.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        launch(run_process, processes, dist_url="auto", args=(job,))
+    except torch.multiprocessing.ProcessRaisedException as error:
+        # torch passes on a process's error as the text of its traceback, and nothing else.
+        text = str(error)
+        if not (found := re.search(r".*^[\w.]*InputError: (.*)", text, re.M | re.DOTALL)):
+            raise
+        raise InputError(found[1].strip()) from None
+    except torch.multiprocessing.ProcessExitedException as error:
+        cause = error.signal_name or error.exit_code
+        memory = ", most likely because memory ran out" if error.signal_name == "SIGKILL" else ""
+        raise InputError(
+            f"process {error.error_index} of {processes} ended by itself ({cause}{memory}): "
+            "the same command with --resume goes on"
+        ) from None
+
+
+def run_process(job: Job) -> None:
+    """What each process runs. What a user can mend is raised as InputError."""
+    try:
+        run(job)
+    except FloatingPointError as error:
+        raise InputError(f"{one_line(error)}: lower SOLVER.BASE_LR ({job.cfg.SOLVER.BASE_LR})") from None
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{one_line(error)}: give --accumulate {2 * job.setup.accumulate}") from None
+    except (InputError, OSError, MemoryError) as error:
+        raise InputError(one_line(error)) from None
+
+
+def run(job: Job) -> None:
+    """Train, unless ``eval_only``, then evaluate the saved model and write its results."""
+    start, cfg = time.perf_counter(), job.cfg
+    logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
+    # Detectron2 calls a deprecated function.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
+    register_datasets(cfg, job.eval_only)  # a process that launch has started knows of none
+    cfg.freeze()
+    default_setup(cfg, None)
+    if not job.eval_only:
+        fit(job)
+    evaluate_saved_model(job, start)
+    comm.synchronize()  # nobody takes the group down while another still reads
+
+
+def without_traceback(log: logging.LogRecord) -> bool:
+    """A filter of Detectron2's log: no traceback of what ends as one line."""
+    return not (log.exc_info and isinstance(log.exc_info[1], ONE_LINE))
+
+
+def fit(job: Job) -> None:
+    """Train to SOLVER.MAX_ITER."""
+    trainer = Trainer(job.cfg, job.setup.accumulate)
+    forget_datasets()  # the trainer has its own, serialized
+    trainer.resume_or_load(job.resume)
+    if comm.is_main_process() and trainer.start_iter == 0:
+        trainer.about.update(begin_training(job.cfg, job.setup, len(trainer.images)))
+    if trainer.start_iter < trainer.max_iter:
+        trainer.train()
+    comm.synchronize()  # only the main process writes the file that all read now
+
+
+def evaluate_saved_model(job: Job, start: float) -> None:
+    """Read the model back, evaluate it, and write results.json; ``start``: by time.perf_counter."""
+    cfg, setup = job.cfg, job.setup
+    model = build_model(cfg)
+    final = trained_model(cfg.OUTPUT_DIR) if job.resume or not job.eval_only else cfg.MODEL.WEIGHTS
+    state, iterations, _ = load_model(final, model.state_dict())
+    model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
+    ap = evaluate(cfg, model)
+    if not comm.is_main_process():
+        return
+    if cfg.MODEL.KEYPOINT_ON:
+        ap.setdefault("keypoints", {})  # Detectron2 leaves it out where nothing was detected
+    training = read_training(Path(final).parent)
+    weights = training["weights"] if training else {"source": str(final)}
+    # If the settings are those of the training, these are its results once more.
+    own = own_training(cfg) if job.eval_only and job.resume else None
+    processes, accumulate = setup.processes, setup.accumulate
+    if own:
+        processes, accumulate = own["processes"], own["accumulate"]
+    setup = Setup("detectron2", weights, processes, accumulate, setup.origin)
+    seconds = time.perf_counter() - start
+    write_results(cfg, setup, Outcome(ap, iterations, seconds, job.eval_only and not own))

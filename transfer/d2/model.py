@@ -1,0 +1,43 @@
+"""The model of a configuration, as Detectron2 builds it."""
+
+import traceback
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model as build_stock_model
+from torch import nn
+
+from rsa_detectron2.common.errors import InputError
+
+# What Detectron2 raises for MODEL settings that do not fit each other.
+MISFITS = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """The model on MODEL.DEVICE. Raises InputError where its settings do not fit each other."""
+    try:
+        model = build_stock_model(with_empty_passes(cfg))
+    except MISFITS as error:
+        # An assertion without a message is its own reason.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise InputError(
+            f"Detectron2 cannot build the network of these MODEL settings ({type(error).__name__}: {reason})"
+        ) from error
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # in evaluation too, which is slow on a CPU
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def with_empty_passes(cfg: CfgNode) -> CfgNode:
+    """``cfg`` whose heads have a synchronized norm that takes a pass without any object.
+
+    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the
+    running statistics of torch's would decay. Detectron2's naiveSyncBN_N takes part in the
+    collective even with no region, and weights the ranks by their regions.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head in (cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        if head.NORM == "SyncBN":
+            head.NORM = "naiveSyncBN_N"
+    return cfg
