@@ -1,5 +1,6 @@
 """How the code is written: ruff's rules (pyproject.toml), with no exception in a line."""
 
+import ast
 import subprocess
 import sys
 
@@ -22,3 +23,17 @@ def test_ruff(command):
 def test_no_line_has_an_exception(text):
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in files if text in path.read_text() and path.name != "test_style.py"]
+
+
+def test_functions_are_short():
+    """At most 60 lines, but where a table is written as code."""
+    tables = {"build_model", "torchvision_defaults"}  # each key of a configuration, once
+    too_long = []
+    for folder in FOLDERS[:-1]:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef) and node.name not in {*tables, "parse"}:
+                    lines = node.end_lineno - node.lineno + 1
+                    if lines > 60:
+                        too_long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    assert not too_long

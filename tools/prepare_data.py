@@ -35,7 +35,61 @@ WRITTEN, COPIED, THERE, UNREADABLE = range(4)
 MARKER = "prepared.json"
 
 
-def main():
+def main() -> None:
+    args = parse()
+    for name, value, least, most in (
+        ("--size", args.size, 1, 65500),
+        ("--quality", args.quality, 1, 100),
+        ("--workers", args.workers, 0, 4096),
+    ):
+        if not least <= value <= most:
+            raise InputError(f"{name} {value}: it must lie between {least} and {most}")
+    images, destination = open_source(args), Path(args.destination)
+    how = {"size": args.size, "quality": args.quality}
+    if args.range:
+        how["range"] = args.range
+    claim(destination, how)
+    counts = prepare(Preparation(images, destination, args.size, args.quality), args.workers)
+    left_out = f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else ""
+    print(
+        f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, "
+        f"{counts[THERE]} were there{left_out}"
+    )
+    if sum(counts[:3]) == 0:
+        raise InputError(f"not one image of {args.source} can be read")
+
+
+def open_source(args: argparse.Namespace) -> ImageFolder:
+    """The images to prepare. Raises InputError where the destination lies among them."""
+    source, destination = Path(args.source), Path(args.destination)
+    if not source.is_dir():
+        raise InputError(f"no image folder {source}: give the one to rewrite")
+    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise InputError(
+            f"{destination} lies in {source}: give a folder outside, the originals stay as they are"
+        )
+    images = ImageFolder(source)
+    images.value_range = tuple(args.range)
+    for note in check_pixels(images, "--range {} {}"):
+        print(f"warning: {note}", file=sys.stderr)
+    return images
+
+
+def prepare(preparation: "Preparation", num_workers: int) -> list[int]:
+    """Prepare all images, with progress; returns how many came to each outcome."""
+    counts = [0, 0, 0, 0]
+    one_by_one = BatchSampler(SequentialSampler(preparation.images), 1, False)
+    outcomes = workers.load(preparation, one_by_one, num_workers, "--workers", itemgetter(0))
+    interval = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(outcomes, "preparing", len(preparation), unit="image", dynamic_ncols=True, mininterval=interval)
+    for outcome, message in bar:
+        counts[outcome] += 1
+        if message:
+            tqdm.write(message, file=sys.stderr)
+    return counts
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,55 +109,7 @@ def main():
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )
-    args = parser.parse_args()
-    for name, value, least, most in (
-        ("--size", args.size, 1, 65500),
-        ("--quality", args.quality, 1, 100),
-        ("--workers", args.workers, 0, 4096),
-    ):
-        if not least <= value <= most:
-            raise InputError(f"{name} {value}: it must lie between {least} and {most}")
-    source, destination = Path(args.source), Path(args.destination)
-    if not source.is_dir():
-        raise InputError(f"no image folder {source}: give the one to rewrite")
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise InputError(
-            f"{destination} lies in {source}: give a folder outside, the originals stay as they are"
-        )
-    images = ImageFolder(source)
-    images.value_range = tuple(args.range)
-    for note in check_pixels(images, "--range {} {}"):
-        print(f"warning: {note}", file=sys.stderr)
-    claim(
-        destination,
-        {"size": args.size, "quality": args.quality} | ({"range": args.range} if args.range else {}),
-    )
-
-    counts = [0, 0, 0, 0]
-    outcomes = workers.load(
-        Preparation(images, destination, args.size, args.quality),
-        BatchSampler(SequentialSampler(images), 1, False),
-        args.workers,
-        "--workers",
-        itemgetter(0),
-    )
-    for outcome, message in tqdm(
-        outcomes,
-        desc="preparing",
-        unit="image",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    ):
-        counts[outcome] += 1
-        if message:
-            tqdm.write(message, file=sys.stderr)
-    print(
-        f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, "
-        f"{counts[THERE]} were there"
-        + (f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else "")
-    )
-    if sum(counts[:3]) == 0:
-        raise InputError(f"not one image of {source} can be read")
+    return parser.parse_args()
 
 
 def claim(folder, how):
