@@ -81,7 +81,9 @@ def prepare(preparation: "Preparation", num_workers: int) -> list[int]:
     one_by_one = BatchSampler(SequentialSampler(preparation.images), 1, False)
     outcomes = workers.load(preparation, one_by_one, num_workers, "--workers", itemgetter(0))
     interval = 0.1 if sys.stderr.isatty() else 10
-    bar = tqdm(outcomes, "preparing", len(preparation), unit="image", dynamic_ncols=True, mininterval=interval)
+    bar = tqdm(
+        outcomes, "preparing", len(preparation), unit="image", dynamic_ncols=True, mininterval=interval
+    )
     for outcome, message in bar:
         counts[outcome] += 1
         if message:

@@ -1,5 +1,6 @@
 """Fine-tuning with Detectron2: checks, processes, training, and the AP of the saved file, read back."""
 
+import gc
 import logging
 import os
 import re
@@ -233,12 +234,23 @@ def run_process(job: Job) -> None:
     """What each process runs. What a user can mend is raised as InputError."""
     try:
         run(job)
+        leave_group()
     except FloatingPointError as error:
         raise InputError(f"{one_line(error)}: lower SOLVER.BASE_LR ({job.cfg.SOLVER.BASE_LR})") from None
     except torch.OutOfMemoryError as error:
         raise InputError(f"{one_line(error)}: give --accumulate {2 * job.setup.accumulate}") from None
     except (InputError, OSError, MemoryError) as error:
         raise InputError(one_line(error)) from None
+
+
+def leave_group() -> None:
+    """Take the process group down, after DistributedDataParallel, which the trainer's cycles keep.
+
+    Left to the end of the interpreter, their order is by chance, and the group's threads may abort.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def run(job: Job) -> None:
