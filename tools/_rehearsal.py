@@ -1,14 +1,16 @@
-"""A rehearsal: the commands of tools/reproduce.py with a few steps on a few images, and what full runs
-would take.
+"""A rehearsal: the commands of tools/reproduce.py with a few steps on a few images, and the full runs' cost.
 
-Recipe, readers, networks, evaluation and report are those of the full run. On a CPU batch and images are
-smaller, too.
+Recipe, readers, networks, evaluation and report are those of the full run. On a CPU, batch and images
+are smaller, too.
 """
 
+import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.config import CONFIGS
 from rsa_detectron2.common.distributed import amp_dtype
@@ -27,8 +29,10 @@ from rsa_detectron2.transfer.report import paper
 from rsa_detectron2.transfer.report.runs import load_results
 from rsa_detectron2.transfer.report.tables import read_run
 
-# Overrides of the full run, by the machine. Images of ImageNet stay above 64 pixels, for up to those
-# tools/evaluate.py takes the small data sets' protocol.
+Arguments = list[str | int | Path]  # of a command
+
+# Overrides of the full run, by the machine. Images of ImageNet stay above 64 pixels: up to that size
+# tools/evaluate.py takes the protocol of the small data sets.
 PRETRAIN = {"cpu": "SOLVER.BATCH_SIZE 8 SOLVER.MICRO_BATCH 8 DATA.NUM_WORKERS 1", "gpu": "DATA.NUM_WORKERS 4"}
 LARGE = {"cpu": "DATA.IMAGE_SIZE 72 DATA.EVAL_RESIZE 72", "gpu": ""}
 FINETUNE = {
@@ -40,24 +44,26 @@ FINETUNE = {
 }
 STEPS = 2
 COCO_IMAGES = {"train": 32, "val": 4}
-# Where a method's authors keep their backbone: a key of the file, a prefix in it, and a tensor of the head
-# beside it.
+# How a method's authors store their backbone: the key of the state dict in the file, the prefix of the
+# backbone's tensors, and a tensor of the head beside them.
 PYCONTRAST = ("model", "module.encoder.", "module.head.0.weight")
 MOCO = ("state_dict", "module.encoder_q.", "module.encoder_q.fc.0.weight")
 LAYOUTS = {"InstDis": PYCONTRAST, "PIRL": PYCONTRAST, "InfoMin": PYCONTRAST, "MoCo v1": MOCO, "MoCo v2": MOCO}
 
 
 class Rehearsal:
-    """What makes the commands of a plan small; data sets and weights that are not there are drawn into
-    its folder."""
+    """What makes the commands of a plan small.
 
-    def __init__(self, args):
+    Data sets and weights that are not there are drawn into its folder.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
         self.machine = "gpu" if torch.cuda.is_available() else "cpu"
         self.folder = Path(args.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.drawn = self.folder / "log.txt", []
 
-    def data(self, name):
+    def data(self, name: str) -> Path:
         """The path of a data set: the user's, or that of a stand-in."""
         path = Path(paper.load()["datasets"][name]["path"])
         if path.is_dir():
@@ -70,13 +76,13 @@ class Rehearsal:
         self.drawn.append(paper.load()["datasets"][name]["title"])
         return place
 
-    def batch_size(self, name):
+    def batch_size(self, name: str) -> int:
         if self.machine == "cpu":
             return 8
         recipe = paper.load()["datasets"][name]["recipe"].format(method="rsa")
         return paper.recipe_settings(recipe).get("SOLVER.BATCH_SIZE", get_cfg().SOLVER.BATCH_SIZE)
 
-    def pretrain(self, training):
+    def pretrain(self, training: paper.Training) -> Arguments:
         limit = STEPS * self.batch_size(training.dataset)
         large = LARGE[self.machine] if training.dataset.startswith("imagenet") else ""
         return [
@@ -94,14 +100,14 @@ class Rehearsal:
             0,
         ]
 
-    def benchmark(self, name):
+    def benchmark(self, name: str) -> Arguments:
         size = ["--size", 72] if name.startswith("imagenet") else []
         return ["--batch-size", 8, *size, "--steps", 1, "--repeats", 1] if self.machine == "cpu" else []
 
-    def linear(self):
+    def linear(self) -> Arguments:
         return ["--epochs", 1]
 
-    def finetune(self, training):
+    def finetune(self, training: paper.Training) -> Arguments:
         """Data, overrides, and weights in place of those that Detectron2 would fetch."""
         coco = self.coco()
         words = [
@@ -121,8 +127,8 @@ class Rehearsal:
         ]
         return words + (["MODEL.WEIGHTS", self.fetched(training)] if training.weights == "config" else [])
 
-    def coco(self):
-        """A small COCO-format data set of the user's photographs, or drawn: train.json, val.json, images/."""
+    def coco(self) -> Path:
+        """A small COCO-format data set, cut from the user's COCO or drawn: train.json, val.json, images/."""
         folder = self.folder / "drawn" / "coco"
         if (folder / "val.json").is_file():
             return folder
@@ -135,9 +141,11 @@ class Rehearsal:
                 shapes.write_coco(folder, part, count, 160, seed)
         return folder
 
-    def fetched(self, training):
-        """A stand-in for weights of Detectron2's: a ResNet-50 of random weights, with their pixels and
-        stride."""
+    def fetched(self, training: paper.Training) -> Path:
+        """A stand-in for weights that Detectron2 would fetch.
+
+        A ResNet-50 of random weights, with the pixels and the stride of the real ones.
+        """
         settings = training.settings
         path = self.folder / "drawn" / f"{training.name}.pkl"
         facts = {
@@ -158,7 +166,7 @@ class Rehearsal:
         path.write_bytes(ENCODERS["detectron2"](random_resnet50(), facts))
         return path
 
-    def weights(self, method):
+    def weights(self, method: str) -> Path:
         """A stand-in for the checkpoint of a method's authors, in their layout."""
         key, prefix, head = LAYOUTS.get(method, ("state_dict", "", "fc.weight"))
         path = self.folder / "drawn" / f"{paper.word(method)}.pth"
@@ -168,7 +176,7 @@ class Rehearsal:
             torch.save({key: {**state, head: torch.zeros(128, 2048)}}, path)
         return path
 
-    def note(self):
+    def note(self) -> str:
         smaller = (
             "batch 8, images of ImageNet at 72 pixels, of COCO at 96"
             if self.machine == "cpu"
@@ -177,8 +185,8 @@ class Rehearsal:
         drawn = f"; drawn: {', '.join(dict.fromkeys(self.drawn))}" if self.drawn else ""
         return f"REHEARSAL: {STEPS} steps of each run, {smaller}{drawn}. No number here is a result."
 
-    def estimates(self, folders):
-        """Markdown: memory of a GPU and hours on this machine that the full runs would take."""
+    def estimates(self, folders: Iterable[Path]) -> str:
+        """A Markdown table: the GPU memory and the hours on this machine that the full runs would take."""
         lines, known = [["full run", "GPU memory (GiB)", f"hours on this {self.machine.upper()}"]], {}
         for folder in map(Path, dict.fromkeys(folders)):
             if (folder / "linear.json").is_file() or not (folder / "results.json").is_file():
@@ -196,11 +204,11 @@ class Rehearsal:
         return to_markdown(lines)
 
 
-def duration(hours):
+def duration(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
-def find(name):
+def find(name: str) -> paper.Training:
     """The training of the paper that has this name."""
     return next(
         cell.training
@@ -211,15 +219,15 @@ def find(name):
     )
 
 
-def full_config(training):
+def full_config(training: paper.Training) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / training.recipe))
     cfg.merge_from_list([item for pair in training.overrides for item in pair])
     return cfg
 
 
-def of_pretraining(run, training):
-    """Hours that the full run would take at the rehearsal's time for a pixel of a view."""
+def of_pretraining(run: dict, training: paper.Training) -> float:
+    """Hours that the full run would take, from the rehearsal's time per pixel of a view."""
     cfg, seen = full_config(training), run["settings"]
     images = run["step"] * seen["SOLVER.BATCH_SIZE"]
     scale = (cfg.DATA.IMAGE_SIZE / seen["DATA.IMAGE_SIZE"]) ** 2
@@ -227,22 +235,24 @@ def of_pretraining(run, training):
     return run["seconds"] / images * scale * total / 3600
 
 
-def of_fine_tuning(run, training):
-    """The same of a fine-tuning, by its iterations: evaluation is counted among them."""
+def of_fine_tuning(run: dict, training: paper.Training) -> float:
+    """The same of a fine-tuning. The time of its evaluation is counted as that of its iterations."""
     full, seen = training.settings, run["settings"]
     scale = (max(full["INPUT.MIN_SIZE_TRAIN"]) / max(seen["INPUT.MIN_SIZE_TRAIN"])) ** 2
     images = full["SOLVER.IMS_PER_BATCH"] * full["SOLVER.MAX_ITER"]
     return run["seconds"] / (run["iterations"] * seen["SOLVER.IMS_PER_BATCH"]) * scale * images / 3600
 
 
-def memory_of_fine_tuning(training):
+def memory_of_fine_tuning(training: paper.Training) -> float:
     """GiB that each of the recipe's GPUs needs, by what Detectron2's model zoo states of the network."""
     return training.settings["SOLVER.IMS_PER_BATCH"] / REFERENCE_GPUS * BYTES_PER_IMAGE / 2**30
 
 
-def gigabytes(training):
-    """GiB that each of the paper's GPUs needs free for the full run, counted as tools/pretrain.py chooses
-    a micro-batch."""
+def gigabytes(training: paper.Training) -> float:
+    """GiB that each of the paper's GPUs needs free for the full run.
+
+    Counted in the same way as tools/pretrain.py chooses a micro-batch.
+    """
     cfg = full_config(training)
     gpus = paper.load()["datasets"][training.dataset]["gpus"]
     networks = build_networks(cfg, METHODS[cfg.METHOD])
@@ -250,9 +260,11 @@ def gigabytes(training):
     return micro_batch.needed(networks, cfg.DATA.IMAGE_SIZE, amp_dtype(cfg.SOLVER.AMP), count) / 2**30
 
 
-def random_resnet50():
-    """{torchvision's name: tensor} of an untrained ResNet-50 with statistics that are not the initial
-    ones."""
+def random_resnet50() -> dict[str, torch.Tensor]:
+    """{torchvision's name: tensor} of an untrained ResNet-50.
+
+    BatchNorm's statistics are not the initial ones, as in a network that was trained.
+    """
     state = {}
     for name, tensor in build_backbone("resnet50").state_dict().items():
         if not name.endswith("num_batches_tracked"):
@@ -260,9 +272,11 @@ def random_resnet50():
     return state
 
 
-def cut(annotations, images, folder, part, count):
-    """The first ``count`` annotated images of a COCO-format data set, as one of its own beside the same
-    images."""
+def cut(annotations: str | Path, images: str | Path, folder: Path, part: str, count: int) -> None:
+    """Write the first ``count`` annotated images of a COCO-format data set as one of their own.
+
+    ``folder`` gets <part>.json, and links to the images.
+    """
     content = json.loads(Path(annotations).read_text())
     annotated = {annotation["image_id"] for annotation in content["annotations"]}
     content["images"] = [image for image in content["images"] if image["id"] in annotated][:count]

@@ -18,13 +18,14 @@ from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint
 from rsa_detectron2.transfer.convert.provenance import sha256
 
 
-def load_features(path, branch=None):
+def load_features(path: str | Path, branch: str | None = None) -> tuple[Features, CfgNode, dict]:
     """Checkpoint -> (Features of its backbone, its configuration, provenance).
 
-    A file of tools/pretrain.py may hold any of its backbones, and its configuration. Of another
-    project's, all that tools/convert_to_d2.py reads are taken, with the normalization of their
-    authors and otherwise ImageNet's configuration; branch None: online, or the one that a
-    converted file holds. Raises pretrain's or transfer's InputError.
+    A file of tools/pretrain.py has any backbone of this project, and its configuration. Files of other
+    projects are taken if tools/convert_to_d2.py reads them, with the normalization of their authors
+    and otherwise ImageNet's configuration.
+
+    branch: "online" or "target"; None: online, or the one that a converted file holds. Raises InputError.
     """
     path = local_file(path, f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
     cfg, before = get_cfg(), os.stat(path)

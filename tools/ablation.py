@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -71,7 +72,7 @@ FIGURES = {
 RESULT = "top1.json"
 
 
-def main():
+def main() -> None:
     args = parse()
     folder = Path(args.output_dir)
     runs = {
@@ -93,14 +94,14 @@ def main():
     print(write_report(folder, results))
 
 
-def run_all(runs, images, jobs, overrides):
+def run_all(runs: dict[Path, tuple[str, int]], images: Path, jobs: int, overrides: list[str]) -> None:
     """Pre-train and judge {folder: (method, seed)}, ``jobs`` at a time.
 
     When one fails, the others save and stop.
     """
     processes, judging, stopping = [], threading.Lock(), threading.Event()
 
-    def one(path, method, seed):
+    def one(path: Path, method: str, seed: int) -> None:
         if stopping.is_set():
             return
         path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def run_all(runs, images, jobs, overrides):
                     path / RESULT, lambda file: file.write(json.dumps(result, indent=2).encode())
                 )
 
-    # by way of the except below
+    # The exit passes through the except below, which stops the runs.
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(1 if device().type == "cpu" else torch.get_num_threads())
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="runs", dynamic_ncols=True) as progress:
@@ -141,10 +142,9 @@ def run_all(runs, images, jobs, overrides):
             signal.signal(signal.SIGTERM, handler)
 
 
-def pretraining(path, method, seed, images, overrides):
+def pretraining(path: Path, method: str, seed: int, images: Path, overrides: list[str]) -> list[str]:
     """The command of one run."""
     workers = [] if device().type == "cuda" else ["DATA.NUM_WORKERS", "0"]
-    # BatchNorm sees the same images on any machine
     return [
         sys.executable,
         str(Path(__file__).with_name("pretrain.py")),
@@ -157,26 +157,26 @@ def pretraining(path, method, seed, images, overrides):
         "--seed",
         str(seed),
         "--num-processes",
-        "1",
+        "1",  # so that BatchNorm sees the same images on any machine
         *workers,
         *overrides,
     ]
 
 
-def recipe(method):
+def recipe(method: str) -> str:
     return str(CONFIGS / "pretrain" / f"shapes_colour_{method}_R18.yaml")
 
 
-def environment():
-    """One thread for each of the runs that share a CPU."""
+def environment() -> dict[str, str]:
+    """The environment of the runs. Those that share a CPU have one thread each."""
     return {
         **os.environ,
         **({} if device().type == "cuda" else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
     }
 
 
-def judge(path, method, seed, images):
-    """{"method", "seed", and top-1 in percent for each of FIGURES}."""
+def judge(path: Path, method: str, seed: int, images: Path) -> dict[str, str | float]:
+    """The result of a run: its "method" and "seed", and top-1 in percent for each of FIGURES."""
     if method == UNTRAINED:
         cfg = get_cfg()
         cfg.merge_from_file(recipe("rsa"))
@@ -200,13 +200,13 @@ def judge(path, method, seed, images):
     return result
 
 
-def part_of(classes, part):
-    """Class names "form-colour" -> the index of their pair, form or colour, in alphabetical order."""
+def part_of(classes: Sequence[str], part: str) -> list[int]:
+    """Class names "form-color" -> the index of each one's pair, form or color, in alphabetical order."""
     words = [name if part == "pair" else name.split("-")[part == "colour"] for name in classes]
     return [sorted(set(words)).index(word) for word in words]
 
 
-def write_report(folder, results):
+def write_report(folder: Path, results: dict[str, list[dict]]) -> str:
     """Write table.csv, ablation.png and report.md; returns the table in Markdown.
 
     results: {method: results of its seeds}.
@@ -233,7 +233,7 @@ def write_report(folder, results):
     return markdown
 
 
-def plot(results, names, path):
+def plot(results: dict[str, list[dict]], names: dict[str, str], path: Path) -> None:
     """A panel for each part of the label.
 
     Every seed is a point, their mean a bar, chance a dashed line.
@@ -276,7 +276,7 @@ def plot(results, names, path):
     figure.savefig(path)
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Pre-training checkpoint -> ResNet weights for Detectron2, torchvision or timm.
 
-tools/convert_to_d2.py                                  # output/pretrain/model_final.pth -> output/weights/
+tools/convert_to_d2.py                           # output/pretrain/model_final.pth -> output/weights/
 tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
-tools/convert_to_d2.py --inspect checkpoint.pth         # what is in it; writes nothing
+tools/convert_to_d2.py --inspect checkpoint.pth  # what is in it; writes nothing
 """
 
 import argparse
@@ -16,7 +16,7 @@ from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, rema
 from rsa_detectron2.transfer.convert.writers import DEFAULT_INPUT, SUFFIXES, convert
 
 
-def main():
+def main() -> None:
     args = parse()
     pixels = parse_pixels(args.pixels) if args.pixels else None
     if args.inspect:
@@ -36,7 +36,7 @@ def main():
         print(remark)
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def claim(folder, how):
+def claim(folder: Path, how: dict[str, int | list[float]]) -> None:
     """Leave in ``folder`` how its images are made.
 
     Raises InputError if it holds others, or something else.
@@ -135,17 +135,18 @@ def claim(folder, how):
 
 
 class Preparation(Dataset):
-    """index -> (outcome, message): image ``index`` of a folder, written to ``destination``
-    under its own name; files of other formats that became JPEG have .jpg after it.
+    """index -> (outcome, message). Writes image ``index`` of a folder to ``destination``.
+
+    It keeps its name; a file of another format that becomes JPEG gets .jpg after it.
     """
 
-    def __init__(self, images, destination, size, quality):
+    def __init__(self, images: ImageFolder, destination: Path, size: int, quality: int) -> None:
         self.images, self.destination, self.size, self.quality = images, destination, size, quality
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[int, str]:
         source = Path(self.images.name(index))
         same = self.destination / source.relative_to(self.images.root)
         jpeg = same if same.suffix.lower() in (".jpg", ".jpeg") else same.with_name(same.name + ".jpg")
@@ -163,14 +164,14 @@ class Preparation(Dataset):
         return WRITTEN, ""
 
 
-def encode_jpeg(image, quality):
+def encode_jpeg(image: torch.Tensor, quality: int) -> bytes:
     """uint8 RGB [3, H, W] -> the bytes of a JPEG file, the same as torchvision's and torchcodec's."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def write(path, data):
+def write(path: Path, data: bytes) -> None:
     """Write a file that has its name once it is whole.
 
     Raises InputError, and leaves nothing, when the disk is full.
@@ -188,8 +189,8 @@ def write(path, data):
         ) from None
 
 
-def is_whole(path):
-    """A file gets its name when it is written out; a power cut may still leave it empty."""
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and not empty, as a power cut may leave one that has its name already."""
     return path.is_file() and path.stat().st_size > 0
 
 

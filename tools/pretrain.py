@@ -13,6 +13,8 @@ import argparse
 import os
 from functools import partial
 
+from fvcore.common.config import CfgNode
+
 from rsa_detectron2.common.cli import run, say_last
 from rsa_detectron2.common.config import find_config, merge_config, origin
 from rsa_detectron2.common.errors import InputError, Interrupted
@@ -20,7 +22,7 @@ from rsa_detectron2.pretrain.config import METHODS, check, expand_paths, get_cfg
 from rsa_detectron2.transfer.report import paper
 
 
-def main():
+def main() -> int | None:
     args = parse()
     recipe, lr = args.config_file, None
     if recipe is None:
@@ -45,11 +47,10 @@ def main():
     cfg = merge_config(get_cfg(), file, overrides)
     check(cfg)
     expand_paths(cfg)
+    # Now that the options are known to be right: torch is slow to import.
     from rsa_detectron2.common import distributed
     from rsa_detectron2.pretrain.engine import launch
-    from rsa_detectron2.pretrain.engine import (
-        trainer as train_loop,  # after the options are known to be right: torch is slow to import
-    )
+    from rsa_detectron2.pretrain.engine import trainer as train_loop
     from rsa_detectron2.pretrain.method import networks
 
     networks.check_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)  # before the images are listed
@@ -71,16 +72,15 @@ def main():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
 
 
-def next_tool(model):
-    """What to do with a trained backbone (``cfg.MODEL``): convert it where it is a network that
-    others have, too."""
+def next_tool(model: CfgNode) -> str:
+    """What to do with a trained backbone (``cfg.MODEL``): convert it if other libraries have it, too."""
     from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 
     convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM
     return "tools/convert_to_d2.py" if convertible else "tools/evaluate.py knn"
 
 
-def imagenet_recipe(method, epochs, lr_is_given):
+def imagenet_recipe(method: str, epochs: int, lr_is_given: bool) -> tuple[str, float]:
     """The ImageNet-1K recipe, and the base learning rate of the paper's run that is nearest to ``epochs``.
 
     Raises InputError for a method that the paper did not train there.
@@ -102,7 +102,7 @@ def imagenet_recipe(method, epochs, lr_is_given):
     return f"pretrain/imagenet_{method}_R50.yaml", nearest["SOLVER.BASE_LR"]
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,13 +7,14 @@
 
 Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and
 detections.png. Only results.json is needed of a run; what the other files would have shown is left out.
-Below a row of Tables 5 and 6 stand the published numbers, and the difference, marked where it exceeds
-what another seed may change; below a run that is not quite such a row, a line that says in what it
-differs. Runs of different protocols or test sets are refused.
+Below a row of Tables 5 and 6 stand the published numbers and the difference, marked where it exceeds
+what another seed may change. Below a run that is not quite such a row, a line says in what it differs.
+Runs of different protocols or test sets are refused.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rsa_detectron2.common.cli import run
@@ -32,7 +33,7 @@ from rsa_detectron2.transfer.report.tables import (
 )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +68,14 @@ def main():
     )
 
 
-def write(runs, output, tables=None, note=None, pretrain=None, num_images=4):
+def write(
+    runs: Iterable[str | Path],
+    output: str | Path,
+    tables: list[str] | None = None,
+    note: str | None = None,
+    pretrain: str | Path | None = None,
+    num_images: int = 4,
+) -> None:
     """Write the report of some folders to a folder, and print its table. Raises InputError."""
     results = {str(folder): load_results(folder) for folder in runs}
     protocol, test_set = check_comparable(results) if results else ("", "")
@@ -107,7 +115,9 @@ def write(runs, output, tables=None, note=None, pretrain=None, num_images=4):
     print(f"{output}/report.html")
 
 
-def settings_table(folders: dict, results: dict, protocol: str, test_set: str) -> list[list[str]]:
+def settings_table(
+    folders: dict[str, str], results: dict[str, dict], protocol: str, test_set: str
+) -> list[list[str]]:
     """What each run was: header and rows of strings."""
     lines = [
         [

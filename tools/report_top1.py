@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Top-1 of linear evaluation and kNN beside the paper's: a table of runs, mean and deviation over their
-seeds.
+"""Top-1 of linear evaluation and kNN beside the paper's: the mean and deviation over the seeds of runs.
 
     tools/report_top1.py RUN...                                  # rows of any table of the paper
     tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, run or not
@@ -12,6 +11,7 @@ of Figure 3 a picture, too.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rsa_detectron2.common import record
@@ -23,6 +23,7 @@ from rsa_detectron2.transfer.report.page import write_report
 from rsa_detectron2.transfer.report.pictures import plot_sweep
 from rsa_detectron2.transfer.report.tables import (
     TOP1,
+    Row,
     make_rows,
     read_json,
     read_run,
@@ -31,7 +32,7 @@ from rsa_detectron2.transfer.report.tables import (
 )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +45,13 @@ def main():
     write(args.runs, args.output, [args.table] if args.table else None)
 
 
-def write(runs, output, tables=None, note=None, betas=None):
+def write(
+    runs: Iterable[str | Path],
+    output: str | Path,
+    tables: list[str] | None = None,
+    note: str | None = None,
+    betas: list[float] | None = None,
+) -> None:
     """Write the report of some folders to a folder, and print its table. Raises InputError."""
     kind, output = paper.shows(tables[0]) if tables else "top1", Path(output)
     read = read_run if kind == "hours" else read_top1
@@ -66,9 +73,8 @@ def write(runs, output, tables=None, note=None, betas=None):
     print(f"{title}\n{note or ''}\n{to_markdown(cells)}\n{output / 'report.html'}")
 
 
-def read_top1(folder):
-    """What tools/evaluate.py left in a run's folder. Raises InputError where there is nothing, or something
-    else."""
+def read_top1(folder: str | Path) -> dict:
+    """What tools/evaluate.py left in a run's folder. Raises InputError where it left nothing, or else."""
     found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
     if not found:
         raise InputError(
@@ -86,7 +92,7 @@ def read_top1(folder):
     return result
 
 
-def ratios(table, rows):
+def ratios(table: str, rows: list[Row]) -> list[list[str]]:
     """RSA's hours over BYOL's, published and measured, for each column."""
     hours = {row.place: row for row in rows}
     lines = [["", "paper", "here"]]
@@ -104,8 +110,11 @@ def ratios(table, rows):
     return lines
 
 
-def write_short(table, files, output):
-    """Table 7 from seconds of an epoch with the loader, which tools/benchmark.py left in {column: file}."""
+def write_short(table: str, files: dict[str, Path], output: str | Path) -> None:
+    """Write Table 7 from the seconds of an epoch with the loader.
+
+    files: {column: what tools/benchmark.py wrote}.
+    """
     lines = [
         [
             "hours",

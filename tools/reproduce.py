@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""A table or figure of the paper in one command: runs what is missing, skips what is done, ends in a
-report.
+"""A table or figure of the paper in one command: runs what is missing, then writes a report.
 
     tools/reproduce.py all --dry-run                      # every run once, what it serves, and what it costs
     tools/reproduce.py table1 --rehearse                  # all of its commands at a small size, in minutes
@@ -17,6 +16,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,29 +35,32 @@ class Step:
     """A command, and the file that is there once it has run."""
 
     done: Path
-    command: list  # a tool and its arguments
+    command: list[str]  # a tool and its arguments
     needs: Path | None = None  # the file of an earlier step
     hours: float = 0.0  # of a V100
     training: paper.Training | None = None
-    rows: list = field(default_factory=list)  # of the paper, that need it
+    rows: list[str] = field(default_factory=list)  # of the paper, that need it
 
 
 class Plan:
     """The steps towards some rows, each once, in an order in which they can run."""
 
-    def __init__(self, args, small=None):
+    def __init__(self, args: argparse.Namespace, small: _rehearsal.Rehearsal | None = None) -> None:
         self.args, self.small, self.weights = args, small, dict(args.weights)
         self.folder, self.steps, self.left_out = Path(args.output_dir), {}, []
 
-    def add(self, row, done, command, **facts):
+    def add(self, row: str, done: Path, command: Sequence[object], **facts: object) -> Path:
+        """Add a step, unless it is there, and the row that needs it; returns ``done``.
+
+        facts: other fields of the Step.
+        """
         step = self.steps.setdefault(done, Step(done, [str(word) for word in command], **facts))
         if row not in step.rows:
             step.rows.append(row)
         return done
 
-    def cell(self, cell, seed):
-        """Add what leads to a cell; returns the folder of its result, or None where its weights are
-        missing."""
+    def cell(self, cell: paper.Cell, seed: int) -> Path | None:
+        """Add what leads to a cell; returns its result's folder, or None where its weights are missing."""
         row = " ".join(filter(None, (cell.table, cell.row, cell.column)))
         if cell.training.kind == "finetune":
             return self.fine_tuning(row, cell, seed)
@@ -70,10 +73,10 @@ class Plan:
         command += ["--train-bn"] * protocol["train_bn"] + (self.small.linear() if self.small else [])
         return self.add(row, done, command, needs=checkpoint, hours=protocol["hours"]).parent
 
-    def place(self, seed, training):
+    def place(self, seed: int, training: paper.Training) -> Path:
         return self.folder / f"seed{seed}" / training.name
 
-    def pre_training(self, row, training, seed):
+    def pre_training(self, row: str, training: paper.Training, seed: int) -> Path:
         """Add a pre-training; returns its checkpoint."""
         if (
             seed == 0
@@ -96,7 +99,8 @@ class Plan:
         command += self.small.pretrain(training) if self.small else []
         return self.add(row, folder / "model_final.pth", command, hours=training.hours, training=training)
 
-    def fine_tuning(self, row, cell, seed):
+    def fine_tuning(self, row: str, cell: paper.Cell, seed: int) -> Path | None:
+        """Add a fine-tuning; returns its folder, or None where its weights are missing."""
         training, args, weights = cell.training, self.args, None
         folder = self.place(seed, training)
         command = [
@@ -129,7 +133,7 @@ class Plan:
             training=training,
         ).parent
 
-    def converted(self, row, cell):
+    def converted(self, row: str, cell: paper.Cell) -> Path | None:
         """Add what makes the weights of a row; returns their file, or None where no checkpoint is known."""
         training, source, needs = cell.training.weights, self.weights.get(cell.row), None
         named = [] if isinstance(training, paper.Training) else ["--method", training]
@@ -145,7 +149,7 @@ class Plan:
         done = self.folder / "weights" / f"{cell.row}_r50.pkl"
         return self.add(row, done, ["tools/convert_to_d2.py", source, done, *named], needs=needs)
 
-    def pictures(self, table):
+    def pictures(self, table: str) -> Path:
         """Add Figure 1; returns its picture."""
         datasets, panels = paper.load()["datasets"], paper.load()["tables"][table]["panels"]
         folder = self.folder / table
@@ -156,7 +160,7 @@ class Plan:
             ["tools/show_views.py", *places, "--noisy", "--titles", *panels, "--output-dir", folder],
         )
 
-    def short(self, table):
+    def short(self, table: str) -> dict[str, Path]:
         """Add Table 7's short form: seconds of an epoch with the loader; returns the files by column."""
         found = {}
         for name, column in paper.load()["tables"][table]["columns"].items():
@@ -170,7 +174,7 @@ class Plan:
             found[name] = self.add(f"{table} {name}", done, command, hours=0.2)
         return found
 
-    def missing(self):
+    def missing(self) -> list[Step]:
         """The steps to run: neither what is done nor what only led to it."""
         needed = {step.done for step in self.steps.values()} - {step.needs for step in self.steps.values()}
         missing = []
@@ -181,8 +185,8 @@ class Plan:
         return missing
 
 
-def words(training, folder):
-    """In what the run in a folder is another than ``training``."""
+def words(training: paper.Training, folder: Path) -> list[str]:
+    """Words for everything in which the run in a folder is not ``training``; [] if it is exactly that."""
     try:
         read = load_results if training.kind == "finetune" else read_run
         return paper.differences(training, read(folder))
@@ -190,7 +194,7 @@ def words(training, folder):
         return [str(error)]
 
 
-def check_what_is_done(plan):
+def check_what_is_done(plan: Plan) -> None:
     """Raises InputError for a finished run that is not of its command."""
     for step in plan.steps.values():
         checked = step.training and step.done.is_file() and not plan.args.overrides
@@ -201,7 +205,7 @@ def check_what_is_done(plan):
             )
 
 
-def choose(table, args):
+def choose(table: str, args: argparse.Namespace) -> list[paper.Cell]:
     """The cells of a table that were asked for. Raises InputError for a name that it does not have."""
     cells = [cell for cell in paper.cells(table, args.betas) if cell.training]
     if paper.shows(table) == "ap":
@@ -217,7 +221,7 @@ def choose(table, args):
     return cells
 
 
-def main():
+def main() -> int:
     args = parse()
     tables = list(paper.load()["tables"]) if args.table == "all" else [args.table]
     small = _rehearsal.Rehearsal(args) if args.rehearse else None
@@ -254,10 +258,10 @@ def main():
     return 0
 
 
-def execute(step, small):
+def execute(step: Step, small: _rehearsal.Rehearsal | None) -> int:
     """Run a step; returns its exit status.
 
-    What a rehearsal's commands print goes to a file; of an error the last lines are shown, too.
+    What a rehearsal's commands print goes to a file; after a failure its last lines are shown, too.
     """
     command = [sys.executable, str(Path(__file__).with_name(Path(step.command[0]).name)), *step.command[1:]]
     if not small:
@@ -273,7 +277,7 @@ def execute(step, small):
     return status
 
 
-def show(plan, missing):
+def show(plan: Plan, missing: list[Step]) -> None:
     """Print what would run, for which rows, and what it costs."""
     for row in plan.left_out:
         print(f"left out: {row}")
@@ -287,8 +291,16 @@ def show(plan, missing):
     print(f"{len(missing)} of {len(plan.steps)} to run, {total}", flush=True)
 
 
-def write(table, found, args, small):
-    """The report of a table."""
+def write(
+    table: str,
+    found: Path | dict[str, Path] | list[Path],
+    args: argparse.Namespace,
+    small: _rehearsal.Rehearsal | None,
+) -> None:
+    """Write and print the report of a table.
+
+    found: the folders of its results, its picture, or the files of Table 7's short form by column.
+    """
     folder = Path(args.output_dir, table)
     if paper.shows(table) == "pictures":
         print(found)
@@ -302,14 +314,15 @@ def write(table, found, args, small):
         print(small.estimates(found))
 
 
-def weights_of(text):
+def weights_of(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=FILE -> (name, file)."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text} is not NAME=FILE")
     return name, path
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -359,7 +372,7 @@ def parse():
     return args
 
 
-def check_options(args):
+def check_options(args: argparse.Namespace) -> None:
     """Raises InputError for an option that has no effect or no meaning."""
     for name in ("seeds", "num_gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

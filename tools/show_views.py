@@ -24,7 +24,7 @@ from rsa_detectron2.tools._weights import load_features
 
 def main() -> None:
     args = parse()
-    # the blur reflects 6 pixels
+    # The blur reflects 6 pixels, so an image needs at least 7.
     for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1), ("image_size", 7)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -57,9 +57,10 @@ def main() -> None:
     print(pictures.plot_operations(drifts, folder / "operations.png"))
 
 
-def draw_noisy(args):
-    """Figure 1, a panel for each of the IMAGES. Those of small images are seen at their own
-    size, as in pre-training.
+def draw_noisy(args: argparse.Namespace) -> None:
+    """Figure 1, with a panel for each of the IMAGES.
+
+    Small images are shown at their own size, as in pre-training.
     """
     panels, folder = {}, Path(args.output_dir)
     if args.titles and len(args.titles) != len(args.images):

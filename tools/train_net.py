@@ -17,7 +17,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from fvcore.common.config import CfgNode
@@ -47,7 +47,7 @@ NO_SUCH_KEY = (
 )
 
 
-def main():
+def main() -> None:
     args = parse()
     engine, cfg, options = setup(args)
     defaults = cfg.clone()
@@ -98,9 +98,12 @@ def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
     return engine, get_cfg
 
 
-def configure(cfg, args):
-    """Merge into ``cfg`` the config file, the protocol, the options' data sets and their schedule,
-    KEY VALUE pairs."""
+def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Merge into ``cfg`` the config file, the protocol, then the options and KEY VALUE pairs.
+
+    Adapts the schedule to the size of --train and the learning rate to the batch, unless they are given.
+    Raises InputError.
+    """
     merge_config(cfg, find_config(args.config_file), [])
     if args.protocol != "infomin":
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
@@ -131,8 +134,11 @@ def configure(cfg, args):
         print(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)), flush=True)
 
 
-def processes(args):
-    """How many processes the options ask for, one per GPU, or on the CPU where there is none."""
+def processes(args: argparse.Namespace) -> int:
+    """How many processes the options ask for: one per GPU, or several on the CPU where there is none.
+
+    Raises InputError.
+    """
     import torch
 
     if args.num_processes and torch.cuda.is_available():
@@ -145,7 +151,7 @@ def processes(args):
     return max(1, args.num_processes or args.num_gpus)
 
 
-def parse(arguments=None):
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

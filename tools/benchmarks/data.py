@@ -83,7 +83,7 @@ def in_this_project(source: Source, size: int) -> Callable:
     """The loader's batches; each call is an epoch of its own, so that crops differ."""
     views, epochs = MultiStageViews(source, size, seed=0), itertools.count()
 
-    def load(part):
+    def load(part: list[int]) -> dict[str, torch.Tensor]:
         epoch = next(epochs)
         return views.collate([views[epoch, index] for index in part])
 

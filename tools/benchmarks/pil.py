@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -11,11 +12,11 @@ from rsa_detectron2.pretrain.config import IMAGENET_MEAN, IMAGENET_STD
 from rsa_detectron2.pretrain.method.augment import MAX_SIGMA
 
 
-def rsa_views(size: int) -> Callable:
+def rsa_views(size: int) -> Callable[[str], list[torch.Tensor]]:
     """File name -> four normalized views, float32 [3, size, size]: two weak, two aggressive."""
     weak, aggressive, finish = weak_stage(size), aggressive_stage(), to_normalized()
 
-    def views(name):
+    def views(name: str) -> list[torch.Tensor]:
         image = read(name)
         pair = [weak(image) for _ in range(2)]
         return [finish(view) for view in pair + [aggressive(view) for view in pair]]
@@ -23,11 +24,11 @@ def rsa_views(size: int) -> Callable:
     return views
 
 
-def byol_views(size: int) -> Callable:
+def byol_views(size: int) -> Callable[[str], list[torch.Tensor]]:
     """File name -> two normalized aggressive views, float32 [3, size, size]."""
     view = transforms.Compose([weak_stage(size), aggressive_stage(), to_normalized()])
 
-    def views(name):
+    def views(name: str) -> list[torch.Tensor]:
         image = read(name)
         return [view(image) for _ in range(2)]
 

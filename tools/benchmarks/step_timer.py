@@ -22,7 +22,7 @@ WARM_UP = 3  # steps in which cuDNN chooses its algorithms and torch.compile com
 class StepTimer:
     """A method's networks and optimizer, with hooks that time the parts of a training step."""
 
-    def __init__(self, cfg: CfgNode, method: str, compiled: bool = False):
+    def __init__(self, cfg: CfgNode, method: str, compiled: bool = False) -> None:
         self.memory_before = gpu_memory(torch.cuda.memory_allocated)
         self.peak = None  # MiB
         self.cfg = cfg.clone()
