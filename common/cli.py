@@ -10,7 +10,7 @@ from rsa_detectron2.common.errors import InputError, one_line
 from rsa_detectron2.common.progress import close_bars
 
 
-def expand_home(argument):
+def expand_home(argument: str) -> str:
     """``~`` as the home folder, where a shell leaves it: in quotes, and in --option=~/folder."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + os.path.expanduser(value)
@@ -32,7 +32,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
 
 
-def say_last(line):
+def say_last(line: str | Exception) -> None:
     """A last line on stderr, below the progress bars. The terminal may have been closed."""
     with contextlib.suppress(OSError):
         close_bars()

@@ -22,7 +22,7 @@ def find_config(path: str) -> str:
     raise InputError(f"no config file {path}: looked in {Path.cwd()} and in {CONFIGS}")
 
 
-def origin(path: str, overrides: Sequence, defaults: CfgNode) -> Origin:
+def origin(path: str | Path, overrides: Sequence, defaults: CfgNode) -> Origin:
     """Where a configuration comes from, for the record of its run.
 
     A file of ``configs/`` is named by its path there; ``defaults`` is the engine's own configuration.
@@ -66,7 +66,7 @@ def refuse_repeated_keys(path: str | Path) -> None:
     PyYAML would silently keep the last.
     """
 
-    def check(node, prefix=""):
+    def check(node: yaml.Node | None, prefix: str = "") -> None:
         lines = {}
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.value in lines:

@@ -5,6 +5,7 @@ Everything here also works in a single process.
 
 import inspect
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,30 +18,32 @@ if SYNC_OPTION not in inspect.signature(DistributedDataParallel).parameters:
     SYNC_OPTION = "broadcast_buffers"
 OWN_BUFFERS = {SYNC_OPTION: False}
 
+T = TypeVar("T")
 
-def launched():
+
+def launched() -> bool:
     """Whether a launcher has started this process as one of several."""
     return "RANK" in os.environ
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """True in the process that should print, also before and after the process group lives."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_world_size():
+def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def cores():
+def cores() -> int:
     """How many cores of this machine are this process's own. srun may have bound the task to its
     share already."""
     mine = len(os.sched_getaffinity(0))
@@ -50,7 +53,7 @@ def cores():
     return mine if bound else max(1, mine // local_world_size())
 
 
-def device():
+def device() -> torch.device:
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -58,24 +61,24 @@ def device():
     )
 
 
-def device_name():
+def device_name() -> str:
     """The GPU's, or "CPU"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def amp_dtype(name):
+def amp_dtype(name: str) -> torch.dtype | None:
     """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
     if name == "off":
         return None
     return torch.float16 if name == "fp16" and torch.cuda.is_available() else torch.bfloat16
 
 
-def any_rank(flag):
+def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is true on one of them; also a barrier."""
     return -least(-int(flag)) > 0
 
 
-def least(number):
+def least(number: int) -> int:
     """The smallest of the ranks' integers, on every rank."""
     if not dist.is_initialized():
         return number
@@ -84,7 +87,7 @@ def least(number):
     return numbers.item()
 
 
-def mean(values):
+def mean(values: torch.Tensor) -> torch.Tensor:
     """Mean over the ranks of a tensor on the device, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -92,7 +95,7 @@ def mean(values):
     return values
 
 
-def from_first(value):
+def from_first(value: T) -> T:
     """Rank 0's ``value`` (anything that pickles) on every rank."""
     if not dist.is_initialized():
         return value

@@ -9,7 +9,7 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything up to the last step is saved."""
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The message of an exception, on one line."""
     return " ".join(str(error).split()) or (
         "out of memory" if isinstance(error, MemoryError) else type(error).__name__

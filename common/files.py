@@ -5,12 +5,16 @@ import fcntl
 import os
 import socket
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rsa_detectron2.common.errors import InputError
 
 
-def write_atomically(path, write, previous=None):
+def write_atomically(
+    path: str | Path, write: Callable[[BinaryIO], object], previous: str | Path | None = None
+) -> None:
     """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``.
 
     So a reader finds an old or a new file, whole. What ``path`` held until then moves to ``previous``,
@@ -36,11 +40,11 @@ def write_atomically(path, write, previous=None):
         os.close(folder)
 
 
-def save_tensors(path, state, previous=None):
+def save_tensors(path: str | Path, state: dict, previous: str | Path | None = None) -> None:
     """``torch.save`` of a dict of tensors, numbers and strings, atomically. Raises OSError."""
     import torch  # here, because the tools read their options without it
 
-    def write(file):
+    def write(file: BinaryIO) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what torch's archive writer makes of a refused write
@@ -49,7 +53,7 @@ def save_tensors(path, state, previous=None):
     write_atomically(path, write, previous)
 
 
-def check_tensors(path):
+def check_tensors(path: str | Path) -> None:
     """Raises zipfile.BadZipFile, or OSError, unless ``path`` holds the bytes that torch.save wrote.
 
     It stores a CRC-32 with every tensor, but torch.load does not compare it; zipfile does.
@@ -60,7 +64,7 @@ def check_tensors(path):
 
 
 @contextlib.contextmanager
-def locked(folder, option):
+def locked(folder: str | Path, option: str) -> Iterator[None]:
     """Make ``folder`` and hold it for this process; ``option`` is what gives another folder.
 
     Raises InputError when another process trains in it, or when it cannot be written. A POSIX lock,

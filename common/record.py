@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rsa_detectron2.common.files import write_atomically
 
@@ -30,7 +31,7 @@ class Origin:
     defaults: dict = field(default_factory=dict)  # {KEY: value}, what the engine has without them
 
 
-def describe(kind, cfg, origin, **facts):
+def describe(kind: str, cfg: dict, origin: Origin, **facts: object) -> dict[str, Any]:
     """The record of a run, made of what JSON holds.
 
     kind: "pretrain" or "finetune"; cfg: the resolved configuration, which came from ``origin``; facts:
@@ -50,7 +51,7 @@ def describe(kind, cfg, origin, **facts):
     }
 
 
-def is_sound(about):
+def is_sound(about: object) -> bool:
     """Whether a value read from a file has what a record holds."""
     return (
         isinstance(about, dict)
@@ -60,7 +61,7 @@ def is_sound(about):
     )
 
 
-def flatten(tree, prefix=""):
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts -> {"SOLVER.EPOCHS": 200, ...}, tuples as lists."""
     flat = {}
     for key, value in tree.items():
@@ -71,11 +72,11 @@ def flatten(tree, prefix=""):
     return flat
 
 
-def plain(value):
+def plain(value: object) -> object:
     return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """{package: version}, None for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -86,7 +87,7 @@ def versions():
     return found
 
 
-def write(folder, content, name=FILE):
+def write(folder: str | Path, content: dict, name: str = FILE) -> None:
     """Write a dict as JSON to a file of ``folder``, whole or not at all. Raises OSError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -12,10 +12,13 @@ import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, TypeVar, Union
 
 import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig as signal_when_parent_dies
@@ -28,8 +31,20 @@ from rsa_detectron2.common.signals import held_back
 
 MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
 
+T = TypeVar("T")
+Collate = Callable[[Any], Any]  # samples -> batch
+Answer = Union["Parcel", Exception]  # of a worker
 
-def load(dataset, batches, num_workers, setting, collate=None):
+
+class MapStyle(Protocol):
+    """A data set whose samples are read by their keys; torch's Dataset is one."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+def load(
+    dataset: MapStyle, batches: Iterable[list], num_workers: int, setting: str, collate: Collate | None = None
+) -> "Loader":
     """The ``batches`` (lists of keys) of a map-style ``dataset``, each collated, by default into tensors.
 
     setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the
@@ -55,13 +70,13 @@ def load(dataset, batches, num_workers, setting, collate=None):
 class Loader:
     """Iterates a DataLoader whose workers answer with a :class:`Sender`; they end with the iteration."""
 
-    def __init__(self, loader, setting):
+    def __init__(self, loader: DataLoader, setting: str):
         self.loader, self.setting = loader, setting
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         if not self.loader.num_workers:
             yield from self.loader
             return
@@ -95,10 +110,10 @@ class Workers:
     waited_for = None  # the Workers of which the main thread awaits something
     warned = False
 
-    def __init__(self, setting):
+    def __init__(self, setting: str):
         self.setting, self.processes, self.iterator = setting, [], None
 
-    def start(self, loader):
+    def start(self, loader: DataLoader) -> None:
         """Start to iterate the DataLoader. Raises InputError."""
         before = set(multiprocessing.active_children())
         try:
@@ -120,12 +135,12 @@ class Workers:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child_has_ended)
 
-    def next(self):
+    def next(self) -> "Answer | list[Answer] | None":
         """The next answer, or None at the end. Raises InputError if a worker has died."""
         with self.watched():
             return next(self.iterator, None)
 
-    def opened(self, answer):
+    def opened(self, answer: "Answer") -> Any:
         """What a :class:`Sender` made, in this process. Raises the exception that it is, or as
         :meth:`next`."""
         if isinstance(answer, Exception):
@@ -140,7 +155,7 @@ class Workers:
             return answer.open()
 
     @contextlib.contextmanager
-    def watched(self):
+    def watched(self) -> Iterator[None]:
         """Where something is awaited from the workers. Raises InputError if one has died."""
         self.check()
         Workers.waited_for = self
@@ -158,7 +173,7 @@ class Workers:
         finally:
             Workers.waited_for = None
 
-    def check(self):
+    def check(self) -> None:
         """Raises InputError if a worker has died. At the end, torch has them exit with status 0."""
         at_work = not self.iterator._shutdown
         for process in self.processes:
@@ -167,7 +182,7 @@ class Workers:
                     f"a worker process that loads images {self.cause(process.exitcode)}"
                 ) from None
 
-    def cause(self, status):
+    def cause(self, status: int) -> str:
         """What a worker died of, by its exit status, and what to do."""
         fewer = len(self.processes) // 2
         if status == -signal.SIGKILL:
@@ -183,7 +198,7 @@ class Workers:
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"{how}: run the same command again, with {self.setting} 0 if it repeats"
 
-    def kill(self):
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -191,12 +206,12 @@ class Workers:
             remove_unfinished(process.pid)
 
 
-def child_has_ended(number, frame):
+def child_has_ended(number: int, frame: FrameType | None) -> None:
     if Workers.waited_for:
         Workers.waited_for.check()
 
 
-def prepare_worker(_):
+def prepare_worker(_: int) -> None:
     """In a worker, as it starts."""
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(1))  # SIGKILL might leave a batch in /dev/shm
     signal_when_parent_dies(signal.SIGUSR2)
@@ -204,24 +219,24 @@ def prepare_worker(_):
         signal.signal(number, signal.SIG_DFL)  # without torch's line on stderr: the main process reports it
 
 
-def remove_unfinished(pid):
+def remove_unfinished(pid: int) -> None:
     """Remove the shared memory that torch created in a process and could not fill; what it filled
     has no name."""
     for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
         path.unlink(missing_ok=True)
 
 
-def as_it_is(batch):
+def as_it_is(batch: T) -> T:
     return batch
 
 
 class Batches(Dataset):
     """A list of keys -> what a :class:`Sender` makes of these samples of ``dataset``."""
 
-    def __init__(self, dataset, sender):
+    def __init__(self, dataset: MapStyle, sender: "Sender"):
         self.dataset, self.sender = dataset, sender
 
-    def __getitems__(self, keys):
+    def __getitems__(self, keys: list) -> "Answer":
         return self.sender(lambda: [self.dataset[key] for key in keys])
 
 
@@ -229,16 +244,16 @@ class Sender:
     """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception
     to raise."""
 
-    def __init__(self, collate, setting):
+    def __init__(self, collate: Collate, setting: str):
         self.collate, self.setting = collate, setting
 
-    def __call__(self, read):
+    def __call__(self, read: Callable[[], Any]) -> "Answer":
         try:
             return Parcel(read(), self.collate)
         except Exception as error:
             return self.portable(error)
 
-    def portable(self, error):
+    def portable(self, error: Exception) -> Exception:
         """``error``, or an InputError that stands for it, to be raised in another process."""
         if isinstance(error, (InputError, OSError)):
             try:
@@ -261,10 +276,10 @@ class Reader:
     """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a
     worker it answers as a Sender does."""
 
-    def __init__(self, read, setting):
+    def __init__(self, read: Callable[[Any], Any], setting: str):
         self.read, self.sender = read, Sender(as_it_is, setting)
 
-    def __call__(self, key):
+    def __call__(self, key: Any) -> Any:
         return self.sender(lambda: self.read(key)) if get_worker_info() else self.read(key)
 
 
@@ -272,14 +287,14 @@ class Parcel:
     """A batch on its way to the main process: its tensors in shared memory, or where that is full,
     the samples with their pixels, which are collated there."""
 
-    def __init__(self, samples, collate):
+    def __init__(self, samples: Any, collate: Collate):
         try:
             self.content, self.shared = bytes(ForkingPickler.dumps(collate(samples))), True
         except RuntimeError:
             remove_unfinished(os.getpid())
             self.content, self.shared = pickle.dumps((collate, samples)), False
 
-    def open(self):
+    def open(self) -> Any:
         if not isinstance(self.content, bytes):  # it was opened by pin_memory
             return self.content
         if self.shared:
@@ -287,7 +302,7 @@ class Parcel:
         collate, samples = pickle.loads(self.content)
         return collate(samples)
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Parcel":
         """For torch's thread that copies to page-locked memory."""
         self.content = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, self.open())
         return self

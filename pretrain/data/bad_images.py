@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -45,17 +46,17 @@ class BadImages:
     images do not count.
     """
 
-    def __init__(self, path, images, max_bad):
+    def __init__(self, path: str | Path, images: Source, max_bad: float):
         self.path, self.images, self.max_bad, self.added = Path(path), images, max_bad, set()
         self.removed = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.listed())
 
-    def listed(self):
+    def listed(self) -> set[str]:
         return parse(self.path.read_bytes()) if self.path.is_file() else set()
 
-    def start(self):
+    def start(self) -> None:
         """Mark the images that are listed as unreadable.
 
         Images that were repaired or removed since leave the list first. Call it on every rank.
@@ -74,17 +75,17 @@ class BadImages:
             self.added.add(index)
         self.check(len(self.added))
 
-    def can_be_read(self, index):
+    def can_be_read(self, index: int) -> bool:
         try:
             self.images.read(index)
         except UnreadableImage:
             return False
         return True
 
-    def line(self, index):
+    def line(self, index: int) -> str:
         return json.dumps(self.images.id(index)) + "\n"
 
-    def add(self, indices):
+    def add(self, indices: Iterable[int]) -> None:
         """List the images that are not listed yet.
 
         Raises InputError when too many of the data set are listed. A full disk is no error.
@@ -107,7 +108,7 @@ class BadImages:
             say(f"warning: cannot write {self.path} ({error.strerror}); the run goes on without the list")
         self.check(count)
 
-    def check(self, count):
+    def check(self, count: int) -> None:
         allowed = max(HANDFUL, int(self.max_bad * len(self.images))) if self.max_bad else 0
         if count - self.removed > allowed:
             first = printable(self.images.name(min(self.added)))
@@ -118,12 +119,12 @@ class BadImages:
             )
 
 
-def parse(text):
+def parse(text: bytes) -> set[str]:
     """The set of names in a list, bytes; in those of older versions a name stands as it is."""
     return {unquoted(line) for line in os.fsdecode(text).split("\n") if line}
 
 
-def unquoted(line):
+def unquoted(line: str) -> str:
     try:
         return str(json.loads(line)) if line.startswith('"') else line
     except ValueError:

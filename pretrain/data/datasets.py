@@ -1,6 +1,7 @@
 """Where images come from: :func:`open_images` finds out what lies at a path and opens it."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def _open_folder(path, split, classes):
     return images
 
 
-def choose_part(path, split):
+def choose_part(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     """The folder of a part of the data set at ``path``, and the folders in it that are held out.
 
     Prints what is left out. Raises InputError where there are only images for tests.
@@ -146,7 +147,7 @@ def choose_part(path, split):
     return path, ()
 
 
-def find_parts(path, depth=3):
+def find_parts(path: Path, depth: int = 3) -> Path:
     """The folder that holds the parts of a data set: ``path``, or the only folder in it, or images/."""
     place = path
     for _ in range(depth):
@@ -166,12 +167,12 @@ def _download(kind, root):
     return f'download it with python3 -c "{program}"'
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """With names as the system gives them: they need not be UTF-8."""
     return path.read_text("utf-8-sig", errors="surrogateescape")
 
 
-def read_classes(path):
+def read_classes(path: str | Path) -> list[str]:
     """The first word of every line of a file, without comments (#).
 
     The file is looked up as given, then under configs/.
@@ -185,7 +186,7 @@ def read_classes(path):
     return classes
 
 
-def tiny_imagenet(root, split, classes=None):
+def tiny_imagenet(root: Path, split: str, classes: Collection[str] | None = None) -> ImageFolder:
     """An ImageFolder of Tiny ImageNet; the validation images lie in one folder, their labels in a table."""
     classes, table = (
         sorted(classes or read_text(root / "wnids.txt").split()),
@@ -204,7 +205,7 @@ def tiny_imagenet(root, split, classes=None):
     return images
 
 
-def without_check_sums(kind):
+def without_check_sums(kind: type[CIFAR10 | STL10]) -> type[CIFAR10 | STL10]:
     """A data set of torchvision's that takes other files than the ones that it would download."""
     lists = {name: [[file, None] for file, _ in getattr(kind, name)] for name in ("train_list", "test_list")}
     meta = {"meta": {**kind.meta, "md5": None}} if hasattr(kind, "meta") else {}
@@ -216,7 +217,7 @@ class ArrayImages(Source):
 
     own_val = True
 
-    def __init__(self, kind, root, split):
+    def __init__(self, kind: type[CIFAR10 | STL10], root: Path, split: str):
         stl10 = kind is STL10
         part = STL10_SPLITS[split] if stl10 else "test" if split == "val" else "train"
         self.root, self.part = root, f"{kind.base_folder} {part}"
@@ -234,8 +235,8 @@ class ArrayImages(Source):
         self.labels = np.array(data.labels if stl10 else data.targets).astype(np.int64)
         self.classes = data.classes
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f"{self.part}:{index}"
 
-    def read(self, index):
+    def read(self, index: int) -> torch.Tensor:
         return self.pixels[index].contiguous()

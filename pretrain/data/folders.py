@@ -4,6 +4,7 @@ import heapq
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ NAMED = {"train": "train", "val": "val or test"}  # in messages
 SHOWN = 8  # kinds of files that one line names
 
 
-def part_of(name):
+def part_of(name: str) -> str:
     """ "train" or "val" where the name of a folder or of a split is that of a part; "" for another."""
     return next((part for part, words in PARTS.items() if _word(name) in words), "")
 
@@ -68,12 +69,12 @@ def _word(name):
     return found[1] if found else ""
 
 
-def rank(name):
+def rank(name: str) -> tuple[int, bool]:
     """The lower, the better the name of a part."""
     return PARTS[part_of(name)].index(_word(name)), name.lower() != _word(name)
 
 
-def pick(names, part, place):
+def pick(names: Collection[str], part: str, place: Path) -> str:
     """The best of ``names`` for a part of the data set at ``place``.
 
     Raises InputError if there is none, or several.
@@ -92,21 +93,21 @@ def pick(names, part, place):
     return ranked[0]
 
 
-def is_image(name):
+def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def is_skipped(name):
+def is_skipped(name: str) -> bool:
     """Whether a folder is hidden or a system's."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
-def find_folders(path):
+def find_folders(path: Path) -> list[str]:
     """Names of the folders in ``path`` that are not skipped, sorted."""
     return sorted(entry.name for entry in entries(path) if is_folder(entry) and not is_skipped(entry.name))
 
 
-def entries(folder):
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             return list(found)
@@ -117,14 +118,14 @@ def entries(folder):
         ) from None
 
 
-def is_folder(entry):
+def is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
 
 
-def is_file(entry):
+def is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
     except OSError:
@@ -137,13 +138,13 @@ class Files:
     was left out.
     """
 
-    names: list = field(default_factory=list)
-    folders: Counter = field(default_factory=Counter)
-    left_out: Counter = field(default_factory=Counter)  # by kind
-    links_back: list = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    folders: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)  # by kind
+    links_back: list[str] = field(default_factory=list)
 
 
-def find_images(root, is_kept=lambda folder: True):
+def find_images(root: str | Path, is_kept: Callable[[str], bool] = lambda folder: True) -> Files:
     """The Files below ``root``, those in the first-level folders that are kept.
 
     Links are followed, but a folder that can be reached by several paths is read once: by its
@@ -175,7 +176,7 @@ def find_images(root, is_kept=lambda folder: True):
     return files
 
 
-def add_file(files, folder, entry):
+def add_file(files: Files, folder: str, entry: os.DirEntry[str]) -> None:
     """``entry`` to the image files or to what is left out."""
     name, exists = entry.name, is_file(entry)
     if name.startswith("._"):  # a Mac's resource forks
@@ -193,7 +194,7 @@ def add_file(files, folder, entry):
     files.left_out[kind] += 1
 
 
-def listing(left_out):
+def listing(left_out: Counter[str]) -> str:
     """``3 .avif, 1 hidden``: a count of each kind, the largest first."""
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     others = sum(count for _, count in kinds[SHOWN:])
@@ -211,7 +212,9 @@ class ImageFolder(Source):
     InputError.
     """
 
-    def __init__(self, root, classes=None, without=()):
+    def __init__(
+        self, root: str | Path, classes: Collection[str] | None = None, without: Collection[str] = ()
+    ):
         self.root = Path(root)
         kept = None if classes is None else set(classes)
         files = find_images(root, lambda name: name not in without and (kept is None or name in kept))
@@ -235,7 +238,7 @@ class ImageFolder(Source):
             )
         self.folders = files.folders
 
-    def take(self, names):
+    def take(self, names: list[bytes]) -> None:
         """Hold the images of these ``names``, bytes below the root, in this order, whether they
         are there or not.
         """
@@ -246,25 +249,25 @@ class ImageFolder(Source):
         self.labels = np.array([index.get(folder, -1) for folder in folders])
         self.__dict__.pop("bad", None)
 
-    def id(self, index):
+    def id(self, index: int) -> str:
         return os.fsdecode(self.names[index])
 
-    def indices(self, ids):
+    def indices(self, ids: Collection[str]) -> list[int]:
         prefix = f"{self.root}{os.sep}"  # of lists that were written when they held whole paths
         wanted = [os.fsencode(name.removeprefix(prefix)) for name in ids]
         return np.flatnonzero(np.isin(self.names, wanted)).tolist() if wanted else []
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return str(self.root / self.id(index))
 
-    def encoded(self, index):
+    def encoded(self, index: int) -> tuple[bytes, str]:
         return read_file(self.name(index)), printable(self.name(index))
 
 
 class NoImages(InputError):
     """A folder without images."""
 
-    def __init__(self, root, left_out):
+    def __init__(self, root: str | Path, left_out: Counter[str]):
         archives = [kind for kind in left_out if kind in ARCHIVES]
         there = f", only other files: {listing(left_out)}" if left_out else f" ({', '.join(SUFFIXES)})"
         super().__init__(

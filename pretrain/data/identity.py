@@ -8,21 +8,23 @@ import hashlib
 import os
 import socket
 import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.pretrain.data.source import STANDIN
+from rsa_detectron2.pretrain.data.source import STANDIN, Source
 
 
-def names_of(images):
+def names_of(images: Source) -> list[bytes]:
     """The files of a source: a list of bytes, below its root; empty where images are not files."""
     return images.names.tolist() if hasattr(images, "names") else []
 
 
-def digest(images):
+def digest(images: Source) -> str:
     """Hexadecimal sha256 over the names, labels and classes of a source."""
     result = hashlib.sha256(b"\0".join(names_of(images)))
     result.update(np.asarray(images.labels, dtype=np.int64).tobytes())
@@ -30,13 +32,13 @@ def digest(images):
     return result.hexdigest()
 
 
-def describe(images):
+def describe(images: Source) -> dict[str, str | torch.Tensor]:
     """The ``data`` of a checkpoint. ``names`` is a uint8 tensor, compressed."""
     names = np.frombuffer(zlib.compress(b"\0".join(names_of(images))), np.uint8)
     return {"sha256": digest(images), "names": torch.from_numpy(names.copy())}
 
 
-def summary(images):
+def summary(images: Source) -> dict[str, str | int]:
     """What a run's record says of its data set."""
     root = images.root.absolute()
     name = getattr(images, "part", None) or "/".join(root.parts[-2:])
@@ -49,7 +51,7 @@ def summary(images):
     }
 
 
-def check_same_everywhere(images):
+def check_same_everywhere(images: Source) -> None:
     """Raises InputError in a process that has other images than the first one.
 
     That happens where each machine reads a copy of its own, and one copy is incomplete.
@@ -63,7 +65,7 @@ def check_same_everywhere(images):
         )
 
 
-def recognise(images, saved, unreadable, folder):
+def recognise(images: Source, saved: dict, unreadable: set[str], folder: Path) -> int:
     """Check that ``images`` are those of the run in ``folder``, by its checkpoint ``saved``.
 
     An image that is gone keeps its place if its name is in the set ``unreadable``: the next image
@@ -90,13 +92,15 @@ def recognise(images, saved, unreadable, folder):
     return len(gone)
 
 
-def is_listed(name, listed):
+def is_listed(name: bytes, listed: Iterable[str]) -> bool:
     """Whether an image is in a list of names, with or without the folder before it."""
     entries = map(os.fsencode, listed)
     return any(entry == name or entry.endswith(b"/" + name) for entry in entries)
 
 
-def changed(images, saved, folder, lost=(), new=()):
+def changed(
+    images: Source, saved: dict, folder: Path, lost: Sequence[bytes] = (), new: Sequence[bytes] = ()
+) -> InputError:
     """The InputError of another data set; names of images that are ``lost`` and that are ``new``."""
     parts = [
         f"{names[0].decode(errors='backslashreplace')} is {word}"

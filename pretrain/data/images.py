@@ -8,6 +8,8 @@ import dataclasses
 import io
 import os
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,12 +46,12 @@ class Pixels:
     limits: tuple[float, float] | None = None
 
 
-def read_image(path, value_range: tuple = ()) -> torch.Tensor:
+def read_image(path: str | Path, value_range: tuple = ()) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], see :func:`decode`; raises UnreadableImage."""
     return decode(read_file(path), printable(path), value_range)
 
 
-def read_file(path) -> bytes:
+def read_file(path: str | Path) -> bytes:
     """The bytes of a file; raises UnreadableImage."""
     try:
         with open(path, "rb") as file:
@@ -60,7 +62,7 @@ def read_file(path) -> bytes:
         ) from None
 
 
-def printable(name):
+def printable(name: str | bytes | os.PathLike) -> str:
     """The name of a file, for a message: bytes that are not UTF-8 and line breaks are escaped."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
@@ -91,7 +93,7 @@ def decode(data: bytes, name: str, value_range: tuple = ()) -> torch.Tensor:
     )
 
 
-def to_uint8(values, low, high):
+def to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values of any type to uint8, such that ``low`` becomes 0 and ``high`` 255."""
     if values.dtype == np.uint16:  # a table is faster, and takes less memory
         return to_uint8(np.arange(65536.0), low, high)[values]
@@ -117,7 +119,7 @@ def read_pixels(data: bytes, name: str) -> Pixels:
         raise UnreadableImage(f"{name} {why_unreadable(error, data)}") from None
 
 
-def why_unreadable(error, data):
+def why_unreadable(error: Exception, data: bytes) -> str:
     """What Pillow's error means for the user, to go after the name of the file."""
     tiff = tiff_tags(data)
     if tiff and isinstance(error, UnidentifiedImageError):
@@ -131,15 +133,17 @@ def why_unreadable(error, data):
 
 # ---- torchcodec and torchvision ----
 
+Decoder = Callable[[torch.Tensor], torch.Tensor]
 
-def by_torchcodec():
+
+def by_torchcodec() -> Decoder:
     """torchcodec's decoder, from 0.16 on: uint8 [bytes] -> uint8 or uint16 RGB [3, H, W], turned by EXIF."""
     from torchcodec.decoders import decode_image
 
     return lambda data: decode_image(data, mode="RGB", output_dtype="auto")
 
 
-def by_torchvision():
+def by_torchvision() -> Decoder:
     """The same of torchvision, which deprecates it from 0.29 on."""
     from torchvision.io import ImageReadMode, decode_image
 
@@ -147,7 +151,7 @@ def by_torchvision():
     return lambda data: decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
 
 
-def choose_native():
+def choose_native() -> tuple[str, Decoder | None]:
     """(name, decoder) of the first library that works here; ("Pillow", None) without one."""
     for name, load in (("torchcodec", by_torchcodec), ("torchvision", by_torchvision)):
         try:
@@ -160,7 +164,7 @@ def choose_native():
 native_name, native = choose_native()
 
 
-def suits_native(data):
+def suits_native(data: bytes) -> bool:
     """Whether the decoders of tensors read such a file as Pillow does."""
     if data.startswith(b"\xff\xd8\xff"):
         return has_end(data)  # torchvision before 0.29 leaks the memory of an image that ends too early
@@ -169,7 +173,7 @@ def suits_native(data):
     return data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def has_end(data):
+def has_end(data: bytes) -> bool:
     """Whether a JPEG has an end marker after the start of its first scan; a thumbnail has one before."""
     position = 2
     while data[position : position + 1] == b"\xff":
@@ -182,7 +186,7 @@ def has_end(data):
 # ---- Pillow ----
 
 
-def by_pillow(data, name):
+def by_pillow(data: bytes, name: str) -> Pixels:
     """The pixels of any format that Pillow knows; raises UnreadableImage, and what Pillow raises."""
     tiff = tiff_tags(data)
     if tiff:
@@ -206,7 +210,7 @@ def by_pillow(data, name):
         return Pixels(values.astype(np.float64), 32)
 
 
-def stated_bits(data, tiff, image):
+def stated_bits(data: bytes, tiff: "Tiff | None", image: Image.Image) -> int:
     """Bits of a channel in the file, of which Pillow may have cut the lower ones."""
     if tiff:
         return max(tiff.bits)
@@ -215,7 +219,7 @@ def stated_bits(data, tiff, image):
     return 16 if image.mode[0] in "IF" else 8
 
 
-def upright(image):
+def upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF says to show it."""
     try:
         return ImageOps.exif_transpose(image)
@@ -233,7 +237,7 @@ class Tiff:
     alpha: int
 
 
-def tiff_tags(data) -> Tiff | None:
+def tiff_tags(data: bytes) -> Tiff | None:
     """Those of the first page; None of another format, and of a file that is too damaged."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
@@ -252,7 +256,7 @@ def tiff_tags(data) -> Tiff | None:
         return None
 
 
-def check_bands(tiff, name):
+def check_bands(tiff: Tiff, name: str) -> None:
     """Raises UnreadableImage for a TIFF with bands that would get lost."""
     if tiff.bands - tiff.alpha != EXPECTED_BANDS.get(tiff.photometric, tiff.bands):
         raise UnreadableImage(

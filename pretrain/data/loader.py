@@ -6,6 +6,8 @@ and neither the number of workers, nor that of ranks or accumulation steps, chan
 are seen.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from rsa_detectron2.common import distributed, workers
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.method.augment import draw_params, weak_view
 
 # First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
@@ -27,10 +30,10 @@ class MultiStageViews(Dataset):
     in for them.
     """
 
-    def __init__(self, images, size, seed):
+    def __init__(self, images: Source, size: int, seed: int):
         self.images, self.size, self.seed = images, size, seed
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         image, skipped = read_or_next(self.images, index)
@@ -43,7 +46,7 @@ class MultiStageViews(Dataset):
         }
 
     @staticmethod
-    def collate(samples):
+    def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
         """A batch with views in channels-last memory, as in the samples; the device moves them."""
         batch = default_collate([{**sample, "views": sample["views"].movedim(-3, -1)} for sample in samples])
         return {**batch, "views": batch["views"].movedim(-1, -3)}
@@ -59,7 +62,17 @@ class StepBatches(Sampler):
     batches. Raises InputError where there are fewer images than that.
     """
 
-    def __init__(self, num_images, batch_size, total, seed, start=0, rank=0, world_size=1, micro_batch=None):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        total: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int | None = None,
+    ):
         if num_images < batch_size:
             raise InputError(
                 f"the data set has {num_images} images, fewer than the global batch of {batch_size}: "
@@ -74,10 +87,10 @@ class StepBatches(Sampler):
             for first in range(rank * local, (rank + 1) * local, micro_batch)
         ]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (self.total - self.start) * len(self.slices)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_images // self.batch_size
         epoch, order = None, None
         for step in range(self.start, self.total):
@@ -90,7 +103,7 @@ class StepBatches(Sampler):
                 yield batch[part]
 
 
-def build_loader(dataset, batches, num_workers):
+def build_loader(dataset: Dataset, batches: Iterable[list], num_workers: int) -> workers.Loader:
     """An iterable of ``batches`` (lists of keys) of a map-style ``dataset``, collated into tensors."""
     return workers.load(
         dataset, batches, resolve_workers(num_workers), "--workers", getattr(dataset, "collate", None)

@@ -4,7 +4,9 @@ import errno
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +14,9 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.folders import is_skipped, part_of, pick
 from rsa_detectron2.pretrain.data.images import printable, read_file
 from rsa_detectron2.pretrain.data.source import Source, say
+
+if TYPE_CHECKING:  # an extra, which need not be installed
+    import pyarrow
 
 # Names of columns, the preferred one first; case does not count. They are for files without the
 # hub's metadata.
@@ -42,7 +47,7 @@ LABEL_COLUMNS = (
 FULL, CLOSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)  # errors of a cache
 
 
-def find_shards(path, split):
+def find_shards(path: Path, split: str) -> tuple[list[Path], bool]:
     """(files, whole): the Parquet files at ``path`` of a part of the data set ("val", else the
     training part), and whether ``path`` has the other parts as well.
 
@@ -83,7 +88,7 @@ def find_shards(path, split):
     return shards, True
 
 
-def place_of(file):
+def place_of(file: Path) -> tuple[str, str]:
     """(configuration, part): the folders of a relative path but for ``data``; the name of the
     file, or of its folder where that names a part.
     """
@@ -93,7 +98,7 @@ def place_of(file):
     return "/".join(folder for folder in folders if folder != "data"), name
 
 
-def of_how_many(file):
+def of_how_many(file: Path) -> int:
     """Of how many shards a file is one, by its name; 0 where it does not say."""
     found = re.search(r"-\d+-of-(\d+)", file.name)
     return int(found[1]) if found else 0
@@ -109,7 +114,7 @@ class HuggingFace(Source):
     strings. Raises InputError.
     """
 
-    def __init__(self, root, shards=(), own_val=False):
+    def __init__(self, root: Path, shards: Sequence[Path] = (), own_val: bool = False):
         self.root, self.shards, self.own_val = root, shards, own_val
         try:
             import datasets
@@ -150,14 +155,14 @@ class HuggingFace(Source):
             index = {value: i for i, value in enumerate(known)}
             self.labels = np.array([index.get(value, -1) for value in values])
 
-    def id(self, index):
+    def id(self, index: int) -> str:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return f"{self.shards[shard].name if self.shards else 'row'}:{index - self.starts[shard]}"
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return self.id(index) if self.shards else f"{self.root}:{index}"
 
-    def encoded(self, index):
+    def encoded(self, index: int) -> tuple[bytes, str]:
         image = self.images[int(index)][self.column]
         if not isinstance(image, dict):
             image = {"bytes": image}
@@ -166,7 +171,7 @@ class HuggingFace(Source):
         return image["bytes"] or b"", printable(self.name(index))
 
 
-def choose_columns(schema, root):
+def choose_columns(schema: "pyarrow.Schema", root: Path) -> tuple[str, str | None, list[str]]:
     """(column of images, column of labels or None, names of the classes or []) of an Arrow
     schema.
 
@@ -190,13 +195,13 @@ def choose_columns(schema, root):
     return image, by_name([field.name for field in schema if holds_labels(field.type)], LABEL_COLUMNS), []
 
 
-def by_name(columns, names):
+def by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
     """The column of the first of the names that there is, or None."""
     known = {column.lower(): column for column in columns}
     return next((known[name] for name in names if name in known), None)
 
 
-def holds_images(kind):
+def holds_images(kind: "pyarrow.DataType") -> bool:
     """Whether an Arrow type is that of encoded images: bytes, or a struct with ``bytes``."""
     from pyarrow import types
 
@@ -206,7 +211,7 @@ def holds_images(kind):
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
-def holds_labels(kind):
+def holds_labels(kind: "pyarrow.DataType") -> bool:
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -219,7 +224,7 @@ def holds_labels(kind):
     )
 
 
-def refusal(root, error, cache):
+def refusal(root: Path, error: BaseException, cache: str | Path) -> InputError:
     """The InputError for what reading a table raised, by the first of its causes."""
     cause = error
     while True:

@@ -1,6 +1,7 @@
 """Whether the pixels of a data set are what decoding takes them for, before anything is trained on them."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,18 +9,20 @@ from PIL import Image
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.images import (
+    Pixels,
     UnreadableImage,
     check_bands,
     read_pixels,
     stated_bits,
     tiff_tags,
 )
+from rsa_detectron2.pretrain.data.source import Source
 
 SAMPLES = 16  # images that are looked at, evenly spaced
 LEAST = 0.25  # of the range of a format: below, fewer than 64 of 256 gray levels are left
 
 
-def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
+def check_pixels(images: Source, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
     """Look at some images of a source, as they are read by its ``value_range``.
 
     Returns a line for each kind of thing that is assumed or left out. Raises InputError for bands that would
@@ -56,7 +59,7 @@ def check_pixels(images, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
     return list(notes.values())
 
 
-def of_header(data, name):
+def of_header(data: bytes, name: str) -> Iterator[tuple[str, str]]:
     """(kind, line) for what is left out by the header of a file. Raises UnreadableImage."""
     tiff = tiff_tags(data)
     if tiff:
@@ -77,7 +80,7 @@ def of_header(data, name):
         return
 
 
-def is_deep(data):
+def is_deep(data: bytes) -> bool:
     """Whether a file has channels of more than 8 bits."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -86,13 +89,13 @@ def is_deep(data):
         return False
 
 
-def share_used(pixels):
+def share_used(pixels: Pixels) -> float:
     """The greatest value of an image, relative to the greatest that its format has."""
     return float(pixels.values.max()) / (255 if pixels.values.dtype == torch.uint8 else pixels.limits[1])
 
 
-def few_levels(pixels, name, option):
-    """The error for a data set whose brightest image is this one."""
+def few_levels(pixels: Pixels, name: str, option: str) -> str:
+    """What is wrong with a data set whose brightest image is this one, and the fix."""
     greatest = int(pixels.values.max())
     if pixels.values.dtype == torch.uint8:
         brightest = 2 ** greatest.bit_length() * 256 - 1

@@ -62,39 +62,39 @@ class Source:
         """Indices of the images that are known to be unreadable."""
         return np.flatnonzero(np.frombuffer(self.bad[:], np.uint8)[: len(self)]).tolist()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "bad"}
 
 
 class Sample(Source):
     """``count`` images of a ``source``, evenly spaced."""
 
-    def __init__(self, source, count):
+    def __init__(self, source: Source, count: int):
         self.source, self.places = source, np.arange(count) * len(source) // count
         self.labels, self.classes = source.labels[self.places], source.classes
         self.root, self.own_val, self.files = source.root, source.own_val, source.files
         self.part = getattr(source, "part", None)
 
     @property
-    def value_range(self):
+    def value_range(self) -> tuple[float, ...]:
         return self.source.value_range
 
     @value_range.setter
-    def value_range(self, value):
+    def value_range(self, value: tuple[float, ...]) -> None:
         self.source.value_range = value
 
-    def read(self, index):
+    def read(self, index: int) -> torch.Tensor:
         return self.source.read(int(self.places[index]))
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return self.source.name(int(self.places[index]))
 
-    def id(self, index):
+    def id(self, index: int) -> str:
         return self.source.id(int(self.places[index]))
 
 
 class SampleOfFiles(Sample):
-    def encoded(self, index):
+    def encoded(self, index: int) -> tuple[bytes, str]:
         return self.source.encoded(int(self.places[index]))
 
 

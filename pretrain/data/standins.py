@@ -16,7 +16,7 @@ from rsa_detectron2.pretrain.data.source import STANDIN
 IMAGENET100 = CONFIGS / "pretrain" / "imagenet100_classes.txt"
 
 
-def draw(kind, folder, num_images, seed=0):
+def draw(kind: str, folder: str | Path, num_images: int, seed: int = 0) -> Path:
     """Draw a data set of ``kind`` (one of :data:`KINDS`) into ``folder``, with ``num_images`` to train on
     and a quarter of that to validate on; where classes are folders, at least one image of each. Returns
     what tools/pretrain.py takes as --data."""
@@ -28,14 +28,22 @@ def draw(kind, folder, num_images, seed=0):
     return place
 
 
-def pixels(rng, labels, size):
+def pixels(rng: np.random.Generator, labels: np.ndarray, size: int) -> np.ndarray:
     """uint8 [N, size, size, 3]: a color for each label, and noise."""
     colors = np.random.default_rng(0).integers(40, 216, (1 + max(labels), 3))
     noise = rng.integers(-40, 41, (len(labels), size, size, 3))
     return (colors[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)
 
 
-def cifar(folder, base, files, label_key, names_key, classes, rng):
+def cifar(
+    folder: Path,
+    base: str,
+    files: dict[str, int],
+    label_key: str,
+    names_key: str,
+    classes: int,
+    rng: np.random.Generator,
+) -> Path:
     """CIFAR's Python pickles: rows of 3,072 bytes, red first; ``files``: {name: number of images}."""
     (folder / base).mkdir(exist_ok=True)
     for name, count in files.items():
@@ -50,7 +58,7 @@ def cifar(folder, base, files, label_key, names_key, classes, rng):
     return folder
 
 
-def cifar10(folder, num_images, num_val, rng):
+def cifar10(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
     files = {
         f"data_batch_{i + 1}": len(part) for i, part in enumerate(np.array_split(np.arange(num_images), 5))
     }
@@ -59,12 +67,12 @@ def cifar10(folder, num_images, num_val, rng):
     )
 
 
-def cifar100(folder, num_images, num_val, rng):
+def cifar100(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
     files = {"train": num_images, "test": num_val}
     return cifar(folder, "cifar-100-python", files, "fine_labels", "fine_label_names", 100, rng)
 
 
-def stl10(folder, num_images, num_val, rng):
+def stl10(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
     """STL-10's binaries: planes of 96 x 96 bytes, column by column, labels from 1; a quarter of the
     images is labeled."""
     place, labeled = folder / "stl10_binary", max(1, num_images // 4)
@@ -79,7 +87,7 @@ def stl10(folder, num_images, num_val, rng):
     return folder
 
 
-def tinyimagenet(folder, num_images, num_val, rng):
+def tinyimagenet(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
     """Tiny ImageNet's folders: images/ in each class of train/, one folder for validation with a table of
     labels."""
     names = [f"n{i:08d}" for i in range(10)]
@@ -95,7 +103,7 @@ def tinyimagenet(folder, num_images, num_val, rng):
     return folder
 
 
-def imagenet(folder, num_images, num_val, rng):
+def imagenet(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
     """Class folders of ImageNet-100's classes, which serve for ImageNet-1K as well."""
     names = [
         line.split()[0] for line in IMAGENET100.read_text().splitlines() if line.strip() and line[0] != "#"
@@ -109,7 +117,7 @@ def imagenet(folder, num_images, num_val, rng):
     return folder / "train"
 
 
-def save(path, image):
+def save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
 

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 from fvcore.common.config import CfgNode
@@ -29,7 +29,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked = self.stepping = False
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         self.previous = {number: signal.signal(number, self.handle) for number in stop_signals()}
         return self
 
@@ -43,7 +43,9 @@ class StopSignals:
         if number == signal.SIGINT and again and not distributed.launched():
             raise KeyboardInterrupt
 
-    def __exit__(self, kind, value, traceback):
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         # One of several processes may get its signal while the others are saving already.
         if distributed.world_size() == 1:
             for number, handler in self.previous.items():

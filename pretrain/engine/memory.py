@@ -79,10 +79,10 @@ def activations(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
     """
     networks = copy.deepcopy(networks).train()  # the passes move BatchNorm's statistics
 
-    def saved(count):
+    def saved(count: int) -> int:
         storages = {}
 
-        def pack(tensor):
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -17,27 +19,27 @@ class Meter:
     """Sums the figures of the steps since its last reading. They stay on the device until then, which
     saves a synchronization in each step."""
 
-    def __init__(self, batch_size, seconds=0.0):
+    def __init__(self, batch_size: int, seconds: float = 0.0):
         self.batch_size = batch_size  # global
         self.total = seconds  # of training, with its loader, but without kNN evaluations
         # steps in a row without a finite loss, up to now
         self.streak = torch.zeros((), device=distributed.device())
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self.sums, self.steps, self.waited = {}, 0, 0.0
         self.since = time.perf_counter()
         self.longest = self.streak
 
-    def seconds(self):
+    def seconds(self) -> float:
         """Of training until now."""
         return self.total + time.perf_counter() - self.since
 
-    def pause(self):
+    def pause(self) -> None:
         """What comes until :meth:`reset` is not training."""
         self.total, self.since = self.seconds(), time.perf_counter()
 
-    def timed(self, batches):
+    def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
         """``batches``; the time that it takes to get them counts as ``data_wait``."""
         before = time.perf_counter()
         for batch in batches:
@@ -45,7 +47,7 @@ class Meter:
             yield batch
             before = time.perf_counter()
 
-    def add(self, figures):
+    def add(self, figures: dict[str, torch.Tensor]) -> None:
         """A step's figures {name: 0-dim tensor}."""
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0) + value
@@ -53,7 +55,7 @@ class Meter:
         self.longest = torch.maximum(self.longest, self.streak)
         self.steps += 1
 
-    def read(self):
+    def read(self) -> dict[str, float]:
         """Means over the steps and the ranks, with ``nonfinite_steps``, the longest streak; starts anew."""
         means = distributed.mean(torch.stack(list(self.sums.values())).float() / self.steps)
         row = dict(zip(self.sums, means.tolist()))
@@ -90,7 +92,7 @@ class Log:
     writes them again.
     """
 
-    def __init__(self, folder, total, start):
+    def __init__(self, folder: Path, total: int, start: int):
         path = folder / "metrics.jsonl"
         rows = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
         rows = [row for row in rows if _step(row) <= start]
@@ -107,7 +109,7 @@ class Log:
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
-    def row(self, row):
+    def row(self, row: dict[str, float]) -> None:
         """One row {"step": k, name: number}."""
         try:
             self.file.write(json.dumps(row) + "\n")
@@ -130,11 +132,11 @@ class Log:
             self.say(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
             self.progress.unpause()  # the time left is that of the steps
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         """A line that the progress bar does not overwrite."""
         self.progress.write(line, file=sys.stderr)
 
-    def close(self):
+    def close(self) -> None:
         self.progress.close()
         for writer in (self.tensorboard, self.file):
             try:

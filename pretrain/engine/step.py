@@ -76,7 +76,7 @@ def prefetch(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
     stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
     batches = iter(loader)
 
-    def copy_next():
+    def copy_next() -> dict | None:
         batch = next(batches, None)
         if batch:
             with torch.cuda.stream(stream):

@@ -21,13 +21,13 @@ class FeatureCache:
     as absent, with a line on stderr; so does a folder that cannot be written.
     """
 
-    def __init__(self, checkpoint, sha256):
+    def __init__(self, checkpoint: str | Path, sha256: str):
         self.folder, self.sha256 = Path(f"{checkpoint}.features"), sha256
         for path in self.folder.glob("*.npz"):
             if not path.name.startswith(sha256[:16]):
                 path.unlink(missing_ok=True)
 
-    def place(self, what):
+    def place(self, what: dict) -> tuple[Path, str]:
         """(path, identity) of a description ``what``, a dict that JSON can hold."""
         identity = json.dumps({"checkpoint": self.sha256, **what}, sort_keys=True)
         return (

@@ -8,6 +8,8 @@ epoch 0, index).
 
 import csv
 import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from tqdm import tqdm
 
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, build_loader
+from rsa_detectron2.pretrain.data.source import Source
+from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.method.augment import (
     FACTORS,
     GRAY,
@@ -37,12 +41,14 @@ OPERATIONS = {
 STRENGTH_STREAM = 2  # beside the loader's
 
 
-def choose(count, limit):
+def choose(count: int, limit: int) -> np.ndarray:
     """At most ``limit`` indices of ``count``, evenly spaced."""
     return np.arange(min(count, limit)) * count // min(count, limit)
 
 
-def load_views(images, size, seed, indices, num_workers, batch_size=32):
+def load_views(
+    images: Source, size: int, seed: int, indices: Iterable[int], num_workers: int, batch_size: int = 32
+) -> Iterator[dict[str, torch.Tensor]]:
     """MultiStageViews of epoch 0 at ``indices``, in batches; ``index`` is that of the image that was read."""
     keys = [(0, int(index)) for index in indices]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
@@ -52,7 +58,7 @@ def load_views(images, size, seed, indices, num_workers, batch_size=32):
 
 
 @torch.no_grad()
-def measure_pairs(features, images, seed, limit):
+def measure_pairs(features: Features, images: Source, seed: int, limit: int) -> dict[str, np.ndarray]:
     """The drift of both pairs of at most ``limit`` images, most drifted first.
 
     Returns {"index", "view" int64 [N], "params" float32 [N, P], "cosine" float32 [N]}, with the
@@ -76,7 +82,7 @@ def measure_pairs(features, images, seed, limit):
 
 
 @torch.no_grad()
-def measure_operations(features, images, seed, limit):
+def measure_operations(features: Features, images: Source, seed: int, limit: int) -> dict[str, np.ndarray]:
     """Drifts of the first weak view of at most ``limit`` images: {name: float32 [N]}.
 
     Each of OPERATIONS is applied alone and always, at the strengths of the training. Besides:
@@ -112,7 +118,7 @@ def measure_operations(features, images, seed, limit):
     return drifts
 
 
-def draw_strengths(rng):
+def draw_strengths(rng: np.random.Generator) -> torch.Tensor:
     """``params`` float32 [P] with every operation applied, at a strength and in an order drawn
     as in the training.
     """
@@ -123,7 +129,7 @@ def draw_strengths(rng):
     return params
 
 
-def only(operation, params):
+def only(operation: str, params: torch.Tensor) -> torch.Tensor:
     """``params`` [..., P] of which nothing but one of OPERATIONS is left."""
     jitter, gray, blur = OPERATIONS[operation]
     params = params.clone()
@@ -134,7 +140,7 @@ def only(operation, params):
     return params
 
 
-def describe(params):
+def describe(params: torch.Tensor | np.ndarray) -> dict[str, str | float]:
     """What was drawn, as words: {"order": "hue contrast ...", "brightness": factor, ..., "grayscale": 0 or 1,
     "blur": sigma in pixels}; the jitter's are absent where it was not applied. Hue in degrees."""
     params = np.asarray(params)
@@ -150,7 +156,7 @@ def describe(params):
     return words | {"grayscale": int(params[GRAY]), "blur": float(params[SIGMA])}
 
 
-def caption(params):
+def caption(params: torch.Tensor | np.ndarray) -> str:
     """The same on one short line, without what was not applied."""
     words = describe(params)
     signs = {"brightness": "b×{:.1f}", "contrast": "c×{:.1f}", "saturation": "s×{:.1f}", "hue": "h{:+.0f}°"}
@@ -159,7 +165,7 @@ def caption(params):
     return " ".join(parts).replace("-", "−") or "nothing drawn"
 
 
-def write_pairs(path, pairs, images, seed):
+def write_pairs(path: str | Path, pairs: dict[str, np.ndarray], images: Source, seed: int) -> None:
     """Pairs of :func:`measure_pairs` -> CSV, a row each, in their order: rank, index, file,
     seed, view (0 or 1), cosine, and what was drawn, as :func:`describe` says.
     """
@@ -187,7 +193,7 @@ def write_pairs(path, pairs, images, seed):
             )
 
 
-def write_operations(path, drifts):
+def write_operations(path: str | Path, drifts: dict[str, np.ndarray]) -> None:
     """Drifts of :func:`measure_operations` -> CSV: operation, images, mean, standard error,
     median, 90th percentile.
     """

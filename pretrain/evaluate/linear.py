@@ -13,6 +13,7 @@ from tqdm import tqdm
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, build_loader
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.features import Features, label_of
 from rsa_detectron2.pretrain.evaluate.knn import check_labelled
 from rsa_detectron2.pretrain.method.augment import weak_view
@@ -53,11 +54,11 @@ class RandomCrops(Dataset):
     RandomResizedCrop(S) at its default scale of 0.08-1, then a horizontal flip.
     """
 
-    def __init__(self, images, size, seed):
+    def __init__(self, images: Source, size: int, seed: int):
         self.images, self.size, self.seed = images, size, seed
         images.share_bad()
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         image, skipped = read_or_next(self.images, index)
@@ -70,7 +71,14 @@ class LinearClassifier:
     ``statistics`` are the mean and variance that the protocol may standardize with.
     """
 
-    def __init__(self, dim, num_classes, protocol, seed, statistics=None):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        protocol: LinearProtocol,
+        seed: int,
+        statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         torch.manual_seed(seed)
         self.protocol, self.statistics = protocol, statistics
         self.layer = nn.Linear(dim, num_classes)
@@ -85,12 +93,12 @@ class LinearClassifier:
             nesterov=protocol.nesterov,
         )
 
-    def __call__(self, features):
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
         if self.statistics:
             features = standardize(features, *self.statistics)
         return self.layer(features)
 
-    def step(self, features, labels, epoch):
+    def step(self, features: torch.Tensor, labels: torch.Tensor, epoch: int) -> None:
         """One step of SGD in ``epoch``, counted from 0."""
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.protocol, epoch)
         loss = F.cross_entropy(self(features), labels)
@@ -99,11 +107,11 @@ class LinearClassifier:
         self.optimizer.step()
 
     @torch.no_grad()
-    def top1(self, features, labels):
+    def top1(self, features: torch.Tensor, labels: torch.Tensor) -> float:
         """In percent."""
         return 100 * (self(features).argmax(1) == labels).float().mean().item()
 
-    def arrays(self):
+    def arrays(self) -> dict[str, np.ndarray]:
         """{name: array} of what training goes on from."""
         arrays = {name: p.detach().cpu().numpy() for name, p in self.layer.named_parameters()}
         return arrays | {
@@ -111,7 +119,7 @@ class LinearClassifier:
             for name, p in self.layer.named_parameters()
         }
 
-    def restore(self, arrays):
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
         for name, p in self.layer.named_parameters():
             p.data.copy_(torch.from_numpy(arrays[name]))
             self.optimizer.state[p]["momentum_buffer"] = torch.from_numpy(arrays[f"{name} momentum"]).to(
@@ -129,7 +137,15 @@ def standardize(features: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -
     return (F.normalize(features, dim=1) - mean) / (var + 1e-5).sqrt()
 
 
-def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, train_bn=False):
+def evaluate_linear(
+    features: Features,
+    train: Source,
+    val: Source,
+    protocol: LinearProtocol,
+    seed: int = 0,
+    batch_size: int = 256,
+    train_bn: bool = False,
+) -> list[float]:
     """Train a linear classifier on features of random crops; val top-1 of each epoch in percent.
 
     With ``train_bn``, BatchNorm is in train mode while the classifier learns, as in the authors'
@@ -140,9 +156,8 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, trai
     check_labelled(train, val)
     batch_size = min(batch_size, len(train))
     moving = Features(copy.deepcopy(features.backbone), features.data, features.amp) if train_bn else features
-    buffers = (
-        {f"backbone {name}": buffer for name, buffer in moving.backbone.named_buffers()} if train_bn else {}
-    )
+    moved = moving.backbone.named_buffers() if train_bn else ()
+    buffers = {f"backbone {name}": buffer for name, buffer in moved}
     val_features, val_labels = features.of(val, "validation features")
     statistics = features.statistics(train) if protocol.standardize else None
     classifier = LinearClassifier(val_features.shape[1], len(train.classes), protocol, seed, statistics)
@@ -164,9 +179,8 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, trai
     steps_per_epoch = len(train) // batch_size
     done, total = len(top1) * steps_per_epoch, protocol.epochs * steps_per_epoch
     batches = StepBatches(len(train), batch_size, total, seed, done)
-    loader = build_loader(
-        RandomCrops(train, features.data.IMAGE_SIZE, seed), batches, features.data.NUM_WORKERS
-    )
+    crops = RandomCrops(train, features.data.IMAGE_SIZE, seed)
+    loader = build_loader(crops, batches, features.data.NUM_WORKERS)
     progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
     for step, (images, labels) in enumerate(progress, start=done + 1):
         classifier.step(moving(images, train_bn), labels.to(device(), non_blocking=True), len(top1))
@@ -185,7 +199,15 @@ def evaluate_linear(features, train, val, protocol, seed=0, batch_size=256, trai
     return top1
 
 
-def evaluate_linear_on(bank, bank_labels, queries, query_labels, protocol, seed=0, batch_size=256):
+def evaluate_linear_on(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    protocol: LinearProtocol,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[float]:
     """The same on given features [N, D] and [M, D], without random crops: faster, but lower."""
     batch_size = min(batch_size, len(bank))
     steps_per_epoch = len(bank) // batch_size

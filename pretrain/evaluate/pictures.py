@@ -2,11 +2,16 @@
 features move with it.
 """
 
+from pathlib import Path
+
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as TF
 
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.drift import OPERATIONS, caption, choose, load_views
 from rsa_detectron2.pretrain.method.augment import GRAY, ORDER, SIGMA, aggressive, to_float
 
@@ -14,7 +19,7 @@ WEAK, STRONG, NEUTRAL = "#0072b2", "#d55e00", "0.55"
 LEGEND = "b, c, s: factors of brightness, contrast, saturation; h: turn of the hue; blur: sigma in pixels"
 
 
-def draw_views(images, size, seed, count, path):
+def draw_views(images: Source, size: int, seed: int, count: int, path: Path) -> Path:
     """A row for each of ``count`` images (Figure 1): the original, then the weak and the
     aggressive view of both crops, with what was drawn below.
     """
@@ -43,7 +48,7 @@ def draw_views(images, size, seed, count, path):
     return path
 
 
-def draw_noisy(panels, seed, path, limit=400):
+def draw_noisy(panels: dict[str, tuple[Source, int]], seed: int, path: Path, limit: int = 400) -> Path:
     """Figure 1: for each of ``panels``, {title: (source, size in pixels of its views)}, the
     squared originals above their aggressive views of the images that these change most: three
     of the color jitter, too bright or too dark, one each of grayscale and of blur; out of at
@@ -63,7 +68,7 @@ def draw_noisy(panels, seed, path, limit=400):
     return path
 
 
-def noisiest(images, size, seed, limit):
+def noisiest(images: Source, size: int, seed: int, limit: int) -> list[tuple[int, torch.Tensor, str]]:
     """Five (index, aggressive view uint8 [3, S, S], words): by mean brightness two of the
     jitter, the darkest and the brightest, then the one whose mean color moves most; of
     grayscale the most colorful image; the strongest blur.
@@ -105,7 +110,9 @@ def noisiest(images, size, seed, limit):
     return [view["sample"] for view in chosen]
 
 
-def draw_pairs(pairs, images, size, seed, count, path):
+def draw_pairs(
+    pairs: dict[str, np.ndarray], images: Source, size: int, seed: int, count: int, path: Path
+) -> Path:
     """The ``count`` pairs of :func:`measure_pairs` that drifted most and, below, the eight that
     drifted least: weak and aggressive view side by side, with their cosine and what was drawn.
     """
@@ -144,7 +151,7 @@ def draw_pairs(pairs, images, size, seed, count, path):
     return path
 
 
-def plot_operations(drifts, path):
+def plot_operations(drifts: dict[str, np.ndarray], path: Path) -> Path:
     """Drifts of :func:`measure_operations`, a box for each operation: the middle half of the
     images, their median and mean (dot), whiskers from the 5th to the 95th percentile; the pairs
     that set the scale in gray.
@@ -179,16 +186,16 @@ def plot_operations(drifts, path):
     return path
 
 
-def to_uint8(images):
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.mul(255).round().byte()
 
 
-def to_array(image):
+def to_array(image: torch.Tensor) -> np.ndarray:
     """[3, H, W] -> [H, W, 3] for matplotlib."""
     return image.permute(1, 2, 0).cpu().numpy()
 
 
-def square(image, side=224):
+def square(image: torch.Tensor, side: int = 224) -> np.ndarray:
     """The whole image uint8 [3, H, W] on a white square [side, side, 3], small ones enlarged."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
@@ -200,7 +207,7 @@ def square(image, side=224):
     return canvas
 
 
-def show(ax, picture, words):
+def show(ax: Axes, picture: np.ndarray, words: str) -> None:
     ax.imshow(picture)
     ax.set_axis_off()
     ax.text(0.5, -0.02, words, transform=ax.transAxes, ha="center", va="top", fontsize=6.5)

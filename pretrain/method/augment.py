@@ -24,7 +24,13 @@ BLUR_RADIUS = 6  # 3 sigma
 # ---- weak stage, on one image in a worker ----
 
 
-def crop_box(rng, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+def crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
     """RandomResizedCrop's box (top, left, height, width) in pixels.
 
     Ten tries, then the largest central crop.

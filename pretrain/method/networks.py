@@ -1,14 +1,22 @@
 """Online and target networks: backbone f, projector g, predictor q (paper, 4.1), heads by method."""
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rsa_detectron2.common.errors import InputError
+
+if TYPE_CHECKING:  # objectives.py imports this file
+    from rsa_detectron2.pretrain.method.objectives import Method
 
 RESNET_MODULES = ("resnet", "resnest", "sknet")  # of timm.models; their networks share one class
 FAMILIES = (
@@ -101,12 +109,12 @@ def moco_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, n
 class Branch(nn.Module):
     """Backbone and projector: images [B, 3, H, W] -> projection z [B, out_dim]."""
 
-    def __init__(self, backbone, projector):
+    def __init__(self, backbone: nn.Module, projector: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images.contiguous(memory_format=torch.channels_last)))
 
 
@@ -119,7 +127,7 @@ class KeyQueue(nn.Module):
     there is.
     """
 
-    def __init__(self, size, dim):
+    def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
@@ -149,14 +157,14 @@ class Networks(nn.Module):
 
     def __init__(
         self,
-        backbone,
-        hidden_dim,
-        out_dim,
-        objective,
-        heads=byol_heads,
-        target=True,
-        queue=0,
-        temperature=None,
+        backbone: nn.Module,
+        hidden_dim: int,
+        out_dim: int,
+        objective: Callable[..., dict[str, Tensor]],
+        heads: Callable[[int, int, int], tuple[nn.Module, nn.Module]] = byol_heads,
+        target: bool = True,
+        queue: int = 0,
+        temperature: float | None = None,
     ):
         super().__init__()
         projector, predictor = heads(backbone.num_features, hidden_dim, out_dim)
@@ -167,15 +175,15 @@ class Networks(nn.Module):
         self.objective = objective
         self.temperature = temperature
 
-    def forward(self, weak, aggressive, beta):
+    def forward(self, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
         return self.objective(self, weak, aggressive, beta)
 
-    def predict(self, view: torch.Tensor) -> torch.Tensor:
+    def predict(self, view: Tensor) -> Tensor:
         """Online prediction q(g(f(view))): [B, 3, H, W] -> [B, out_dim]."""
         return self.predictor(self.online(view))
 
     @torch.no_grad()
-    def project_target(self, view: torch.Tensor) -> torch.Tensor:
+    def project_target(self, view: Tensor) -> Tensor:
         """Projection under stop-gradient: [B, 3, H, W] -> [B, out_dim].
 
         By the target network, or by the online network where a method has no target.
@@ -210,7 +218,7 @@ class Networks(nn.Module):
         get_ema_multi_avg_fn(tau)(list(self.target.parameters()), list(self.online.parameters()), None)
 
 
-def build_networks(cfg, method):
+def build_networks(cfg: CfgNode, method: Method) -> Networks:
     """Networks of a configuration for one of ``objectives.METHODS``, in channels_last.
 
     They are initialized from torch's current seed.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.pretrain.method.networks import (
@@ -70,7 +71,7 @@ def byol_aw(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -
     return {"loss": loss, **watch(q, q_, loss_aw=loss, cos_aw=1 - loss / 4)}
 
 
-def symmetric_byol(networks, view, view_):
+def symmetric_byol(networks: Networks, view: Tensor, view_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, q_ = networks.predict(view), networks.predict(view_)
     z, z_ = networks.project_target(view), networks.project_target(view_)
     return (distance(q, z_) + distance(q_, z)).mean(), q, q_
@@ -180,19 +181,19 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         rows = [torch.empty_like(x) for _ in range(distributed.world_size())]
         dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(distributed.world_size())[distributed.rank()]
 
 
-def watch(q, q_, **figures):
+def watch(q: Tensor, q_: Tensor, **figures: Tensor) -> dict[str, Tensor]:
     """``figures`` detached, and the feature_std of two views' outputs [B, D]."""
     features = unit(torch.cat([q, q_]).detach())
     return {
