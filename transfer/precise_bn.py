@@ -34,7 +34,7 @@ def update_statistics(model: nn.Module, batches: Iterable) -> None:
         layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64) for layer in layers
     }
 
-    def add(layer, inputs):
+    def add(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         values = inputs[0].float().transpose(0, 1).flatten(1)
         count = values.shape[1]
         if count:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torchvision
@@ -21,7 +22,7 @@ class Architecture:
     width: int = 64
     res2: int = 256
 
-    def resnets(self):
+    def resnets(self) -> dict[str, int]:
         """{key of Detectron2's MODEL.RESNETS: value} that build this network."""
         return {
             "DEPTH": self.depth,
@@ -46,12 +47,12 @@ ARCHITECTURES = {
 }
 
 
-def supported():
+def supported() -> str:
     """The labels of all architectures, for a message."""
     return ", ".join(architecture.label for architecture in ARCHITECTURES.values())
 
 
-def of_config(resnets):
+def of_config(resnets: dict) -> str:
     """The name of the network that Detectron2's MODEL.RESNETS (a dict) build. Raises InputError."""
     deep = [name for name, architecture in ARCHITECTURES.items() if architecture.depth == resnets["DEPTH"]]
     for name in deep:
@@ -71,7 +72,7 @@ def of_config(resnets):
 
 
 @lru_cache
-def tensor_shapes(name="resnet50"):
+def tensor_shapes(name: str = "resnet50") -> dict[str, torch.Size]:
     """{torchvision name: shape} of a network's convolutions and of the four tensors of each BatchNorm,
     without fc: 265 for a ResNet-50."""
     with torch.device("meta"):
@@ -83,14 +84,15 @@ def tensor_shapes(name="resnet50"):
     }
 
 
-def nearest(found):
-    """The architecture whose tensors ``found`` {torchvision name: stored value} is most like: first by names,
-    then, of those with the same names, by shapes."""
+def nearest(found: dict[str, Any]) -> str:
+    """The name of the architecture that ``found``, {torchvision name: stored value}, is most like.
 
+    First by the names, then, of architectures with the same names, by the shapes.
+    """
     apart = {name: len(tensor_shapes(name).keys() ^ found.keys()) for name in ARCHITECTURES}
     alike = [name for name in apart if apart[name] == min(apart.values())]
 
-    def misshapen(name):
+    def misshapen(name: str) -> int:
         return sum(
             not _has_shape(found[tensor], shape)
             for tensor, shape in tensor_shapes(name).items()

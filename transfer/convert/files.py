@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.pickles import read_pickle
@@ -101,7 +102,7 @@ def _read_zip(archive):
     if root + "byteorder" in archive.namelist() and _member(archive, root + "byteorder") != b"little":
         raise ValueError("written on a big-endian machine")
 
-    def load(key, dtype):
+    def load(key: str, dtype: torch.dtype) -> bytes:
         return _member(archive, f"{root}data/{key}")
 
     return read_pickle(io.BytesIO(_member(archive, root + "data.pkl")), load)
@@ -125,7 +126,7 @@ def _read_pickles(file):
     """
     offsets, dtypes = {}, {}
 
-    def load(key, dtype):
+    def load(key: str, dtype: torch.dtype) -> bytes:
         start, count = offsets[key]
         return file[start : start + count * dtype.itemsize]
 

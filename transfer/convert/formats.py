@@ -4,9 +4,11 @@ A family is a row of :data:`FORMATS`. This file is data; readers.py applies it.
 """
 
 import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of RGB in [0, 1]
+Pixels = Sequence[Sequence[float]]  # mean and std of RGB in [0, 1]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNSCALED = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 # State dicts are looked for under these keys of a file; "" is the file itself, where it has none of the
@@ -89,10 +91,10 @@ class Format:
     drops: str = ""
     must: str = ""
     rename: tuple = ()
-    pixels: tuple | str = IMAGENET
+    pixels: Pixels | str = IMAGENET
     note: str = ""
 
-    def places(self):
+    def places(self) -> Iterator[tuple[str, str | None, str]]:
         """(branch, container, prefix) of each place; container None: each of :data:`CONTAINERS`."""
         for branch, places in (("online", self.online), ("target", self.target)):
             for place in places.split(" ") if places is not None else ():
@@ -101,14 +103,14 @@ class Format:
                 if not slash and self.target is None:
                     yield from (("target", average, prefix) for average in AVERAGES)
 
-    def lacks(self, names):
+    def lacks(self, names: Collection[str]) -> bool:
         """Whether a state dict with these names lacks one that this row must have."""
         return not all(
             any(name.startswith(tuple(starts.split("|"))) for name in names) for starts in self.must.split()
         )
 
 
-def rename(name, pairs):
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     """The name of a tensor after all ``pairs`` of :attr:`Format.rename`."""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name, count=1)

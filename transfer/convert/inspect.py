@@ -1,15 +1,18 @@
 """What a checkpoint holds, in lines for a terminal: tools/convert_to_d2.py --inspect."""
 
+from pathlib import Path
+
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_shapes
 from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint, printable
+from rsa_detectron2.transfer.convert.formats import Pixels
 from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, remarks
 from rsa_detectron2.transfer.convert.readers import read_checkpoint
 from rsa_detectron2.transfer.convert.stored import Tensor
 from rsa_detectron2.transfer.convert.survey import grouped, networks, some, state_dicts
 
 
-def inspect(path, branch=None, pixels=None):
+def inspect(path: str | Path, branch: str | None = None, pixels: Pixels | None = None) -> list[str]:
     """Lines: what lies where in the file, then each branch that can be converted, or why it cannot.
 
     Raises InputError for a file that cannot be opened.

@@ -4,26 +4,27 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, supported
 from rsa_detectron2.transfer.convert.files import printable
-from rsa_detectron2.transfer.convert.formats import IMAGENET, OTHER_STRIDES, SAID, UNSCALED
+from rsa_detectron2.transfer.convert.formats import IMAGENET, OTHER_STRIDES, SAID, UNSCALED, Pixels
 from rsa_detectron2.transfer.convert.stored import Call
 
 DILATED = ("deeplab", "fcn", "pspnet", "lraspp")
 NAMED_PIXELS = {"imagenet": IMAGENET, "unscaled": UNSCALED}
 
 
-def said(contents, what, kind=str):
+def said(contents: dict, what: str, kind: type = str) -> str | int | None:
     """The first value of type ``kind`` under one of the keys of :data:`SAID`, or None."""
     found = (peek(contents, key) for key in SAID[what])
     return next((value for value in found if type(value) is kind), None)
 
 
-def peek(contents, keys):
+def peek(contents: Any, keys: str) -> Any:
     """The value under "a.b" in nested dicts and in the attributes of pickled objects, or None."""
     for key in (*keys.split("."), None):
         if type(contents) is Call and type(contents.state) is dict:
@@ -33,7 +34,7 @@ def peek(contents, keys):
     return contents
 
 
-def beside(path, most=1 << 20):
+def beside(path: str | Path, most: int = 1 << 20) -> dict:
     """What Hugging Face's config.json beside a file says, as {"hub": dict}; {} where there is none."""
     config = Path(path).with_name("config.json")
     if (
@@ -51,7 +52,7 @@ def beside(path, most=1 << 20):
         ) from None
 
 
-def stated_pixels(contents):
+def stated_pixels(contents: dict) -> Pixels | None:
     """Mean and std in [0, 1] that a file of another project says it was trained on, or None."""
     found = [
         next((list(value) for value in (peek(contents, key) for key in SAID[what]) if is_rgb(value)), None)
@@ -60,7 +61,7 @@ def stated_pixels(contents):
     return found if all(found) else None
 
 
-def is_rgb(values):
+def is_rgb(values: object) -> bool:
     """Whether it is three finite numbers."""
     return (
         type(values) in (list, tuple)
@@ -69,7 +70,7 @@ def is_rgb(values):
     )
 
 
-def parse_pixels(text):
+def parse_pixels(text: str) -> Pixels:
     """ "imagenet", "unscaled" or "R,G,B/R,G,B" -> (mean, std) in [0, 1]; values above 1 are taken as 0-255.
     Raises InputError."""
     if text in NAMED_PIXELS:
@@ -88,7 +89,7 @@ def parse_pixels(text):
     return mean, std
 
 
-def own_config(contents):
+def own_config(contents: dict) -> dict:
     """The configuration in a checkpoint of this project, {} where it has none."""
     config = yaml.safe_load(contents.get("config") or "{}")
     if type(config) is not dict or not all(
@@ -98,7 +99,7 @@ def own_config(contents):
     return config
 
 
-def own_pixels(contents):
+def own_pixels(contents: dict) -> Pixels:
     """Mean and std in [0, 1] from the configuration in a checkpoint of this project."""
     data = own_config(contents).get("DATA", {})
     mean, std = (data.get(key, values) for key, values in zip(("MEAN", "STD"), IMAGENET))
@@ -107,7 +108,7 @@ def own_pixels(contents):
     return mean, std
 
 
-def check_own_network(contents, path):
+def check_own_network(contents: dict, path: str | Path) -> None:
     """Raises InputError where a checkpoint of this project has a backbone that is not converted."""
     model = own_config(contents).get("MODEL", {})
     name = model.get("BACKBONE", "resnet50")
@@ -122,7 +123,7 @@ def check_own_network(contents, path):
         )
 
 
-def check_network(contents, architecture, path):
+def check_network(contents: dict, architecture: str, path: str | Path) -> None:
     """Raises InputError where the file names another network than ``architecture``: names and shapes of some
     networks are a ResNet's, but their strides or their pooling are not."""
     name = said(contents, "network")
@@ -145,7 +146,7 @@ def check_network(contents, architecture, path):
         )
 
 
-def is_other_network(name, architecture):
+def is_other_network(name: str, architecture: str) -> bool:
     """Whether a name such as "resnetblur50" means a network other than ``architecture``. Words before it,
     such as "tv_resnet50", do not count, but for those that dilate it; a name without a ResNet in it is a
     method's, say."""

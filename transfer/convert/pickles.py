@@ -55,68 +55,68 @@ class PickleMachine:
             STEPS[name](self, value)
         raise ValueError("the pickle does not end")
 
-    def skip(self, _):
+    def skip(self, _: object) -> None:
         pass
 
-    def push(self, value):
+    def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def pop(self, _):
+    def pop(self, _: object) -> None:
         self.stack.pop()
 
-    def duplicate(self, _):
+    def duplicate(self, _: object) -> None:
         self.stack.append(self.stack[-1])
 
-    def mark(self, _):
+    def mark(self, _: object) -> None:
         self.marks.append(len(self.stack))
 
-    def pop_mark(self, _=None):
+    def pop_mark(self, _: object = None) -> list:
         """Remove and return what was pushed since the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
-    def put(self, key):
+    def put(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
 
-    def memoize(self, _):
+    def memoize(self, _: object) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
-    def get(self, key):
+    def get(self, key: int) -> None:
         self.stack.append(self.memo[key])
 
-    def push_dict(self, _):
+    def push_dict(self, _: object) -> None:
         self.stack.append({})
 
-    def push_list(self, _):
+    def push_list(self, _: object) -> None:
         self.stack.append([])
 
-    def tuple_of_1(self, _):
+    def tuple_of_1(self, _: object) -> None:
         self.stack[-1:] = [(self.stack[-1],)]
 
-    def tuple_of_2(self, _):
+    def tuple_of_2(self, _: object) -> None:
         self.stack[-2:] = [tuple(self.stack[-2:])]
 
-    def tuple_of_3(self, _):
+    def tuple_of_3(self, _: object) -> None:
         self.stack[-3:] = [tuple(self.stack[-3:])]
 
-    def marked_tuple(self, _):
+    def marked_tuple(self, _: object) -> None:
         self.stack.append(tuple(self.pop_mark()))
 
-    def marked_list(self, _):
+    def marked_list(self, _: object) -> None:
         self.stack.append(self.pop_mark())
 
-    def marked_dict(self, _):
+    def marked_dict(self, _: object) -> None:
         items = self.pop_mark()
         self.stack.append({})
         self._update(items)
 
-    def set_item(self, _):
+    def set_item(self, _: object) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._update([key, value])
 
-    def set_items(self, _):
+    def set_items(self, _: object) -> None:
         self._update(self.pop_mark())
 
     def _update(self, items):
@@ -125,11 +125,11 @@ class PickleMachine:
             pairs = zip(items[::2], items[1::2])
             target.update((key, value) for key, value in pairs if type(key) in (str, int))
 
-    def append(self, _):
+    def append(self, _: object) -> None:
         item = self.stack.pop()
         self._extend([item])
 
-    def append_items(self, _):
+    def append_items(self, _: object) -> None:
         self._extend(self.pop_mark())
 
     def _extend(self, items):
@@ -137,41 +137,41 @@ class PickleMachine:
         if type(target) is list:
             target.extend(items)
 
-    def name(self, text):
+    def name(self, text: str) -> None:
         self.stack.append(Name(text))
 
-    def name_of_stack(self, _):
+    def name_of_stack(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         are_texts = type(module) is type(name) is str
         self.stack.append(Name(f"{module} {name}" if are_texts else "?"))
 
-    def extension(self, code):
+    def extension(self, code: int) -> None:
         self.stack.append(Name(f"copyreg extension{code}"))
 
-    def named_instance(self, text):
+    def named_instance(self, text: str) -> None:
         self.stack.append(Call(Name(text), self.pop_mark()))
 
-    def marked_instance(self, _):
+    def marked_instance(self, _: object) -> None:
         function, *args = self.pop_mark()
         self.stack.append(Call(function, args))
 
-    def call(self, _):
+    def call(self, _: object) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         self.stack.append(build(function, args))
 
-    def call_with_keywords(self, _):
+    def call_with_keywords(self, _: object) -> None:
         _, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(Call(function, args))
 
-    def set_state(self, _):
+    def set_state(self, _: object) -> None:
         state = self.stack.pop()
         if type(self.stack[-1]) is Call:
             self.stack[-1].state = state
 
-    def text_id(self, text):
+    def text_id(self, text: str) -> None:
         self.stack.append(Call("persistent id", text))
 
-    def storage_id(self, _):
+    def storage_id(self, _: object) -> None:
         self.stack.append(storage_of(self.stack.pop(), self.load, self.dtypes))
 
 

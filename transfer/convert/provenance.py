@@ -15,7 +15,8 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import RGB_IMAGENET
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 from rsa_detectron2.transfer.convert.files import printable
-from rsa_detectron2.transfer.convert.formats import ASK, ASSUMED, FORMATS, IMAGENET, OURS
+from rsa_detectron2.transfer.convert.formats import ASK, ASSUMED, FORMATS, IMAGENET, OURS, Format, Pixels
+from rsa_detectron2.transfer.convert.match import Match
 from rsa_detectron2.transfer.convert.metadata import is_rgb, own_pixels, said, stated_pixels
 
 BRANCHES = ("online", "target")
@@ -35,7 +36,7 @@ CLAIMS = {
 }
 
 
-def describe_source(contents, match, path, pixels=None):
+def describe_source(contents: dict, match: Match, path: str | Path, pixels: Pixels | None = None) -> dict:
     """The provenance of a file that a row of formats.py accounts for. ``pixels``: (mean, std) in [0, 1] that
     the user states. Raises InputError."""
     (mean, std), source = find_pixels(contents, match.layout, path, pixels)
@@ -57,7 +58,7 @@ def describe_source(contents, match, path, pixels=None):
     }
 
 
-def record_of(contents, path):
+def record_of(contents: dict, path: str | Path) -> str:
     """The record of the pre-training that left a checkpoint, as JSON text. Raises InputError."""
     try:
         return json.dumps(contents["run"], allow_nan=False)
@@ -65,9 +66,13 @@ def record_of(contents, path):
         raise InputError(f"{path} is damaged: its record of the run is not plain JSON") from None
 
 
-def find_pixels(contents, layout, path, given=None):
-    """((mean, std) in [0, 1] of a file's pre-training, where that is known from: "file", "given", "format" or
-    "assumed"). Raises InputError."""
+def find_pixels(
+    contents: dict, layout: Format, path: str | Path, given: Pixels | None = None
+) -> tuple[Pixels, str]:
+    """Mean and std in [0, 1] that a file was trained on, and where they come from.
+
+    The latter is "file", "given", "format" or "assumed". Raises InputError.
+    """
     stated = own_pixels(contents) if layout.name == OURS else stated_pixels(contents)
     if stated and given and not same_pixels(stated, given):
         raise InputError(f"{path} says that it was trained on mean and std {stated}: leave --pixels out")
@@ -83,27 +88,27 @@ def find_pixels(contents, layout, path, given=None):
     return (IMAGENET, ASSUMED) if layout.pixels == ASSUMED else (layout.pixels, "format")
 
 
-def same_pixels(one, other):
+def same_pixels(one: Pixels, other: Pixels) -> bool:
     """Whether two (mean, std) of three channels are equal."""
     return all(
         math.isclose(a, b, abs_tol=1e-4) for mine, yours in zip(one, other) for a, b in zip(mine, yours)
     )
 
 
-def is_untrained(state):
+def is_untrained(state: dict[str, torch.Tensor]) -> bool:
     """Whether every BatchNorm has the statistics that it began with."""
     return all(
         torch.all(tensor == name.endswith("var")) for name, tensor in state.items() if "running_" in name
     )
 
 
-def method_of(provenance):
+def method_of(provenance: dict) -> str:
     """The method of converted weights in words: "rsa", or "unknown method (layout of SimSiam)"."""
     method, layout = provenance.get("method", "unknown"), provenance.get("format")
     return f"unknown method (layout of {layout})" if method == "unknown" and layout else method
 
 
-def remarks(provenance):
+def remarks(provenance: dict) -> list[str]:
     """What the user should know of a file that was read, as lines."""
     lines = []
     if provenance.get("pixel_source") == ASSUMED:
@@ -119,7 +124,9 @@ def remarks(provenance):
     return lines
 
 
-def complete(provenance, path, branch=None, pixels=None):
+def complete(
+    provenance: dict, path: str | Path, branch: str | None = None, pixels: Pixels | None = None
+) -> dict:
     """A converted file's provenance, with what older files lack; ``pixels`` replace those that were assumed.
     Raises InputError if it is of another branch, or has other pixels."""
     held = provenance.get("branch", "online")
@@ -151,7 +158,7 @@ def complete(provenance, path, branch=None, pixels=None):
     }
 
 
-def checksum(state, provenance):
+def checksum(state: dict[str, torch.Tensor], provenance: dict) -> int:
     """CRC-32 of tensors and provenance: pickle and safetensors have none of their own."""
     crc = zlib.crc32(json.dumps(provenance).encode())
     for tensor in state.values():
@@ -159,7 +166,7 @@ def checksum(state, provenance):
     return crc
 
 
-def is_plain(provenance):
+def is_plain(provenance: object) -> bool:
     """Whether all values are JSON's, without nesting but for lists of numbers."""
     return type(provenance) is dict and all(
         type(name) is str
@@ -168,14 +175,14 @@ def is_plain(provenance):
     )
 
 
-def is_sound(provenance):
+def is_sound(provenance: object) -> bool:
     """Whether what a file has as its provenance can be one."""
     return is_plain(provenance) and all(
         test(provenance[key]) for key, test in CLAIMS.items() if key in provenance
     )
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()

@@ -1,11 +1,12 @@
 """Checkpoint files -> the tensors of a ResNet under torchvision's names, and what is known of them.
 
 Reading fails closed: a missing, misshapen or not-finite tensor, or a name that no row of formats.py accounts
-for, is an error that names it. Opening a file never runs its code (safe_load.py).
+for, is an error that names it. Opening a file never runs its code (pickles.py).
 """
 
 import re
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,10 @@ from rsa_detectron2.transfer.convert.formats import (
     INNER_WRAPPERS,
     OWN_FILE,
     WRAPPERS,
-    Format,
+    Pixels,
     rename,
 )
+from rsa_detectron2.transfer.convert.match import Match
 from rsa_detectron2.transfer.convert.metadata import beside, check_network, check_own_network
 from rsa_detectron2.transfer.convert.provenance import (
     checksum,
@@ -43,37 +45,9 @@ from rsa_detectron2.transfer.convert.survey import (
 )
 
 
-@dataclass
-class Match:
-    """What a row finds at one of its places: ``found`` {torchvision name: stored value} of ``branch``, and
-    ``left_over``, the names that the row does not account for."""
-
-    layout: Format
-    branch: str
-    container: str
-    prefix: str
-    found: dict
-    left_over: list
-
-    def __post_init__(self):
-        self.architecture = architectures.nearest(self.found)
-        shapes = architectures.tensor_shapes(self.architecture)
-        self.missing = [self.prefix + name for name in shapes if name not in self.found]
-        self.left_over += [self.prefix + name for name in self.found if name not in shapes]
-
-    @property
-    def place(self):
-        return "/".join(filter(None, (self.container, self.prefix)))
-
-    def whole(self):
-        return not self.missing and not self.left_over
-
-    def partial(self):
-        """Whether most of a network is there."""
-        return 2 * len(self.missing) < len(architectures.tensor_shapes(self.architecture))
-
-
-def read_checkpoint(path, branch=None, pixels=None):
+def read_checkpoint(
+    path: str | Path, branch: str | None = None, pixels: Pixels | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Checkpoint file -> (float32 CPU tensors under torchvision's names, provenance dict of plain JSON
     values).
 
@@ -104,7 +78,7 @@ def read_checkpoint(path, branch=None, pixels=None):
     return state, provenance
 
 
-def find_branch(contents, branch, path):
+def find_branch(contents: dict, branch: str, path: str | Path) -> Match:
     """The :class:`Match` of ``branch`` in the first row that accounts for the file. Raises InputError."""
     rows = [(layout, list(_matches(layout, contents))) for layout in FORMATS]
     for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
@@ -195,7 +169,7 @@ def _state_dicts(contents, container):
         yield container, state
 
 
-def state_dict(contents, container):
+def state_dict(contents: dict, container: str) -> dict[str, Any]:
     """{name: value} below the keys "a/b" of a file, without wrappers.
 
     Raises ValueError where two names become one.
@@ -213,7 +187,9 @@ def state_dict(contents, container):
     return plain
 
 
-def read_tensors(found, path, architecture="resnet50", prefix=""):
+def read_tensors(
+    found: dict[str, Any], path: str | Path, architecture: str = "resnet50", prefix: str = ""
+) -> dict[str, torch.Tensor]:
     """{torchvision name: stored value} of a network -> the same, float32 and contiguous, checked.
 
     Raises InputError.
@@ -236,7 +212,7 @@ def read_tensors(found, path, architecture="resnet50", prefix=""):
     return state
 
 
-def read_converted(contents, path):
+def read_converted(contents: dict, path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """A file of tools/convert_to_d2.py, of any of its formats -> (tensors, provenance). Raises InputError."""
     foreign = f"{path} is not a file of tools/convert_to_d2.py: "
     stored, provenance = contents.get("model", contents.get("state_dict")), contents["provenance"]

@@ -2,11 +2,14 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from rsa_detectron2.transfer.convert import architectures
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 from rsa_detectron2.transfer.convert.files import printable
 from rsa_detectron2.transfer.convert.formats import CONTAINERS, FORMATS, OTHER_NETWORKS
+from rsa_detectron2.transfer.convert.match import Match
 from rsa_detectron2.transfer.convert.stored import Call
 
 # The last stage's first convolution, by the names of torchvision, nn.Sequential, Detectron2 and Hugging Face.
@@ -18,7 +21,9 @@ MODULE = "holds a whole pickled module, whose code is never run: save its state_
 DEPTH = 3  # levels of dicts that are looked into
 
 
-def state_dicts(contents, key="", depth=DEPTH, seen=None):
+def state_dicts(
+    contents: Any, key: str = "", depth: int = DEPTH, seen: set[int] | None = None
+) -> Iterator[tuple[str, dict]]:
     """("a/b", dict) of each dict in a file, each once: they may hold one another."""
     seen = set() if seen is None else seen
     if type(contents) is not dict or id(contents) in seen:
@@ -29,7 +34,7 @@ def state_dicts(contents, key="", depth=DEPTH, seen=None):
         yield from state_dicts(value, f"{key}/{name}".lstrip("/"), depth - 1, seen)
 
 
-def networks(contents):
+def networks(contents: Any) -> list[tuple[str, str]]:
     """[(container, prefix)] of each ResNet in a file, known format or not."""
     return [
         (key, LANDMARK.sub("", name))
@@ -39,7 +44,7 @@ def networks(contents):
     ]
 
 
-def other_network(contents):
+def other_network(contents: dict) -> str | None:
     """What a file holds instead of a ResNet of the table, where a name tells; else None."""
     for key, state in state_dicts(contents):
         for name in state:
@@ -49,14 +54,14 @@ def other_network(contents):
     return None
 
 
-def describe(contents):
+def describe(contents: object) -> str:
     """What a file that is no dict of strings holds."""
     if _is_module(contents):
         return MODULE
     return f"does not hold a state dict but a {type(contents).__name__}"
 
 
-def networks_in(contents):
+def networks_in(contents: dict) -> str:
     """Why a file that fits no format does not, and what lies where in it."""
     if places := networks(contents):
         shown = some(["/".join(filter(None, place)) or "the names themselves" for place in places]).strip(
@@ -81,14 +86,14 @@ def _is_module(value):
     return type(value) is Call and type(value.state) is dict and "_modules" in value.state
 
 
-def beginnings(contents):
+def beginnings(contents: dict) -> str:
     """The first components of the names in a file's state dict, or of its keys."""
     contents = next((contents[key] for key in CONTAINERS if type(contents.get(key)) is dict), contents)
     found = sorted({name.split(".")[0] for name in contents if type(name) is str})
     return ", ".join(printable(name, 40) for name in found[:8]) or "nothing"
 
 
-def grouped(names, most=6):
+def grouped(names: list[str], most: int = 6) -> str:
     """Many names in few words: "projector. (12), encoder_k. (265), …"."""
     heads = Counter(name.partition(".")[0] + "." * ("." in name) for name in names).most_common()
     shown = [
@@ -100,14 +105,14 @@ def grouped(names, most=6):
     return ", ".join(shown) + ", …" * (len(heads) > most)
 
 
-def some(names, most=4):
+def some(names: list[str], most: int = 4) -> str:
     """ " (a, b, c, d, …)"."""
     shown = ", ".join(printable(name, 80) for name in names[:most])
     return f" ({shown}{', …' if len(names) > most else ''})" if names else ""
 
 
-def what_is_wrong(match):
-    """Why a branch that a row found (a Match of readers.py) is not taken."""
+def what_is_wrong(match: Match) -> str:
+    """Why a branch that a row found is not taken."""
     label, place = ARCHITECTURES[match.architecture].label, f" under {match.place}" if match.place else ""
     total = len(architectures.tensor_shapes(match.architecture))
     rest = f"; not accounted for: {grouped(match.left_over)}" if match.left_over else ""

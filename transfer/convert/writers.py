@@ -20,6 +20,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import DEFAULT_WEIGHTS
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint
+from rsa_detectron2.transfer.convert.formats import Pixels
 from rsa_detectron2.transfer.convert.provenance import checksum, is_plain
 from rsa_detectron2.transfer.convert.readers import read_checkpoint, read_converted
 from rsa_detectron2.transfer.convert.stored import as_tensor
@@ -29,8 +30,14 @@ SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
 def convert(
-    source=DEFAULT_INPUT, output=None, to="detectron2", branch=None, pixels=None, overwrite=False, method=None
-):
+    source: str | Path = DEFAULT_INPUT,
+    output: str | Path | None = None,
+    to: str = "detectron2",
+    branch: str | None = None,
+    pixels: Pixels | None = None,
+    overwrite: bool = False,
+    method: str | None = None,
+) -> tuple[Path, dict]:
     """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its
     method's name, or the source's where the method is unknown; returns (path written, provenance).
     ``method``: for a file that does not name its own. Raises InputError."""
@@ -72,7 +79,7 @@ def _refuse_other_weights(output, provenance):
         raise InputError(f"{output} is there already, and holds {what}: give another OUTPUT, or --overwrite")
 
 
-def detectron2_name(name):
+def detectron2_name(name: str) -> str:
     """torchvision's name -> Detectron2's, e.g. layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
     name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
     name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
@@ -80,7 +87,7 @@ def detectron2_name(name):
     return name if name.startswith("res") else "stem." + name
 
 
-def encode_detectron2(state, provenance):
+def encode_detectron2(state: dict[str, torch.Tensor], provenance: dict) -> bytes:
     # With "__author__" the checkpointer takes the file as one of its own zoo; the heuristics then match these
     # names, which lack the prefix "backbone.bottom_up.", by suffix.
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
@@ -96,13 +103,13 @@ def encode_detectron2(state, provenance):
     )
 
 
-def encode_torchvision(state, provenance):
+def encode_torchvision(state: dict[str, torch.Tensor], provenance: dict) -> bytes:
     buffer = io.BytesIO()
     torch.save({"state_dict": state, "provenance": provenance, "crc32": checksum(state, provenance)}, buffer)
     return buffer.getvalue()
 
 
-def encode_timm(state, provenance):
+def encode_timm(state: dict[str, torch.Tensor], provenance: dict) -> bytes:
     # timm's ResNets have torchvision's names; load with num_classes=0.
     return safetensors.torch.save(
         state,
@@ -113,7 +120,7 @@ def encode_timm(state, provenance):
 ENCODERS = {"detectron2": encode_detectron2, "torchvision": encode_torchvision, "timm": encode_timm}
 
 
-def load_weights(path):
+def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Detectron2 ``.pkl`` of :func:`convert` -> (float32 tensors under torchvision's names, provenance).
 
     Raises InputError when the file is absent, unreadable, damaged or not whole. Never runs code of the file.
@@ -132,7 +139,9 @@ def load_weights(path):
         return read_converted(contents, path)
 
 
-def load_model(path, needed):
+def load_model(
+    path: str | Path, needed: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int, dict | None]:
     """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them;
     the iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps
     there, or None).

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -16,12 +17,19 @@ class AccumulatingTrainer(SimpleTrainer):
     float16 on a GPU, with one gradient scaler over all passes.
     """
 
-    def __init__(self, model, data_loader, optimizer, accumulate=1, amp=False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data_loader: Iterable[list[dict]],
+        optimizer: torch.optim.Optimizer,
+        accumulate: int = 1,
+        amp: bool = False,
+    ):
         super().__init__(model, data_loader, optimizer)
         self.accumulate, self.amp = accumulate, amp
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
 
-    def run_step(self):
+    def run_step(self) -> None:
         self.optimizer.zero_grad()
         losses, data_time = {}, 0
         for n in range(1, self.accumulate + 1):
@@ -39,10 +47,10 @@ class AccumulatingTrainer(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         if self.amp and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

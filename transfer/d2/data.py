@@ -3,9 +3,11 @@
 import functools
 import itertools
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
 
@@ -20,7 +22,7 @@ NUM_WORKERS = "DATALOADER.NUM_WORKERS"  # the key, for messages
 class Mapper(DatasetMapper):
     """DatasetMapper whose errors name the image's file."""
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict: dict) -> dict:
         try:
             return super().__call__(dataset_dict)
         except MemoryError:
@@ -36,14 +38,14 @@ class Mapper(DatasetMapper):
 class SkipFirst(torch.utils.data.Sampler):
     """A ``sampler`` without its first ``count`` indices."""
 
-    def __init__(self, sampler, count):
+    def __init__(self, sampler: Iterable[int], count: int):
         self.sampler, self.count = sampler, count
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return itertools.islice(iter(self.sampler), self.count, None)
 
 
-def register_datasets(cfg, eval_only=False):
+def register_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """Make the data sets of ``cfg`` known to Detectron2, which has COCO's own already.
 
     Training takes them from memory; COCO's metric reads :func:`sound_annotations`.
@@ -67,12 +69,12 @@ def register_datasets(cfg, eval_only=False):
         )
 
 
-def sound_annotations(cfg):
+def sound_annotations(cfg: CfgNode) -> Path:
     """The file that a run's detections belong to: the evaluated set with its ids, made sound."""
     return Path(cfg.OUTPUT_DIR, "inference", "annotations.json")
 
 
-def image_dicts(images, folder):
+def image_dicts(images: list[dict], folder: str) -> list[dict]:
     """Detectron2's dicts of images, in new lists, without annotations."""
     return [
         {
@@ -85,7 +87,7 @@ def image_dicts(images, folder):
     ]
 
 
-def training_dicts(name, cfg):
+def training_dicts(name: str, cfg: CfgNode) -> list[dict]:
     """Detectron2's dicts of a training set, with the objects that are trained on."""
     dataset = load_datasets(cfg, own_only=True)[name]
     classes = {category["id"]: n for n, category in enumerate(dataset.categories)}

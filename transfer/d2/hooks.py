@@ -14,7 +14,7 @@ class PreciseBN(hooks.PreciseBN):
     """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2
     leaves each its own."""
 
-    def update_stats(self):
+    def update_stats(self) -> None:
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
         with EventStorage():  # what the layers log is not the training's
@@ -26,7 +26,7 @@ class ProgressBar(HookBase):
 
     bar = None
 
-    def before_train(self):
+    def before_train(self) -> None:
         self.bar = tqdm(
             total=self.trainer.max_iter,
             initial=self.trainer.start_iter,
@@ -36,12 +36,12 @@ class ProgressBar(HookBase):
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
-    def after_step(self):
+    def after_step(self) -> None:
         losses = self.trainer.storage.histories().get("total_loss")
         if losses:
             self.bar.set_postfix(loss=f"{losses.median(20):.3f}", refresh=False)
         self.bar.update()
 
-    def after_train(self):
+    def after_train(self) -> None:
         if self.bar is not None:  # None when another hook has failed before
             self.bar.close()

@@ -36,7 +36,7 @@ RESNET = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)((?:stem|res\d)\
 ADVICE = "does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?"
 
 
-def unwrap(model):
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -87,7 +87,7 @@ class Checkpointer(DetectionCheckpointer):
 
     absent = unused = ("nothing was loaded",)
 
-    def save(self, name, **more):
+    def save(self, name: str, **more: object) -> None:
         """Detectron2 writes into the file itself: a kill leaves half of it, a full disk ends training."""
         if not self.save_to_disk:  # not the main process
             return
@@ -105,7 +105,7 @@ class Checkpointer(DetectionCheckpointer):
         ]
         return incompatible
 
-    def assert_backbone_arrived(self, statistics=True):
+    def assert_backbone_arrived(self, statistics: bool = True) -> None:
         """Raises InputError that names the tensors of the backbone that the loaded file did not
         fill, or those of the file's ResNet-50 that found no place. ``statistics``: whether the file
         has BatchNorm's running ones."""

@@ -5,6 +5,8 @@ import functools
 import os
 from pathlib import Path
 
+from fvcore.common.config import CfgNode
+
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import classes_key, value_of
 from rsa_detectron2.transfer.data.coco_json import Notes, parse, read_categories, read_coco
@@ -17,7 +19,7 @@ COCO_2017 = {
 }
 
 
-def dataset_name(annotations, images) -> str:
+def dataset_name(annotations: str | Path, images: str | Path) -> str:
     """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
     Raises InputError where :func:`locate_dataset` could not take it apart again.
@@ -75,7 +77,7 @@ def forget_datasets() -> None:
     _read_once.cache_clear()
 
 
-def load_datasets(cfg, eval_only=False, own_only=False) -> dict[str, Dataset]:
+def load_datasets(cfg: CfgNode, eval_only: bool = False, own_only: bool = False) -> dict[str, Dataset]:
     """{name: data set} of ``cfg``, all with the categories of the first training set. Raises InputError.
 
     eval_only: of DATASETS.TEST alone. own_only: without COCO's own sets, which Detectron2 loads itself.
@@ -90,7 +92,7 @@ def load_datasets(cfg, eval_only=False, own_only=False) -> dict[str, Dataset]:
     return {name: with_categories(dataset, *reference) for name, dataset in loaded.items()}
 
 
-def reference_categories(cfg, eval_only=False):
+def reference_categories(cfg: CfgNode, eval_only: bool = False) -> tuple[str, list[dict]] | None:
     """(annotation file, categories) of the first training set.
 
     None in an evaluation where that set is not at hand, or has another number of classes than the model.
@@ -106,7 +108,7 @@ def reference_categories(cfg, eval_only=False):
     return None if eval_only and len(categories) != value_of(cfg, classes_key(cfg)) else (path, categories)
 
 
-def locate_categories(name):
+def locate_categories(name: str) -> tuple[str, list[dict]]:
     """Data set name -> (annotation file, its categories).
 
     COCO's two files have the same ones; those of val are read in a second, those of train in many.
@@ -164,7 +166,7 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
     return dataclasses.replace(dataset, categories=categories, annotations=annotations, notes=tuple(notes))
 
 
-def listed(names):
+def listed(names: list[str]) -> str:
     """Names in words, the first ten."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(map(repr, names[:10])) + more

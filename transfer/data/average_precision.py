@@ -8,7 +8,9 @@ from rsa_detectron2.transfer.data.dataset import Dataset
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def coco_ap(dataset: Dataset, detections: list[dict], tasks=("bbox", "segm")) -> dict:
+def coco_ap(
+    dataset: Dataset, detections: list[dict], tasks: tuple[str, ...] = ("bbox", "segm")
+) -> dict[str, dict[str, float | None]]:
     """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}.
 
     {} where the data set has nothing to measure.

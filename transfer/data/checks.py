@@ -3,9 +3,11 @@
 import functools
 import shlex
 import sys
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fvcore.common.config import CfgNode
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -23,7 +25,7 @@ from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.masks import has_mask, mask_box
 
 
-def check_datasets(cfg, eval_only=False) -> list[Dataset]:
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> list[Dataset]:
     """The training sets of ``cfg`` that are not COCO's own, which are taken as sound.
 
     Raises InputError unless all sets exist, are sound, and fit the model and each other. Prints what was
@@ -55,7 +57,7 @@ def check_datasets(cfg, eval_only=False) -> list[Dataset]:
     return [datasets[name] for name in training if name in datasets]
 
 
-def check_classes(cfg, names, datasets):
+def check_classes(cfg: CfgNode, names: Collection[str], datasets: dict[str, Dataset]) -> None:
     """Raises InputError unless the data sets ``names`` have the classes of the model."""
     key = classes_key(cfg)
     classes = value_of(cfg, key)
@@ -79,7 +81,7 @@ def check_classes(cfg, names, datasets):
                 )
 
 
-def class_notes(dataset):
+def class_notes(dataset: Dataset) -> list[str]:
     """A line that names the classes without any object, if there are such."""
     used = {annotation["category_id"] for annotation in dataset.annotations}
     if not dataset.measurable or not used:
@@ -89,7 +91,7 @@ def class_notes(dataset):
     return [f"no object is of category {listed(without)}"] if without and not absent else []
 
 
-def check_masks(dataset, masks):
+def check_masks(dataset: Dataset, masks: bool) -> None:
     """Raises InputError where objects lack the masks that the model learns or is measured by."""
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     lacking = {}
@@ -118,7 +120,7 @@ def check_masks(dataset, masks):
             )
 
 
-def check_trainable(dataset, masks):
+def check_trainable(dataset: Dataset, masks: bool) -> list[str]:
     """Lines on what of a training set is not trained on. Raises InputError where that is everything."""
     check_counts(dataset)
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
@@ -138,7 +140,7 @@ def check_trainable(dataset, masks):
     return [*lines, *crowd_notes(dataset, len(objects))]
 
 
-def check_measurable(dataset, masks, eval_only):
+def check_measurable(dataset: Dataset, masks: bool, eval_only: bool) -> list[str]:
     """Lines on what of an evaluated set counts. Raises InputError where a training would end without a
     figure, or with a wrong one."""
     if not dataset.images:
@@ -156,7 +158,7 @@ def check_measurable(dataset, masks, eval_only):
     return crowd_notes(dataset, len(objects))
 
 
-def check_counts(dataset):
+def check_counts(dataset: Dataset) -> None:
     """Raises InputError where no annotation is an object that trains or counts."""
     if not dataset.annotations:
         raise InputError(
@@ -171,7 +173,7 @@ def check_counts(dataset):
         )
 
 
-def crowd_notes(dataset, num_objects):
+def crowd_notes(dataset: Dataset, num_objects: int) -> list[str]:
     """A line where crowds are more than the few that COCO has."""
     crowds = len(dataset.annotations) - num_objects
     if crowds <= 0.1 * len(dataset.annotations):
@@ -182,7 +184,7 @@ def crowd_notes(dataset, num_objects):
     ]
 
 
-def warn_of_boxes(dataset):
+def warn_of_boxes(dataset: Dataset) -> None:
     """Print one warning if boxes contradict masks or images, as x0 y0 x1 y1 and relative coordinates do."""
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     sizes = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
@@ -198,7 +200,7 @@ def warn_of_boxes(dataset):
         )
 
 
-def box_doubt(annotation, width, height):
+def box_doubt(annotation: dict, width: int, height: int) -> str | None:
     """What contradicts an annotation's box, in words, or None."""
     x, y, w, h = annotation["bbox"]
     box = x, y, x + w, y + h
@@ -215,7 +217,7 @@ def box_doubt(annotation, width, height):
     return None
 
 
-def overlap(a, b):
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes (x0, y0, x1, y1)."""
     w, h = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
     areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
@@ -226,7 +228,7 @@ def overlap(a, b):
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 
 
-def file_problems(dataset):
+def file_problems(dataset: Dataset) -> list[str]:
     """What is wrong with the images' files, in words, of each that is not sound."""
     images = dataset.images
     with ThreadPoolExecutor(16) as pool:  # on network storage opening a file is waiting
@@ -243,7 +245,7 @@ def file_problems(dataset):
         return [problem for problem in bar if problem]
 
 
-def file_problem(folder, image):
+def file_problem(folder: str, image: dict) -> str | None:
     """What is wrong with the file of an image, in words, or None."""
     path, given = Path(folder, image["file_name"]), (image["width"], image["height"])
     try:
@@ -270,7 +272,7 @@ def file_problem(folder, image):
     return None
 
 
-def upright_size(file):
+def upright_size(file: Image.Image) -> tuple[int, int]:
     """(width, height) of an opened PIL image as its EXIF orientation turns it, from the header alone."""
     try:
         # The method of PNGs would decode the pixels.

@@ -33,7 +33,7 @@ class CocoInstances:
         if not self.ids:
             raise InputError(f"{dataset.path} has no image" + training * " with a usable annotation")
 
-    def image(self, image_id):
+    def image(self, image_id: int) -> torch.Tensor:
         """Image id -> uint8 [3, H, W], RGB, upright."""
         info = self.images[image_id]
         path = Path(self.dataset.folder, info["file_name"])
@@ -52,7 +52,7 @@ class CocoInstances:
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         index, flip = key
         image, objects = (
             self.image(self.ids[index]),

@@ -1,4 +1,4 @@
-"""COCO-format annotation files as tools write them -> a sound :class:`transfer.dataset.Dataset`.
+"""COCO-format annotation files as tools write them -> a sound :class:`transfer.data.dataset.Dataset`.
 
 Tools count from 0, write ids as strings, leave out what they do not need. What has one right reading is
 mended in memory and told in the data set's ``notes``; anything else is refused, with the file and its first
@@ -7,7 +7,9 @@ bad entry.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.dataset import Dataset
@@ -65,7 +67,7 @@ def read_coco(path: str, folder: str) -> Dataset:
     )
 
 
-def read_categories(notes, entries):
+def read_categories(notes: "Notes", entries: list) -> tuple[list[dict], dict[int | str, int]]:
     """-> ([{"id": int, "name": str}] sorted by id, {key of the written id: id}). Raises InputError."""
     entries, ids = number(notes, "category", distinct(notes, "category", entries))
     if not entries:
@@ -99,32 +101,32 @@ def parse(path: str) -> dict:
 class Notes:
     """What is wrong with the file ``path`` (``bad``), and what was mended in it."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.path, self.bad, self.mended = path, [], {}
 
-    def add(self, text, name=None):
+    def add(self, text: str, name: object = None) -> None:
         """``name``: of an entry that ``text`` holds for; None where it holds for the file."""
         count, first = self.mended.get(text, (0, name))
         self.mended[text] = count + 1, first
 
-    def lines(self):
+    def lines(self) -> tuple[str, ...]:
         return tuple(
             text if first is None else f"{text}: {count} (first: {first})"
             for text, (count, first) in self.mended.items()
         )
 
-    def refuse(self):
+    def refuse(self) -> None:
         """Raises InputError if anything is wrong."""
         if self.bad:
             more = f" (and {len(self.bad) - 1} more such errors)" if self.bad[1:] else ""
             raise InputError(f"{self.path}: {self.bad[0]}{more}")
 
 
-def by_id(entry):
+def by_id(entry: dict) -> int:
     return entry["id"]
 
 
-def whole(value) -> int | None:
+def whole(value: object) -> int | None:
     """5, 5.0 or "5" -> 5; None for what is no such integer of 64 bits."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -133,17 +135,17 @@ def whole(value) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-def id_key(value) -> int | str | None:
+def id_key(value: object) -> int | str | None:
     """An id as it is compared, so that 5, 5.0 and "5" are the same; None for what can be no id."""
     number = whole(value)
     return value if number is None and isinstance(value, str) else number
 
 
-def entry_name(entry):
+def entry_name(entry: object) -> object:
     return entry.get("id", "without an id") if isinstance(entry, dict) else repr(entry)[:40]
 
 
-def lacking(entry, keys):
+def lacking(entry: object, keys: Iterable[str]) -> str:
     return ", ".join(key for key in keys if not isinstance(entry, dict) or key not in entry)
 
 
@@ -151,7 +153,7 @@ def lacking(entry, keys):
 IDENTITY = {"category": ("name",), "image": ("file_name", "width", "height")}
 
 
-def distinct(notes, what, entries):
+def distinct(notes: Notes, what: str, entries: list) -> list[dict]:
     """The sound entries of ``what``, "image" or "category", each once. Raises InputError where one is not."""
     problem_of = {"category": category_problem, "image": image_problem}[what]
     found = {}
@@ -172,7 +174,7 @@ def distinct(notes, what, entries):
     return list(found.values())
 
 
-def number(notes, what, entries):
+def number(notes: Notes, what: str, entries: list[dict]) -> tuple[list[dict], dict[int | str, int]]:
     """Give distinct entries integers as ids, in place -> (entries, {key of the written id: id})."""
     keys = [id_key(entry["id"]) for entry in entries]
     ids = dict(zip(keys, keys))
@@ -187,7 +189,7 @@ def number(notes, what, entries):
     return entries, ids
 
 
-def category_problem(entry):
+def category_problem(entry: Any) -> str | None:
     """What is wrong with a category, in words, or None."""
     if not lacking(entry, ("id", "name")) and id_key(entry["id"]) is not None:
         if isinstance(entry["name"], str) or whole(entry["name"]) is not None:
@@ -196,7 +198,7 @@ def category_problem(entry):
     return f"category {repr(entry)[:80]} needs an id that is an integer and a name that is a string"
 
 
-def image_problem(image):
+def image_problem(image: Any) -> str | None:
     """What is wrong with an image's entry, in words, or None; its size becomes integers."""
     if missing := lacking(image, ("id", "file_name", "width", "height")):
         return f"image {entry_name(image)} lacks {missing}"
@@ -219,7 +221,7 @@ def image_problem(image):
     return None
 
 
-def find_files(notes, images, folder):
+def find_files(notes: Notes, images: list[dict], folder: str) -> None:
     """Make every file_name a path under ``folder``, in place, where it is of another folder or system.
 
     Of images/1.jpg or C:\\data\\images\\1.jpg the longest end that is a file there is taken. Where the first
@@ -248,7 +250,9 @@ def find_files(notes, images, folder):
 ORPHAN = "is of an image that is not in the file"
 
 
-def annotation_problem(entry, image_ids, category_ids):
+def annotation_problem(
+    entry: Any, image_ids: dict[int | str, int], category_ids: dict[int | str, int]
+) -> str | None:
     """What is wrong with an annotation but for its mask, in words, or None. Mends it in place.
 
     image_ids, category_ids: {key of an id as it is written: id}.
@@ -274,7 +278,7 @@ def annotation_problem(entry, image_ids, category_ids):
     return None
 
 
-def tidy_mask(notes, entry, size):
+def tidy_mask(notes: Notes, entry: dict, size: tuple[int, int]) -> tuple[str | None, str | None]:
     """Leave only polygons of three points in an annotation's segmentation, in place.
 
     size: height, width of its image. Returns what is wrong with it, in words, or None, and why it has no
@@ -298,7 +302,7 @@ def tidy_mask(notes, entry, size):
     return None, None
 
 
-def number_annotations(notes, entries):
+def number_annotations(notes: Notes, entries: list[dict]) -> dict[int, Any]:
     """Number annotations from 1, in place, unless their ids are such already -> {id: what is written}.
 
     pycocotools marks a detection by the id of its object, where 0 means none.

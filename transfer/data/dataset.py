@@ -31,7 +31,7 @@ def usable_objects(
 
 @dataclass(frozen=True)
 class Dataset:
-    """A COCO-format data set, as :func:`transfer.coco_json.read_coco` makes it.
+    """A COCO-format data set, as :func:`transfer.data.coco_json.read_coco` makes it.
 
     images, annotations, categories: COCO's entries with the keys of the file, made sound. Ids are integers,
     those of annotations from 1; file_name is a path under ``folder``; iscrowd is 0 or 1; segmentation is a
@@ -42,7 +42,7 @@ class Dataset:
     measurable: the file has annotations at all, unlike those of COCO's test sets.
     notes: what was mended, in words.
     written: {id of an annotation: the id that the file has} where they differ.
-    no_mask: {id of an annotation without a mask: why, a key of :data:`transfer.coco_json.NO_MASK`}.
+    no_mask: {id of an annotation without a mask: why, a key of :data:`transfer.data.coco_json.NO_MASK`}.
     keypoints: {name of a category: the names of its keypoints, None without}.
     """
 
@@ -110,7 +110,7 @@ class Dataset:
         content = {"info": {}, "images": self.images, "categories": self.categories}
         return {**content, "annotations": self.annotations} if self.measurable else content
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write :meth:`coco` to ``path``, whole or not at all."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(self.coco()).encode()))

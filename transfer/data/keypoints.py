@@ -1,5 +1,7 @@
 """Keypoints of COCO-format files: their names, and whether they are what training and COCO's metric need."""
 
+from fvcore.common.config import CfgNode
+
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.annotations import COCO_2017, load_datasets, locate_dataset
 from rsa_detectron2.transfer.data.dataset import Dataset
@@ -23,7 +25,7 @@ def keypoint_metadata(dataset: Dataset) -> dict:
     return {"keypoint_names": names, "keypoint_flip_map": [pair for pair in pairs if pair[1] in names]}
 
 
-def check_keypoints(cfg, eval_only: bool = False) -> None:
+def check_keypoints(cfg: CfgNode, eval_only: bool = False) -> None:
     """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns.
 
     Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files,

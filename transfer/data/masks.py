@@ -5,25 +5,27 @@ import math
 import numpy as np
 from pycocotools import mask as rle
 
+Segmentation = list[list[float]] | dict  # polygons, or RLE
 
-def is_number(value) -> bool:
+
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def are_numbers(values) -> bool:
+def are_numbers(values: object) -> bool:
     return isinstance(values, list) and all(map(is_number, values))
 
 
-def is_integer(value) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_polygon(polygon) -> bool:
+def is_polygon(polygon: list[float]) -> bool:
     """Whether a list of x, y, x, y, ... has at least three points."""
     return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
-def has_mask(segmentation) -> bool:
+def has_mask(segmentation: Segmentation) -> bool:
     """Whether sound COCO polygons or RLE cover anything."""
     if not isinstance(segmentation, dict):
         return any(map(is_polygon, segmentation or ()))
@@ -31,7 +33,7 @@ def has_mask(segmentation) -> bool:
     return any(counts[1::2]) if isinstance(counts, list) else rle.area(segmentation) > 0
 
 
-def to_rle(segmentation, height: int, width: int) -> dict:
+def to_rle(segmentation: Segmentation, height: int, width: int) -> dict:
     """Sound COCO polygons or RLE, compressed or not -> pycocotools' compressed RLE."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
@@ -42,12 +44,12 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     )
 
 
-def mask_area(segmentation, height: int, width: int) -> float:
+def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
     """Pixels that sound COCO polygons or RLE cover; 0 for no mask."""
     return float(rle.area(to_rle(segmentation, height, width))) if segmentation else 0.0
 
 
-def mask_box(segmentation) -> tuple[float, float, float, float]:
+def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
     """Sound COCO polygons or RLE -> the box (x0, y0, x1, y1) around them in pixels."""
     if isinstance(segmentation, list):
         x, y = ([v for polygon in segmentation for v in polygon[start::2]] for start in (0, 1))
@@ -56,7 +58,7 @@ def mask_box(segmentation) -> tuple[float, float, float, float]:
     return x, y, x + w, y + h
 
 
-def mask_problem(segmentation, height: int, width: int) -> str | None:
+def mask_problem(segmentation: object, height: int, width: int) -> str | None:
     """What is wrong with a segmentation, in words; short polygons are not, for they can be left out."""
     if isinstance(segmentation, list):
         if all(map(are_numbers, segmentation)):

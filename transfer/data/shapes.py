@@ -14,6 +14,7 @@ inside. That one number gives both drawings of it: the mask holds the pixels who
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ LUMA, CHROMA = 125, 70
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 16, 0.05
 
 
-def local_grid(size, x, y, radius, angle):
+def local_grid(size: int, x: float, y: float, radius: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (u, v) of every pixel's centre in a shape's own frame: two float32 [size, size],
     in units of radius.
 
@@ -93,7 +94,7 @@ def local_grid(size, x, y, radius, angle):
     return (dx * cos + dy * sin).astype(np.float32), (dy * cos - dx * sin).astype(np.float32)
 
 
-def signed_distance(form, size, x, y, radius, angle):
+def signed_distance(form: str, size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
     """Distance to the outline in pixels, float32 [size, size], negative inside; arguments as of
     :func:`local_grid`."""
     return FORMS[form](*local_grid(size, x, y, radius, angle)) * radius
@@ -114,13 +115,19 @@ def _texture(rng, size, colour, contrast):
     return colour.astype(np.float32) + contrast * ((blotches / 127.5 - 1) + wave[..., None] * tint)
 
 
-def equal_luma(hue):
+def equal_luma(hue: float) -> np.ndarray:
     """RGB float [3] of a hue in degrees, of LUMA and CHROMA."""
     pure = np.clip(abs((hue / 60 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return LUMA + CHROMA * (pure - pure @ [0.2989, 0.587, 0.114])
 
 
-def draw_scene(rng, size, classes, main=False, colour=None):
+def draw_scene(
+    rng: np.random.Generator,
+    size: int,
+    classes: Sequence[int] | np.ndarray,
+    main: bool = False,
+    colour: Sequence[float] | np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One image with one shape per entry of ``classes`` (indices into CLASSES), each on top of
     those before it.
 
@@ -171,7 +178,9 @@ def draw_scene(rng, size, classes, main=False, colour=None):
     return image.clip(0, 255).astype(np.uint8), masks[keep], np.array(classes, dtype=np.int64)[keep]
 
 
-def write_image_folder(root, images_per_class, size, seed, colours=False):
+def write_image_folder(
+    root: str | Path, images_per_class: int, size: int, seed: int, colours: bool = False
+) -> Path:
     """Write ``root/<class>/<nnnn>.jpg``, ``images_per_class`` each of ``size`` pixels square, in
     ImageFolder layout.
 
@@ -203,7 +212,7 @@ def write_image_folder(root, images_per_class, size, seed, colours=False):
     return root
 
 
-def write_coco(root, name, num_images, size, seed):
+def write_coco(root: str | Path, name: str, num_images: int, size: int, seed: int) -> Path:
     """Write ``root/images/<name>_<nnnn>.jpg`` and ``root/<name>.json`` (COCO instances); returns
     the JSON's Path.
 

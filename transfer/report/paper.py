@@ -8,6 +8,7 @@ import ast
 import functools
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -304,7 +305,9 @@ def hardware_differences(training: Training, record: dict) -> list[str]:
     return [f"{record['processes']} x {record['device']} instead of {gpus} x V100"]
 
 
-def nearest(candidates, words_of):
+def nearest(
+    candidates: Iterable[Cell], words_of: Callable[[Training], list[str] | None]
+) -> tuple[Cell | None, list[str]]:
     """(cell, words) of the cell that a run differs least from: ``words_of(training)`` are its
     differences, or None where the run has nothing to do with it. Of several, the one that changes its
     recipe least. (None, []) where there is none."""

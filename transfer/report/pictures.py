@@ -7,11 +7,13 @@ import math
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -22,8 +24,14 @@ from pycocotools import mask as rle
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.coco_json import read_coco
+from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.masks import to_rle
-from rsa_detectron2.transfer.report.tables import COLUMNS, difference_cell
+from rsa_detectron2.transfer.report.tables import COLUMNS, Row, difference_cell
+
+Series = tuple[tuple[float, ...], tuple[float, ...]]  # values of x, and of y
+Curve = tuple[str, Series]  # its label
+# title, label of x, labels of both y axes, and the curves of each of these
+Panel = tuple[str, str, tuple[str, str], list[list[Curve]]]
 
 # Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -63,7 +71,7 @@ DEJAVU = "DejaVu Sans"  # matplotlib's own font
 
 
 @contextlib.contextmanager
-def literal_text(*texts):
+def literal_text(*texts: str) -> Iterator[None]:
     """Let matplotlib draw texts of users as they are: "$" begins no formula, and what its own font lacks,
     Chinese for one, comes from the fonts that are installed. What no font has is told once, on stderr."""
     families, missing = fonts_for(frozenset("".join(texts)))
@@ -79,10 +87,10 @@ def literal_text(*texts):
 
 
 @functools.cache
-def fonts_for(characters):
+def fonts_for(characters: frozenset[str]) -> tuple[list[str], str]:
     """Characters -> (names of installed fonts that have what matplotlib's own lacks, those that none has)."""
 
-    def lacking(path, wanted):
+    def lacking(path: str, wanted: set[str]) -> set[str]:
         return {c for c in wanted if ord(c) not in FT2Font(path).get_charmap()}
 
     missing = lacking(font_manager.findfont(DEJAVU), {c for c in characters if c.isprintable()})
@@ -101,11 +109,11 @@ def fonts_for(characters):
 
 
 @functools.cache
-def tell_once(line):
+def tell_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def read_series(path, x, keys):
+def read_series(path: str | Path, x: str, keys: list[str]) -> dict[str, Series]:
     """JSON lines -> {key: (x values, y values)} for the keys that occur, NaN and all, sorted by x.
 
     A resumed run writes some steps twice: the later row counts. A line cut short by a crash is passed over.
@@ -122,7 +130,7 @@ def read_series(path, x, keys):
     return {key: tuple(zip(*sorted(series.items()))) for key, series in points.items() if series}
 
 
-def plot_curves(pretrain_folder, runs, path):
+def plot_curves(pretrain_folder: str | Path | None, runs: dict[str, str | Path], path: Path) -> Path | None:
     """Draw the curves of pre-training and of fine-tuning as one PNG.
 
     Of pre-training: losses, schedules, similarities and kNN accuracy; of fine-tuning: losses and AP.
@@ -156,7 +164,7 @@ def plot_curves(pretrain_folder, runs, path):
     return path
 
 
-def draw_panels(panels, num_runs, path):
+def draw_panels(panels: list[Panel], num_runs: int, path: Path) -> None:
     """Panels (title, label of x, labels of both y axes, their curves) -> PNG."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -195,7 +203,7 @@ def draw_panels(panels, num_runs, path):
     figure.savefig(path)
 
 
-def plot_ap(rows, path):
+def plot_ap(rows: list[Row], path: Path) -> Path:
     """Draw rows of ``tables.make_rows`` as a PNG: six APs of each run, ± std over seeds.
 
     Beside them stand the published ones and, where there is one, the difference.
@@ -206,7 +214,7 @@ def plot_ap(rows, path):
     return path
 
 
-def draw_ap(rows, path):
+def draw_ap(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 2 * (0.4 * len(rows) + 1.1)), dpi=150, layout="constrained")
     for ax, column in zip(figure.subplots(2, 3, sharey=True).flat, COLUMNS["ap"]):
         for place, row in enumerate(rows):
@@ -247,7 +255,7 @@ def draw_ap(rows, path):
     figure.savefig(path)
 
 
-def plot_sweep(rows, titles, path):
+def plot_sweep(rows: list[Row], titles: dict[str, str], path: Path) -> Path:
     """Draw Figure 3 as a PNG: top-1 over beta_base, with a panel for each column, {name: title}.
 
     The dashed line is beta_base 0, the dotted one BYOL. Filled points have the paper's settings,
@@ -293,7 +301,9 @@ def plot_sweep(rows, titles, path):
     return path
 
 
-def draw_instances(ax, image, instances, names, colors):
+def draw_instances(
+    ax: Axes, image: np.ndarray, instances: list[dict], names: dict[int, str], colors: dict[int, str]
+) -> None:
     """Draw COCO instances over an image, uint8 [H, W, 3]: mask, box, class name and, if any, score."""
     height, width = image.shape[:2]
     blended = image.astype(np.float32)
@@ -337,7 +347,14 @@ def draw_instances(ax, image, instances, names, colors):
         )
 
 
-def draw_detections(annotations, image_folder, runs, path, num_images=4, threshold=0.5):
+def draw_detections(
+    annotations: str | Path,
+    image_folder: str | Path,
+    runs: dict[str, str | Path],
+    path: Path,
+    num_images: int = 4,
+    threshold: float = 0.5,
+) -> Path:
     """Draw ground truth, if any, then the detections of each run, {name: folder}, as one PNG.
 
     The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections
@@ -358,13 +375,13 @@ def draw_detections(annotations, image_folder, runs, path, num_images=4, thresho
     return path
 
 
-def evaluated_set(folder, annotations, image_folder):
+def evaluated_set(folder: str | Path, annotations: str | Path, image_folder: str | Path) -> Dataset:
     """The data set that a run's detections belong to: the run's own copy, if it has one, knows their ids."""
     own = Path(folder, "inference", "annotations.json")
     return read_coco(str(own if own.is_file() else annotations), str(image_folder))
 
 
-def read_detections(folder):
+def read_detections(folder: str | Path) -> list[dict]:
     """Run folder -> COCO detections. Raises InputError."""
     file = Path(folder, "inference", "coco_instances_results.json")
     if not file.is_file():
@@ -372,7 +389,13 @@ def read_detections(folder):
     return json.loads(file.read_text())
 
 
-def draw_grid(dataset, images, columns, path, threshold):
+def draw_grid(
+    dataset: Dataset,
+    images: list[dict],
+    columns: dict[str, tuple[list[dict], list[dict]]],
+    path: Path,
+    threshold: float,
+) -> None:
     """Images' entries and {title: (instances, categories)} -> PNG with a row for each image."""
     palette = {}
     for _, categories in columns.values():

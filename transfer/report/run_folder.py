@@ -3,6 +3,7 @@
 import json
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from rsa_detectron2.common.errors import InputError
@@ -14,20 +15,20 @@ TRAINING = "training.json"  # from the first iteration on: the weights' provenan
 RESULTS = "results.json"  # at the end
 
 
-def checkpoints(folder):
+def checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints: first the one that last_checkpoint names, then the newest."""
     numbered = sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
     paths = dict.fromkeys([folder / last_name(folder), folder / FINAL, *numbered])
     return [path for path in paths if path.is_file()]
 
 
-def last_name(folder):
+def last_name(folder: Path) -> str:
     """What last_checkpoint says, "" where it is lost."""
     path = folder / LAST
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 
-def save_checkpoint(folder, name, state):
+def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
     """Write a checkpoint, whole or not at all, and last_checkpoint, which names it.
 
     Where the disk is full, a line says so and training goes on. Raises InputError at its end.
@@ -47,7 +48,7 @@ def save_checkpoint(folder, name, state):
         )
 
 
-def find_start(folder, resume):
+def find_start(folder: str | Path, resume: bool) -> Path | None:
     """Path of the checkpoint that training in ``folder`` goes on from; None where it starts anew.
 
     Without ``resume``, a folder that holds a run is refused. With it, a damaged checkpoint is passed
@@ -79,7 +80,7 @@ def find_start(folder, resume):
     return None
 
 
-def first_whole(paths):
+def first_whole(paths: Iterable[Path]) -> Path | None:
     """The first of these checkpoints that is not damaged, or None."""
     for path in paths:
         try:
@@ -90,7 +91,7 @@ def first_whole(paths):
     return None
 
 
-def has_training_results(folder):
+def has_training_results(folder: Path) -> bool:
     """Whether results.json is a training's; those of an evaluation may be overwritten."""
     path = folder / RESULTS
     try:
@@ -99,7 +100,7 @@ def has_training_results(folder):
         return True
 
 
-def trained_model(folder):
+def trained_model(folder: str | Path) -> Path:
     """Path of the model in a run's folder. Raises InputError where there is none."""
     found = checkpoints(Path(folder))
     if not found:

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
@@ -74,7 +76,7 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
     """
     ap = outcome.ap
 
-    def percent(task, key):
+    def percent(task: str, key: str) -> float | None:
         value = ap.get(task, {}).get(key)
         return float(value) if value is not None and math.isfinite(value) else None
 
@@ -217,14 +219,14 @@ def read_training(folder: str | Path) -> dict | None:
         ) from None
 
 
-def differences(cfg, training, of=None):
+def differences(cfg: CfgNode, training: dict, of: re.Pattern | None = None) -> list[str]:
     """Words for each setting on which ``cfg`` and a ``training`` disagree.
 
     ``of``: a pattern of the settings that count, by default all but those of evaluation. The training
     set is known by its files' names, for it may lie elsewhere on another machine.
     """
 
-    def plain(key, value):
+    def plain(key: str, value: Any) -> Any:
         if key.endswith(".NORM"):  # over how many images is another question
             return value.replace("SyncBN", "BN")
         return set_names(value) if key == "DATASETS.TRAIN" else value
@@ -238,7 +240,7 @@ def differences(cfg, training, of=None):
     ]
 
 
-def set_names(names):
+def set_names(names: Iterable[str]) -> list[str]:
     """Data sets' names as they are on any machine: a COCO-format one's is that of its annotation file."""
     return [name.split("::")[0].split("/")[-1] for name in names]
 
@@ -303,7 +305,7 @@ def own_training(cfg: CfgNode) -> dict | None:
 def settings(config: str) -> dict:
     """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...}."""
 
-    def leaves(node, prefix=""):
+    def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
             yield from (
                 leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else ((prefix + key, value),)

@@ -6,7 +6,7 @@ linear.json, or pre-training as run.json. Each is, or holds, a record
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,7 @@ def check_comparable(runs: dict) -> tuple[str, str]:
     """{name: results} -> their protocol and the name of their test set. Raises InputError where either
     differs: one table holds one."""
 
-    def alike(words, kind_of):
+    def alike(words: str, kind_of: Callable[[dict], str]) -> str:
         kinds = {}
         for name, results in runs.items():
             kinds.setdefault(kind_of(yaml.safe_load(results["config"])), name)

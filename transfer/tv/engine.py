@@ -77,10 +77,10 @@ def training_batches(
     probability = 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0
 
     @functools.lru_cache(2)
-    def order(epoch):
+    def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(len(dataset.ids))
 
-    def keys(i):
+    def keys(i: int) -> list[tuple[int, bool]]:
         places = (divmod(i * size + n, len(dataset.ids)) for n in range(size))
         flips = np.random.default_rng((seed, 1, i)).random(size) < probability
         return [(order(epoch)[place], flip) for (epoch, place), flip in zip(places, flips)]

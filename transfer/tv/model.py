@@ -1,8 +1,11 @@
 """Mask and Faster R-CNN with a ResNet and FPN from torchvision's parts, with the layers and the
-initialisation that Detectron2's YAML asks for."""
+initialization that Detectron2's YAML asks for."""
+
+from typing import Any
 
 import torch
 import torchvision
+from fvcore.common.config import CfgNode
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -49,13 +52,13 @@ POSSIBLE = {  # key: the values that can be honoured, or a test of the value and
 }
 
 
-def check(cfg):
+def check(cfg: CfgNode) -> None:
     """Raises InputError for the first key whose value this engine cannot honour."""
     check_possible(cfg, POSSIBLE, "the torchvision engine")
 
 
-def build_model(cfg):
-    """Config -> torchvision MaskRCNN, or FasterRCNN without MASK_ON, randomly initialised as Detectron2's is.
+def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:
+    """Config -> torchvision MaskRCNN, or FasterRCNN without MASK_ON, randomly initialized as Detectron2's is.
 
     Raises InputError.
 
@@ -72,7 +75,7 @@ def build_model(cfg):
         net.ROI_MASK_HEAD,
     )
 
-    def pooler(head):
+    def pooler(head: CfgNode) -> poolers.MultiScaleRoIAlign:
         pool = poolers.MultiScaleRoIAlign(LEVELS, head.POOLER_RESOLUTION, sampling_ratio=0)
         # Left to itself it derives these from the first images that it sees, wrongly for sides
         # under 80 pixels.
@@ -145,11 +148,11 @@ def build_model(cfg):
     return model
 
 
-def bfloat16_inside(module, device):
+def bfloat16_inside(module: nn.Module, device: torch.device) -> None:
     """Let ``module`` compute in bfloat16 but return float32, which boxes, RoIAlign and the losses need."""
     forward = module.forward
 
-    def cast_forward(*inputs):
+    def cast_forward(*inputs: Any) -> Any:
         with torch.autocast(device.type, torch.bfloat16):
             outputs = forward(*inputs)
         return tree_map(torch.Tensor.float, outputs)
