@@ -37,3 +37,15 @@ def test_functions_are_short():
                     if lines > 60:
                         too_long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
     assert not too_long
+
+
+def test_public_functions_have_type_hints():
+    without = []
+    for folder in FOLDERS[:-1]:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    named = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+                    if node.returns is None or any(a.annotation is None for a in named):
+                        without.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not without

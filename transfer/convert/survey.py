@@ -69,8 +69,8 @@ def networks_in(contents: dict) -> str:
         )
         return (
             f"unknown checkpoint, its keys begin with {beginnings(contents)}: ResNets lie under {shown}, "
-            f"which is none of {len(FORMATS)} known layouts (transfer/formats.py); save one backbone's "
-            "state_dict() alone"
+            f"which is none of {len(FORMATS)} known layouts (transfer/convert/formats.py); "
+            "save one backbone's state_dict() alone"
         )
     for key, state in state_dicts(contents):
         for name, value in state.items():
@@ -78,7 +78,7 @@ def networks_in(contents: dict) -> str:
                 return f"{printable(f'{key}/{name}'.lstrip('/'), 80)} {MODULE}"
     return (
         f"unknown checkpoint, its keys begin with {beginnings(contents)}: no ResNet was found in it, "
-        f"and it is none of {len(FORMATS)} known layouts (transfer/formats.py)"
+        f"and it is none of {len(FORMATS)} known layouts (transfer/convert/formats.py)"
     )
 
 

@@ -165,7 +165,7 @@ def vissl_trunk(network):
 
 
 def ours(heads, queue=0, target=True, config=""):
-    """pretrain/networks.py, and what pretrain/train_loop.py saves of it."""
+    """pretrain/method/networks.py, and what pretrain/engine/trainer.py saves of it."""
     backbone = timm.create_model("resnet50", num_classes=0, base_width=8)
     model = own.Networks(randomise(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
     backbones = {"online": model.online.backbone}
