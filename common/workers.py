@@ -200,7 +200,10 @@ class Workers:
 
     def kill(self) -> None:
         for process in self.processes:
-            process.kill()
+            # An ended process may have no status: the handler raised while it was being read. Its
+            # number may be another process's by now.
+            if not connection.wait([process.sentinel], 0):
+                process.kill()
         for process in self.processes:
             process.join(1)
             remove_unfinished(process.pid)

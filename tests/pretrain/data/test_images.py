@@ -325,7 +325,7 @@ def test_where_a_jpeg_ends():
 
 
 def test_truncated_images_leave_no_memory_behind(tmp_path):
-    """50 times each takes less than three of its images of 12 MB; torchvision 0.25 kept every one."""
+    """50 times each takes less than 150 MB; torchvision 0.25 kept every image, 12 MB each."""
     image = photograph(2000, 2000)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(image, kind, **({"compress_level": 1} if kind == "PNG" else {}))
@@ -359,7 +359,7 @@ for path in sys.argv[1:]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 3 and max(map(float, done.stdout.split())) < 36
+    assert len(done.stdout.split()) == 3 and max(map(float, done.stdout.split())) < 150
 
 
 def test_out_of_memory_is_not_a_damaged_image(monkeypatch):
