@@ -89,7 +89,7 @@ KEYS = (
     Key("DATA.CLASSES", ""),
     # Most images to use of each source, evenly spaced. 0: all.
     Key("DATA.LIMIT", 0, at_least(0)),
-    # Labelled folder for kNN top-1. "": look for val/ or test/ beside DATA.PATH.
+    # Labeled folder for kNN top-1. "": look for val/ or test/ beside DATA.PATH.
     Key("DATA.VAL", "", free=True),
     # In pixels. The blur reflects 6 pixels at the border.
     Key("DATA.IMAGE_SIZE", 224, at_least(7)),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Judge a pre-trained backbone by kNN or by linear evaluation on labelled images.
+"""Judge a pre-trained backbone by kNN or by linear evaluation on labeled images.
 
     tools/evaluate.py knn                     # output/pretrain/model_final.pth, its own data set
     tools/evaluate.py linear CHECKPOINT --train DIR --val DIR
@@ -27,7 +27,7 @@ from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
 from rsa_detectron2.pretrain.evaluate.features import Features
-from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
 from rsa_detectron2.tools._weights import load_features
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     images = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
     images.value_range = tuple(args.range or cfg.DATA.RANGE)
     try:
-        train, val = find_labelled(cfg, images)
+        train, val = find_labeled(cfg, images)
     except NoValidation as reason:
         raise InputError(f"{reason}; kNN and linear evaluation take --train DIR and --val DIR") from None
 
@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("protocol", choices=("knn", "linear"))
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
     parser.add_argument(
-        "--train", metavar="DIR", help="labelled training images (default: what it was pre-trained on)"
+        "--train", metavar="DIR", help="labeled training images (default: what it was pre-trained on)"
     )
     parser.add_argument(
         "--classes",
@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
         help="class folders to keep (default: all of --train, or those of pre-training)",
     )
     parser.add_argument(
-        "--val", metavar="DIR", help="labelled validation images (default: val/ or test/ beside them)"
+        "--val", metavar="DIR", help="labeled validation images (default: val/ or test/ beside them)"
     )
     parser.add_argument(
         "--range",

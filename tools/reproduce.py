@@ -43,7 +43,7 @@ class Step:
 
 
 class Plan:
-    """The steps towards some rows, each once, in an order in which they can run."""
+    """The steps toward some rows, each once, in an order in which they can run."""
 
     def __init__(self, args: argparse.Namespace, small: _rehearsal.Rehearsal | None = None) -> None:
         self.args, self.small, self.weights = args, small, dict(args.weights)

@@ -32,7 +32,7 @@ def open_images(
 ) -> Source:
     """The source of images at ``path``.
 
-    ``split``: "pretrain" for the images to pre-train on, "train" or "val" for the labelled ones.
+    ``split``: "pretrain" for the images to pre-train on, "train" or "val" for the labeled ones.
     At most ``limit`` images, evenly spaced; 0: all.
 
     CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet files, or what

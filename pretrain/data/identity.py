@@ -65,7 +65,7 @@ def check_same_everywhere(images: Source) -> None:
         )
 
 
-def recognise(images: Source, saved: dict, unreadable: set[str], folder: Path) -> int:
+def recognize(images: Source, saved: dict, unreadable: set[str], folder: Path) -> int:
     """Check that ``images`` are those of the run in ``folder``, by its checkpoint ``saved``.
 
     An image that is gone keeps its place if its name is in the set ``unreadable``: the next image

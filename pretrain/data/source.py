@@ -20,7 +20,7 @@ class Source:
 
     ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, of those
     that hold files: the bytes, and the name for a message. ``name(index)``: text that names one
-    image. ``labels``: int64 [N], -1 where unlabelled. ``classes``: their names. ``root``: the
+    image. ``labels``: int64 [N], -1 where unlabeled. ``classes``: their names. ``root``: the
     folder. ``own_val``: whether the path that ``root`` was found at holds the validation images
     as well, which else lie in a folder beside ``root``.
 

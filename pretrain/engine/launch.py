@@ -132,7 +132,7 @@ def join_and_run(train: Callable[[CfgNode], str], cfg: CfgNode) -> str:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(distributed.cores())
-    # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronisation.
+    # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronization.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     # The group is taken down only where all have come to the end: a process that leaves early, with
     # an error, must not wait for the others in its shutdown.

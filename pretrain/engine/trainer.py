@@ -24,7 +24,7 @@ from rsa_detectron2.pretrain.engine.guards import Alarms, Stopped, StopSignals, 
 from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
-from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
 from rsa_detectron2.pretrain.method import schedules
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
@@ -94,7 +94,7 @@ def open_data(cfg: CfgNode, past: Past) -> BadImages:
     identity.check_same_everywhere(images)
     bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
     if past.known:
-        bad_images.removed = identity.recognise(images, past.known, bad_images.listed(), folder)
+        bad_images.removed = identity.recognize(images, past.known, bad_images.listed(), folder)
     return bad_images
 
 
@@ -127,10 +127,10 @@ class Trainer:
     # ---- what a run consists of ----
 
     def find_validation(self) -> None:
-        """The labelled images of kNN, or None."""
+        """The labeled images of kNN, or None."""
         self.bank = self.val = None
         try:
-            self.bank, self.val = find_labelled(self.cfg, self.images)
+            self.bank, self.val = find_labeled(self.cfg, self.images)
         except NoValidation as reason:
             if self.is_first:
                 print(f"kNN top-1 is left out: {reason}")

@@ -1,4 +1,4 @@
-"""kNN on the features of a frozen backbone, and the labelled images that it takes."""
+"""kNN on the features of a frozen backbone, and the labeled images that it takes."""
 
 from pathlib import Path
 
@@ -49,9 +49,9 @@ def evaluate_knn(
 
     The bank has at most ``bank_size`` images; 0: all. With ``replace``, the next image stands in
     for a val image that cannot be decoded; without, UnreadableImage is raised. Raises InputError
-    as :func:`check_labelled` does.
+    as :func:`check_labeled` does.
     """
-    check_labelled(train, val)
+    check_labeled(train, val)
     return knn_top1(
         *features.of(train, "kNN bank", bank_size, replace=True),
         *features.of(val, "kNN queries", replace=replace),
@@ -62,7 +62,7 @@ class NoValidation(InputError):
     """There is nothing to classify; the message says why."""
 
 
-def unlabelled(images: Source) -> str:
+def unlabeled(images: Source) -> str:
     """Why the images of a source cannot be told apart by class; "" if they can."""
     root, missing = printable(images.root), np.flatnonzero(np.asarray(images.labels) < 0)
     if not images.classes:
@@ -77,7 +77,7 @@ def unlabelled(images: Source) -> str:
 
 def mismatch(train: Source, val: Source) -> str:
     """Why ``val`` cannot be classified by ``train``; "" if it can."""
-    why = unlabelled(train) or unlabelled(val)
+    why = unlabeled(train) or unlabeled(val)
     if why or train.classes == val.classes:
         return why
     parts = []
@@ -96,7 +96,7 @@ def _few(names):
     return f"{len(names)} ({', '.join(map(printable, names[:3]))}{more})"
 
 
-def check_labelled(train: Source, val: Source) -> None:
+def check_labeled(train: Source, val: Source) -> None:
     """Raise InputError unless both have the same classes and a label for every image."""
     if why := mismatch(train, val):
         raise InputError(
@@ -105,21 +105,21 @@ def check_labelled(train: Source, val: Source) -> None:
         )
 
 
-def find_labelled(cfg: CfgNode, images: Source) -> tuple[Source, Source]:
-    """(bank, val): the labelled training images and those to classify.
+def find_labeled(cfg: CfgNode, images: Source) -> tuple[Source, Source]:
+    """(bank, val): the labeled training images and those to classify.
 
     ``images`` are those of pre-training. val is DATA.VAL; else the validation images that belong
-    to the data set or lie beside its folder, if they are labelled as the bank is. Raises
+    to the data set or lie beside its folder, if they are labeled as the bank is. Raises
     NoValidation where there are none, and InputError for a DATA.VAL that does not fit.
     """
     bank = images
-    if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labelled
+    if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labeled
         bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
     if cfg.DATA.VAL:
         val = _open_val(cfg, cfg.DATA.VAL, images)
-        check_labelled(bank, val)
+        check_labeled(bank, val)
         return bank, val
-    if why := unlabelled(bank):
+    if why := unlabeled(bank):
         raise NoValidation(why)
     reasons = []
     for place in [cfg.DATA.PATH] if bank.own_val else beside(bank.root.absolute()):

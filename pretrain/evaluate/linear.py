@@ -15,7 +15,7 @@ from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.features import Features, label_of
-from rsa_detectron2.pretrain.evaluate.knn import check_labelled
+from rsa_detectron2.pretrain.evaluate.knn import check_labeled
 from rsa_detectron2.pretrain.method.augment import weak_view
 
 
@@ -153,7 +153,7 @@ def evaluate_linear(
     then move too; only those of a copy, ``features`` stay as they are. With a cache in
     ``features``, a call that was stopped goes on from its last whole epoch.
     """
-    check_labelled(train, val)
+    check_labeled(train, val)
     batch_size = min(batch_size, len(train))
     moving = Features(copy.deepcopy(features.backbone), features.data, features.amp) if train_bn else features
     moved = moving.backbone.named_buffers() if train_bn else ()

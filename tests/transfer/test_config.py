@@ -125,7 +125,7 @@ def test_every_header_has_command_cost_and_published_figures():
         assert "#   cost  " in head and "#   published  " in head, path
 
 
-def test_embedded_engine_reads_every_config_that_it_can_honour():
+def test_embedded_engine_reads_every_config_that_it_can_honor():
     for path in CONFIGS.glob("mask_rcnn_*.yaml"):
         assert configured(torchvision_defaults(), path.stem, "moco").MODEL.ROI_BOX_HEAD.NUM_FC == 2
 
@@ -189,7 +189,7 @@ def test_config_must_fit_the_weights(config, provenance, overrides, message):
 
 def test_random_weights_must_be_asked_for():
     """A config file that says nothing of the weights means the converted ones, never silent random
-    initialisation."""
+    initialization."""
     quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R50_FPN")
     assert quickstart.MODEL.WEIGHTS == "output/weights/rsa_r50.pkl"
     assert configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x_random").MODEL.WEIGHTS == ""

@@ -128,7 +128,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     path = local_file(
         path,
         f"no weights {path}: write them with tools/convert_to_d2.py, or ask for random "
-        'initialisation with MODEL.WEIGHTS ""',
+        'initialization with MODEL.WEIGHTS ""',
     )
     with open_checkpoint(path) as contents:
         if type(contents) is not dict or "provenance" not in contents or "__author__" not in contents:

@@ -70,7 +70,7 @@ def _check_annotations(dataset, number, evaluated):
         if found != 3 * number:
             raise InputError(
                 f"{where} has {found} numbers of keypoints: {number} keypoints are {3 * number} numbers x, "
-                "y, visibility (0, 0, 0 where one is not labelled)"
+                "y, visibility (0, 0, 0 where one is not labeled)"
             )
         if evaluated and "num_keypoints" not in annotation:
             raise InputError(

@@ -33,7 +33,7 @@ Curve = tuple[str, Series]  # its label
 # title, label of x, labels of both y axes, and the curves of each of these
 Panel = tuple[str, str, tuple[str, str], list[list[Curve]]]
 
-# Okabe and Ito's palette, whose colours stay apart for colour-blind readers.
+# Okabe and Ito's palette, whose colors stay apart for color-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # title: label of the left axis and {key: label} on it; then the same for the right axis
 PANELS = {
@@ -188,7 +188,7 @@ def draw_panels(panels: list[Panel], num_runs: int, path: Path) -> None:
                     label=" " + label if label.startswith("_") else label,
                 )
             if curves:
-                # an axis of its own for one curve is told apart by that curve's colour
+                # an axis of its own for one curve is told apart by that curve's color
                 ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
             if len(curves) > 1:
                 beside = (

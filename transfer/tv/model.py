@@ -17,7 +17,7 @@ from rsa_detectron2.transfer.convert import architectures
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
 STAGES, LEVELS = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
-POSSIBLE = {  # key: the values that can be honoured, or a test of the value and what it asks for
+POSSIBLE = {  # key: the values that can be honored, or a test of the value and what it asks for
     "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"],
     "MODEL.DEVICE": ["cuda", "cpu"],
     "MODEL.MASK_ON": [True, False],
@@ -53,7 +53,7 @@ POSSIBLE = {  # key: the values that can be honoured, or a test of the value and
 
 
 def check(cfg: CfgNode) -> None:
-    """Raises InputError for the first key whose value this engine cannot honour."""
+    """Raises InputError for the first key whose value this engine cannot honor."""
     check_possible(cfg, POSSIBLE, "the torchvision engine")
 
 

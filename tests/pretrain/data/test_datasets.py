@@ -26,7 +26,7 @@ from rsa_detectron2.pretrain.data.images import UnreadableImage, decode, read_im
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.evaluate.cache import fingerprint
 from rsa_detectron2.pretrain.evaluate.features import CenterCrops, Features
-from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
 from rsa_detectron2.pretrain.evaluate.linear import RandomCrops
 
 RNG = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def test_damaged_files_are_named(tmp_path):
 # ---- folders ----
 
 
-def test_labels_and_unlabelled_images(image_folder, tmp_path):
+def test_labels_and_unlabeled_images(image_folder, tmp_path):
     images = ImageFolder(image_folder)
     assert images.classes == ["a", "b"] and len(images) == 24 and images.labels.dtype == np.int64
     for i in (0, 11, 12, 23):  # sorted: 12 images of a, then 12 of b
@@ -155,7 +155,7 @@ def test_labels_and_unlabelled_images(image_folder, tmp_path):
     save(tmp_path / "x.png", noise(9, 9, 3))
     assert ImageFolder(tmp_path).labels.tolist() == [-1]
     with pytest.raises(NoValidation, match="has no labels"):
-        find_labelled(cfg_of(tmp_path), ImageFolder(tmp_path))
+        find_labeled(cfg_of(tmp_path), ImageFolder(tmp_path))
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_folder_with_train_and_val_inside(image_folder):
         assert open_images(image_folder, split).root == image_folder  # the folder itself, whatever the split
     for path in (image_folder, image_folder.parent):
         images = open_images(path)
-        bank, val = find_labelled(cfg_of(path), images)
+        bank, val = find_labeled(cfg_of(path), images)
         assert bank is images and val.root == image_folder.parent / "val" and len(val) == 24
 
 
@@ -196,19 +196,19 @@ def test_val_must_fit(image_folder, tmp_path):
         .replace(")", r"\)")
     )
     with pytest.raises(NoValidation, match=f"^{why}$"):
-        find_labelled(cfg_of(tmp_path / "train"), images)
+        find_labeled(cfg_of(tmp_path / "train"), images)
     with pytest.raises(InputError, match=f"need the same classes .*: {why}$") as error:
-        find_labelled(cfg_of(tmp_path / "train", VAL=str(tmp_path / "val")), images)
+        find_labeled(cfg_of(tmp_path / "train", VAL=str(tmp_path / "val")), images)
     assert not isinstance(error.value, NoValidation)  # a folder that was asked for must fit
     images = open_images(tmp_path / "val")  # pre-trained on, it is no validation set of itself
     with pytest.raises(NoValidation, match="there are no validation images .* beside"):
-        find_labelled(cfg_of(tmp_path / "val"), images)
+        find_labeled(cfg_of(tmp_path / "val"), images)
     for name in "bcdefgh":
         shutil.rmtree(tmp_path / "train" / name)
     with pytest.raises(NoValidation, match="train has one class only, a$"):
-        find_labelled(cfg_of(tmp_path / "train"), open_images(tmp_path / "train"))
+        find_labeled(cfg_of(tmp_path / "train"), open_images(tmp_path / "train"))
     images = open_images(image_folder)
-    assert find_labelled(cfg_of(image_folder, VAL=str(image_folder)), images)[1].root == image_folder
+    assert find_labeled(cfg_of(image_folder, VAL=str(image_folder)), images)[1].root == image_folder
 
 
 def test_classes_file(tmp_path):
@@ -219,7 +219,7 @@ def test_classes_file(tmp_path):
     file.write_text("# two of three\n\nn03  tench, Tinca tinca\nn01 # goldfish\n")
     images = open_images(tmp_path, "pretrain", str(file))
     assert images.classes == ["n01", "n03"] and images.labels.tolist() == [0, 1]
-    assert find_labelled(cfg_of(tmp_path, CLASSES=str(file)), images)[1].classes == ["n01", "n03"]
+    assert find_labeled(cfg_of(tmp_path, CLASSES=str(file)), images)[1].classes == ["n01", "n03"]
     for text, message in (("n01\nn09\n", "n09"), ("# none\n", "names no class")):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -244,7 +244,7 @@ def test_tiny_imagenet(tmp_path):
     for path in (tmp_path, tmp_path / "train"):
         images = open_images(path)
         assert images.classes == ["n01", "n03"] and images.labels.tolist() == [0, 0, 1, 1]
-        bank, val = find_labelled(cfg_of(path), images)
+        bank, val = find_labeled(cfg_of(path), images)
         assert bank is images and val.classes == images.classes
         assert [(os.path.basename(val.name(i)), val.labels[i]) for i in range(3)] == [
             ("val_0.JPEG", 1),
@@ -296,7 +296,7 @@ def test_cifar(tmp_path, monkeypatch, kind):
     )
     for path in (tmp_path, folder):
         images = open_images(path)
-        bank, val = find_labelled(cfg_of(path), images)
+        bank, val = find_labeled(cfg_of(path), images)
         assert bank is images and len(val) == 4
     assert images.classes == names and images.labels.tolist() == [3, 1, 4, 1] * (len(batches) - 1)
     assert images.name(1) == f"{kind.base_folder} train:1" and val.name(2) == f"{kind.base_folder} test:2"
@@ -312,7 +312,7 @@ def test_cifar(tmp_path, monkeypatch, kind):
 
 
 def test_stl10(tmp_path, monkeypatch):
-    train, unlabelled, test = noise(3, 3, 96, 96), noise(5, 3, 96, 96), noise(2, 3, 96, 96)
+    train, unlabeled, test = noise(3, 3, 96, 96), noise(5, 3, 96, 96), noise(2, 3, 96, 96)
     write_checked(
         monkeypatch,
         STL10,
@@ -320,17 +320,17 @@ def test_stl10(tmp_path, monkeypatch):
         train_list=[
             ("train_X.bin", train.tobytes()),
             ("train_y.bin", bytes([2, 1, 2])),
-            ("unlabeled_X.bin", unlabelled.tobytes()),
+            ("unlabeled_X.bin", unlabeled.tobytes()),
         ],
         test_list=[("test_X.bin", test.tobytes()), ("test_y.bin", bytes([1, 2]))],
     )
     (tmp_path / "stl10_binary/class_names.txt").write_text("airplane\nbird\n")
     images = open_images(tmp_path)
     assert images.labels.tolist() == [1, 0, 1, -1, -1, -1, -1, -1] and images.labels.dtype == np.int64
-    bank, val = find_labelled(cfg_of(tmp_path), images)
+    bank, val = find_labeled(cfg_of(tmp_path), images)
     assert bank.labels.tolist() == [1, 0, 1] and val.labels.tolist() == [0, 1]
     assert bank.classes == val.classes == ["airplane", "bird"]
-    for source, i, column_major in ((images, 4, unlabelled[1]), (bank, 2, train[2]), (val, 1, test[1])):
+    for source, i, column_major in ((images, 4, unlabeled[1]), (bank, 2, train[2]), (val, 1, test[1])):
         assert np.array_equal(source.read(i).numpy(), column_major.transpose(0, 2, 1))
     assert images.name(4) == "stl10_binary train+unlabeled:4"
     with pytest.raises(InputError, match="DATA.CLASSES"):
@@ -393,7 +393,7 @@ def hub(tmp_path_factory):
 def test_hugging_face(hub, path):
     folder, pixels, labels = hub[0] / path, *hub[1:]
     images = open_images(folder)
-    bank, val = find_labelled(cfg_of(folder), images)
+    bank, val = find_labeled(cfg_of(folder), images)
     assert (
         bank is images
         and len(images) == 10
@@ -430,7 +430,7 @@ def test_hugging_face_columns(hub, tmp_path):
     images = write(picture=[image, {"bytes": None, "path": str(tmp_path / "x.png")}, None, image])
     assert images.classes == [] and images.labels.tolist() == [-1] * 4
     with pytest.raises(NoValidation):
-        find_labelled(cfg_of(tmp_path), images)
+        find_labeled(cfg_of(tmp_path), images)
     assert torch.equal(images.read(1), by_pil(tmp_path / "x.png"))
     with pytest.raises(UnreadableImage, match="train.parquet:2"):
         images.read(2)

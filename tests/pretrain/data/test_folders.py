@@ -22,7 +22,7 @@ from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
 from rsa_detectron2.pretrain.data.source import say
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.evaluate.cache import fingerprint
-from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labeled
 from tests.conftest import tiny_cfg
 
 LATIN1 = os.fsdecode(b"caf\xe9")  # as an old archive unpacks it
@@ -215,12 +215,12 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, capsys):
     # a folder that the user names may be hidden itself
     hidden = (tmp_path / "set").rename(tmp_path / ".cache")
     assert len(ImageFolder(hidden)) == 2
-    assert not find_labelled_names(hidden)
+    assert not find_labeled_names(hidden)
 
 
-def find_labelled_names(root):
+def find_labeled_names(root):
     with pytest.raises(NoValidation):
-        find_labelled(cfg_of(root), ImageFolder(root))
+        find_labeled(cfg_of(root), ImageFolder(root))
     return []
 
 
@@ -309,10 +309,10 @@ def test_parts_are_known_by_their_names(tmp_path, train, val):
     for split in ("pretrain", "train"):
         images = open_images(tmp_path / "set", split)
         assert images.root == tmp_path / "set" / train and names(images) == ["a/0.png", "b/0.png", "b/1.png"]
-    bank, found = find_labelled(cfg_of(tmp_path / "set"), images)
+    bank, found = find_labeled(cfg_of(tmp_path / "set"), images)
     assert bank is images and found.root == tmp_path / "set" / val and len(found) == 2
     part = tmp_path / "set" / train  # given itself, with the other beside it
-    assert find_labelled(cfg_of(part), open_images(part))[1].root == tmp_path / "set" / val
+    assert find_labeled(cfg_of(part), open_images(part))[1].root == tmp_path / "set" / val
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_parts_are_known_by_their_names(tmp_path, train, val):
 def test_the_best_of_several_parts(tmp_path, present, chosen):
     for name in present:
         draw(tmp_path / name, "a/0.png", "b/0.png")
-    assert find_labelled(cfg_of(tmp_path), open_images(tmp_path))[1].root.name == chosen
+    assert find_labeled(cfg_of(tmp_path), open_images(tmp_path))[1].root.name == chosen
 
 
 @pytest.mark.parametrize(

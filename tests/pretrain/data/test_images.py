@@ -18,7 +18,7 @@ from rsa_detectron2.pretrain.data.datasets import ImageFolder, open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage, decode
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import trainer as train_loop
-from rsa_detectron2.pretrain.evaluate.knn import find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import find_labeled
 from tests.conftest import ROOT, tiny_cfg
 
 RNG = np.random.default_rng(0)
@@ -441,7 +441,7 @@ def test_a_training_looks_before_it_starts(tmp_path):
     assert not (tmp_path / "run" / "model_final.pth").exists()
     source = open_images(cfg.DATA.PATH)
     source.value_range = (0, 4095)
-    assert all(found.read(0).max() == 4000 * 255 // 4095 for found in find_labelled(cfg, source))
+    assert all(found.read(0).max() == 4000 * 255 // 4095 for found in find_labeled(cfg, source))
 
 
 def test_what_is_assumed_is_said(tmp_path):

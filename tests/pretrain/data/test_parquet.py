@@ -16,7 +16,7 @@ from rsa_detectron2.pretrain.data import parquet
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage
 from rsa_detectron2.pretrain.data.source import say
-from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labelled
+from rsa_detectron2.pretrain.evaluate.knn import NoValidation, find_labeled
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
@@ -84,7 +84,7 @@ def test_columns(tmp_path, image, column, label, values, classes, labels):
 
 
 @pytest.mark.parametrize(
-    "label, values, labelled",
+    "label, values, labeled",
     [
         ("Labels", list("abcabc"), True),
         ("class", [1, 2, None, -1, 1, 2], True),
@@ -94,10 +94,10 @@ def test_columns(tmp_path, image, column, label, values, classes, labels):
         ("label", [0.5] * 6, False),
     ],
 )
-def test_labels(tmp_path, label, values, labelled):
+def test_labels(tmp_path, label, values, labeled):
     write(tmp_path / "set/train.parquet", image=structs(), **{label: values})
     images = open_images(tmp_path / "set")
-    assert bool(images.classes) == labelled and ((images.labels >= 0).any() == labelled)
+    assert bool(images.classes) == labeled and ((images.labels >= 0).any() == labeled)
     if label == "class":
         assert images.classes == ["1", "2"] and images.labels.tolist() == [0, 1, -1, -1, 0, 1]
 
@@ -134,7 +134,7 @@ def test_layouts(tmp_path, train, val):
     assert shown(images) == [*range(6)]
     cfg = get_cfg()
     cfg.DATA.PATH = str(tmp_path / "set")
-    bank, found = find_labelled(cfg, images)
+    bank, found = find_labeled(cfg, images)
     assert bank is images and shown(found) == [2, 3, 4, 5]
 
 
@@ -146,7 +146,7 @@ def test_folders_without_named_parts(tmp_path):
     with pytest.raises(NoValidation, match="no validation images"):
         cfg = get_cfg()
         cfg.DATA.PATH = str(tmp_path / "set")
-        find_labelled(cfg, images)
+        find_labeled(cfg, images)
 
 
 @pytest.mark.parametrize(

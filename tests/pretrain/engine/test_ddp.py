@@ -20,7 +20,7 @@ from rsa_detectron2.pretrain.engine import launch
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
-EPOCHS = 10  # of three steps: long enough to be signalled on the way
+EPOCHS = 10  # of three steps: long enough to be signaled on the way
 TOOL = str(ROOT / "tools" / "pretrain.py")
 
 

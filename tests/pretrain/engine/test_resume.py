@@ -218,7 +218,7 @@ def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
 
 
 def test_validation_folder_that_does_not_fit_is_left_alone(image_folder, tmp_path):
-    """Unlabelled images beside each other: a run without kNN, not an error; but an explicit
+    """Unlabeled images beside each other: a run without kNN, not an error; but an explicit
     DATA.VAL is one."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()

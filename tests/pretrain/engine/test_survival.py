@@ -127,21 +127,21 @@ def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
     assert_same(final_weights(train_loop.train(tiny_cfg(image_folder, tmp_path, *LONG))), uninterrupted[0])
 
 
-def run_signalled_while_it_saves(cfg):
+def run_signaled_while_it_saves(cfg):
     save = files.save_tensors
 
-    def signalled(*arguments, **how):
+    def signaled(*arguments, **how):
         os.kill(os.getpid(), signal.SIGUSR1)
         return save(*arguments, **how)
 
-    files.save_tensors = signalled
+    files.save_tensors = signaled
     run(cfg)
 
 
 def test_signals_while_it_saves(image_folder, tmp_path):
     """The first asks it to stop, at the end of the first epoch; the second comes as it saves for that."""
     process = processes.Process(
-        target=run_signalled_while_it_saves, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
+        target=run_signaled_while_it_saves, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
     )
     process.start()
     process.join()
@@ -152,7 +152,7 @@ def test_signals_while_it_saves(image_folder, tmp_path):
 def test_signal_as_the_handlers_are_set(image_folder, tmp_path, monkeypatch):
     install = signal.signal
 
-    def signalled(number, handler):
+    def signaled(number, handler):
         previous = install(number, handler)
         if number == signal.SIGUSR1:
             signal.raise_signal(signal.SIGTERM)
@@ -160,7 +160,7 @@ def test_signal_as_the_handlers_are_set(image_folder, tmp_path, monkeypatch):
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     with monkeypatch.context() as patch:
-        patch.setattr(signal, "signal", signalled)
+        patch.setattr(signal, "signal", signaled)
         with pytest.raises(Interrupted, match="stopped by SIGTERM before its first step"):
             train_loop.train(tiny_cfg(image_folder, tmp_path))
     for number, handler in handlers.items():
@@ -172,14 +172,14 @@ class SignalsWhenItEnds:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_signalled_in_a_finalizer(cfg):
+def run_signaled_in_a_finalizer(cfg):
     open_images = train_loop.open_images
 
-    def signalled(*arguments):
+    def signaled(*arguments):
         SignalsWhenItEnds()
         return open_images(*arguments)
 
-    train_loop.open_images = signalled
+    train_loop.open_images = signaled
     run(cfg)
 
 
@@ -187,7 +187,7 @@ def test_signal_whose_exception_python_drops(image_folder, tmp_path):
     """As it starts, amid a finalizer (a fork's callbacks do the same): the run leaves after its
     first step instead."""
     process = processes.Process(
-        target=run_signalled_in_a_finalizer, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
+        target=run_signaled_in_a_finalizer, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
     )
     process.start()
     process.join()

@@ -77,7 +77,7 @@ def test_rsa_equals_equation_5(outputs, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_rsa_gradient_stops_at_the_targets(outputs, beta):
-    """d/dq of 2 - 2 cos(q, z) is -2 (z/|z| - cos q/|q|) / |q|: each view moves towards fixed targets only."""
+    """d/dq of 2 - 2 cos(q, z) is -2 (z/|z| - cos q/|q|) / |q|: each view moves toward fixed targets only."""
     weak, strong = outputs
     rsa(Lookup(), weak, strong, beta)["loss"].backward()
     w, a = weak.numpy(), strong.detach().numpy()

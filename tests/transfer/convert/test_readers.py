@@ -49,7 +49,7 @@ with torch.device("meta"):
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def randomise(network, seed):
+def randomize(network, seed):
     """Random BatchNorm weights and statistics too, so that a swapped pair of tensors changes the features."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def narrow(monkeypatch):
 @pytest.fixture(scope="module")
 def pair():
     """Online and target network."""
-    return {"online": randomise(resnet50(), 1), "target": randomise(resnet50(), 2)}
+    return {"online": randomize(resnet50(), 1), "target": randomize(resnet50(), 2)}
 
 
 def with_fc(network, fc):
@@ -167,10 +167,10 @@ def vissl_trunk(network):
 def ours(heads, queue=0, target=True, config=""):
     """pretrain/method/networks.py, and what pretrain/engine/trainer.py saves of it."""
     backbone = timm.create_model("resnet50", num_classes=0, base_width=8)
-    model = own.Networks(randomise(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
+    model = own.Networks(randomize(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
     backbones = {"online": model.online.backbone}
     if target:
-        backbones["target"] = randomise(model.target.backbone, 4)
+        backbones["target"] = randomize(model.target.backbone, 4)
     return {
         "format": "rsa-pretraining",
         "method": "rsa",
@@ -449,7 +449,7 @@ def test_features_are_the_sources(pair, tmp_path, family):
 
 def test_timm_safetensors(tmp_path):
     """As on the Hugging Face hub."""
-    network = randomise(timm.create_model("resnet50", base_width=8), 5)
+    network = randomize(timm.create_model("resnet50", base_width=8), 5)
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), path, metadata={"format": "pt"})
     network.reset_classifier(0)

@@ -277,7 +277,7 @@ def test_other_networks_convert_and_fail_closed_on_their_own_list(tmp_path, name
     from rsa_detectron2.pretrain.method.networks import build_backbone
 
     torch.manual_seed(0)
-    source = randomised(build_backbone(name))
+    source = randomized(build_backbone(name))
     contents = {
         "format": "rsa-pretraining",
         "method": "rsa",
@@ -307,7 +307,7 @@ def test_other_networks_convert_and_fail_closed_on_their_own_list(tmp_path, name
     assert lost.ndim == 1 and not (tmp_path / "lost.pth").exists()
 
 
-def randomised(network):
+def randomized(network):
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if "running_mean" in name or name.endswith("bias"):
@@ -451,7 +451,7 @@ def test_features_of_other_networks_for_the_tools(tmp_path):
     from rsa_detectron2.tools._weights import load_features
 
     torch.manual_seed(0)
-    network = randomised(torchvision.models.resnet18()).eval()
+    network = randomized(torchvision.models.resnet18()).eval()
     torch.save(network.state_dict(), tmp_path / "bare.pth")
     network.fc = torch.nn.Identity()
     converted = convert(tmp_path / "bare.pth", tmp_path / "w.pkl")[0]

@@ -801,13 +801,13 @@ def with_objects_in(shapes, folder, kept):
 
 
 NEGATIVES = "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MASK_FORMAT", "bitmask"
-NORMALISED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"
+NORMALIZED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"
 
 
-@pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALISED_HEADS)])
+@pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALIZED_HEADS)])
 def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, processes, norms):
     """One image of eight has objects: at least five of six iterations see none, on any rank. SyncBN
-    in one process; in two, each process's own BatchNorm, or Detectron2's synchronised one that GPUs
+    in one process; in two, each process's own BatchNorm, or Detectron2's synchronized one that GPUs
     get in the heads."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
@@ -838,14 +838,14 @@ def record_gradients(cfg, folder, images):
 
 
 @pytest.mark.parametrize("images", [[0, 7], [6, 7]])
-def test_a_rank_without_objects_takes_part_in_the_synchronised_norm(shapes, tmp_path, images):
+def test_a_rank_without_objects_takes_part_in_the_synchronized_norm(shapes, tmp_path, images):
     """Against one process with torch's own BatchNorm over both images: the mask head's gradient is
     half, because DDP takes the mean with the other rank's zero, and its statistics are the same.
     With no object at all, nothing moves."""
     one = with_objects_in(shapes, tmp_path, 1)
     for processes, norms in (
-        (1, [n.replace("naiveSyncBN_N", "BN") for n in NORMALISED_HEADS]),
-        (2, NORMALISED_HEADS),
+        (1, [n.replace("naiveSyncBN_N", "BN") for n in NORMALIZED_HEADS]),
+        (2, NORMALIZED_HEADS),
     ):
         cfg = tiny(one, tmp_path, *FROZEN, *norms, *NEGATIVES)
         d2_engine.launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))

@@ -143,7 +143,7 @@ def config(coco="", folder="", *overrides):
         ("MODEL.ROI_BOX_HEAD.NUM_FC", 0),
     ],
 )
-def test_refuses_what_it_cannot_honour(key, value):
+def test_refuses_what_it_cannot_honor(key, value):
     with pytest.raises(InputError, match=key) as error:
         engine.train(config("", "", key, value))
     assert repr(value) in str(error.value) and "\n" not in str(error.value)
