@@ -30,7 +30,7 @@ NORM_PARTS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 def known_expression(loader: yaml.SafeLoader, node: yaml.Node) -> list[list[float]]:
     """The value of the one expression in Detectron2's own config files.
 
-    It makes the anchors of Base-RetinaNet.yaml. Raises ConstructorError for any other one.
+    It gives the anchors of Base-RetinaNet.yaml. Raises ConstructorError for any other expression.
     """
     [text] = loader.construct_sequence(node)
     if "".join(text.split()) != "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]":
@@ -60,17 +60,17 @@ def value_of(cfg: CN, key: str) -> Any:
 def check_possible(cfg: CN, possible: dict, engine: str) -> None:
     """Raise InputError for the first key of ``cfg`` whose value ``engine`` does not support.
 
-    possible: {key: [values]}, or {key: (test of a value, words for what it asks)}.
+    possible: {key: [values]}, or {key: (test of a value, which values pass it)}.
     """
     for key, rule in possible.items():
         value = value_of(cfg, key)
         fits, words = rule if isinstance(rule, tuple) else (rule.__contains__, " or ".join(map(repr, rule)))
         if not fits(value):
-            raise InputError(f"{key} is {value!r}, but {engine} can only do {words}")
+            raise InputError(f"{key} is {value!r}, but {engine} supports only {words}")
 
 
 def protocol_of(config: dict) -> str:
-    """ "infomin", "moco" or "other": the protocol of a run's config.
+    """The protocol of a run's config: "infomin", "moco" or "other".
 
     Each of the two is a Mask R-CNN with FPN; they differ in the parts that train their
     BatchNorm and in the layers of the box head.
@@ -90,9 +90,9 @@ def protocol_of(config: dict) -> str:
     )
 
 
-COCO_IMAGES = 117266  # of train2017 with annotations: what the recipes' schedules were made for
+COCO_IMAGES = 117266  # those of train2017 with annotations, for which the recipes' schedules were made
 RECIPE_BATCH = 16  # images an iteration
-REFERENCE_GPUS = 8  # of the recipes: two images each
+REFERENCE_GPUS = 8  # the recipes' GPUs, two images on each
 # GPU memory of a training image: half of what Detectron2's model zoo states (7.2 GB for two)
 # for scratch_mask_rcnn_R_50_FPN_9x_syncbn, the same network in float32 with nothing frozen.
 BYTES_PER_IMAGE = 3.6e9

@@ -3,7 +3,7 @@ moving average.
 
 The definition is the population estimate of "Rethinking Batch in BatchNorm" (Wu and Johnson, 2021),
 as in fvcore.nn.precise_bn. But fvcore divides by zero when a layer gets an empty batch, as a mask
-head does from images without objects, and it knows nothing of several processes, which see
+head does from images without objects, and it does not handle several processes, which see
 different numbers of objects.
 """
 
@@ -25,11 +25,11 @@ def update_statistics(model: nn.Module, batches: Iterable) -> None:
     """Replace the running statistics of :func:`norm_layers` by those of all ``batches``, each run
     as ``model(batch)``.
 
-    In a process group they are those of all ranks' batches, the same on each rank. A layer that got
-    nothing keeps its own.
+    In a process group the statistics are those of all ranks' batches, the same on each rank. A layer
+    that saw no values keeps its own.
     """
     layers = norm_layers(model)
-    # Of each channel: how many values, their sum, the sum of their squares.
+    # For each channel: the number of values, their sum, and the sum of their squares.
     moments = {
         layer: layer.running_mean.new_zeros(3, layer.num_features, dtype=torch.float64) for layer in layers
     }

@@ -1,4 +1,4 @@
-"""The data sets of a fine-tuning run: where they lie; each is read once, with the training set's classes."""
+"""Finds and reads the data sets of a fine-tuning run: each file once, with the training set's classes."""
 
 import dataclasses
 import functools
@@ -22,19 +22,19 @@ COCO_2017 = {
 def dataset_name(annotations: str | Path, images: str | Path) -> str:
     """The name under which any COCO-format data set enters ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
-    Raises InputError where :func:`locate_dataset` could not take it apart again.
+    Raises InputError if :func:`locate_dataset` could not split it into the two paths again.
     """
     name = f"{annotations}::{images}"
     if name.split("::") != [str(annotations), str(images)]:
         raise InputError(
             f"{annotations} and {images}: a data set's name is JSON::IMAGES, so neither path may "
-            "contain '::', nor the first end in ':': rename the file or folder"
+            "contain '::', and the first may not end in ':': rename the file or folder"
         )
     return name
 
 
 def locate_dataset(name: str) -> tuple[str, str]:
-    """Data set name -> (annotation file, image folder), both checked to exist.
+    """The annotation file and the image folder of a data set, both of which exist.
 
     ``name`` is one of :data:`COCO_2017` or a :func:`dataset_name`. Raises InputError.
     """
@@ -58,9 +58,10 @@ def locate_dataset(name: str) -> tuple[str, str]:
 
 
 def load_dataset(name: str) -> Dataset:
-    """Data set name -> what :func:`read_coco` makes of its file, which is parsed once unless it changes.
+    """The data set with that name, as :func:`read_coco` reads it. Its file is parsed once, unless it changes.
 
-    :func:`forget_datasets` frees the memory: gigabytes for COCO's own training set. Raises InputError.
+    :func:`forget_datasets` frees the memory, which is gigabytes for COCO's own training set. Raises
+    InputError.
     """
     path, folder = locate_dataset(name)
     status = os.stat(path)
@@ -78,9 +79,10 @@ def forget_datasets() -> None:
 
 
 def load_datasets(cfg: CfgNode, eval_only: bool = False, own_only: bool = False) -> dict[str, Dataset]:
-    """{name: data set} of ``cfg``, all with the categories of the first training set. Raises InputError.
+    """The data sets of ``cfg`` by name, all with the categories of the first training set.
 
-    eval_only: of DATASETS.TEST alone. own_only: without COCO's own sets, which Detectron2 loads itself.
+    eval_only: only those of DATASETS.TEST. own_only: leave out COCO's own sets, which Detectron2 loads
+    itself. Raises InputError.
     """
     names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
     loaded = {name: load_dataset(name) for name in names if not (own_only and name in COCO_2017)}
@@ -95,7 +97,8 @@ def load_datasets(cfg: CfgNode, eval_only: bool = False, own_only: bool = False)
 def reference_categories(cfg: CfgNode, eval_only: bool = False) -> tuple[str, list[dict]] | None:
     """(annotation file, categories) of the first training set.
 
-    None in an evaluation where that set is not at hand, or has another number of classes than the model.
+    None in an evaluation if that set is not on this machine, or if it has another number of classes than
+    the model.
     """
     if not cfg.DATASETS.TRAIN:
         return None
@@ -111,7 +114,8 @@ def reference_categories(cfg: CfgNode, eval_only: bool = False) -> tuple[str, li
 def locate_categories(name: str) -> tuple[str, list[dict]]:
     """Data set name -> (annotation file, its categories).
 
-    COCO's two files have the same ones; those of val are read in a second, those of train in many.
+    COCO's two files have the same categories. Those of val are preferred: reading them takes a second,
+    reading those of train takes many.
     """
     path = locate_dataset(name)[0]
     val = Path(path).with_name(Path(COCO_2017["coco_2017_val"][0]).name)
@@ -121,9 +125,9 @@ def locate_categories(name: str) -> tuple[str, list[dict]]:
 
 
 def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) -> Dataset:
-    """``dataset`` with the ``categories`` of file ``path``: a model's classes are known by their number.
+    """``dataset`` with the ``categories`` of the file ``path``, whose order is that of the model's classes.
 
-    Its own are found among them by id and name, else by name. One without objects need not be there.
+    Each of its own categories is matched by id and name, else by name. One without objects needs no match.
     Raises InputError.
     """
     if dataset.categories == categories:
@@ -140,7 +144,7 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
             known = ", ".join(repr(name) for name in sorted(by_name)[:8]) + ", ..." * (len(by_name) > 8)
             raise InputError(
                 f"{dataset.path} has objects of category {category['name']!r}, which {path} does not have (it"
-                f" has {known}): give both the same names, or take these objects out"
+                f" has {known}): give both the same names, or remove these objects"
             )
     if (
         len(set(ids.values())) < len(ids)
@@ -148,8 +152,8 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
         and any(a != b for a, b in ids.items())
     ):
         raise InputError(
-            f"{dataset.path} and {path} number their categories differently, and names occur twice: give "
-            "both the same ids and names"
+            f"{dataset.path} and {path} number their categories differently, and some names occur twice: "
+            "give both the same ids and names"
         )
     notes = list(dataset.notes)
     moved = any(a != b for a, b in ids.items())
@@ -157,7 +161,7 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
         notes.append(f"categories are matched by name with those of {path}")
     absent = [category["name"] for category in categories if category["id"] not in ids.values()]
     if absent and dataset.measurable:
-        notes.append(f"there is no category {listed(absent)}, so that AP is a mean over the others")
+        notes.append(f"there is no category {listed(absent)}, so AP is the mean of the others")
     annotations = dataset.annotations
     if moved:
         annotations = [
@@ -167,6 +171,6 @@ def with_categories(dataset: Dataset, path: str | None, categories: list[dict]) 
 
 
 def listed(names: list[str]) -> str:
-    """Names in words, the first ten."""
+    """The first ten names as text, and how many more there are."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(map(repr, names[:10])) + more

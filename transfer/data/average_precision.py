@@ -11,13 +11,13 @@ AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 def coco_ap(
     dataset: Dataset, detections: list[dict], tasks: tuple[str, ...] = ("bbox", "segm")
 ) -> dict[str, dict[str, float | None]]:
-    """-> {"bbox": {key: AP in percent, or None without such objects, for key in AP_KEYS}, "segm": the same}.
+    """COCO's AP of ``detections``: {"bbox": {key: AP in percent for key in AP_KEYS}, "segm": the same}.
 
-    {} where the data set has nothing to measure.
+    An AP is None where the data set has no object of that size; {} where it has no annotations at all.
     """
     if not dataset.annotations:
         return {}
-    from pycocotools.coco import COCO  # here, because reports need the keys alone
+    from pycocotools.coco import COCO  # here, because reports need only the keys
     from pycocotools.cocoeval import COCOeval
 
     ap = {}
@@ -27,7 +27,7 @@ def coco_ap(
             # pycocotools writes into the entries that it is given.
             truth.dataset = {**dataset.coco(), "annotations": [dict(entry) for entry in dataset.annotations]}
             truth.createIndex()
-            # Where there is a box, pycocotools would call a mask small, medium or large by its box's area.
+            # If a detection has a box, pycocotools judges the size of its mask by the area of the box.
             found = [{key: d[key] for key in d if key != "bbox" or task == "bbox"} for d in detections]
             evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), task)
             evaluation.evaluate()

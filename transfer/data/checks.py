@@ -1,4 +1,4 @@
-"""Whether the data sets of a run can be trained on and measured with, before anything is."""
+"""Checks, before a run starts, that its data sets can be trained on and evaluated."""
 
 import functools
 import shlex
@@ -26,13 +26,15 @@ from rsa_detectron2.transfer.data.masks import has_mask, mask_box
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> list[Dataset]:
-    """The training sets of ``cfg`` that are not COCO's own, which are taken as sound.
+    """Check the data sets of ``cfg``; return its training sets, but for COCO's own, which are assumed sound.
 
     Raises InputError unless all sets exist, are sound, and fit the model and each other. Prints what was
-    mended in them, and what is doubtful.
+    corrected in them, and what is doubtful.
     """
     if len(cfg.DATASETS.TEST) != 1:
-        raise InputError(f"DATASETS.TEST is {cfg.DATASETS.TEST}: results are of one data set")
+        raise InputError(
+            f"DATASETS.TEST is {cfg.DATASETS.TEST}: give exactly one data set, because results are of one"
+        )
     if not cfg.DATASETS.TRAIN and not eval_only:
         raise InputError("DATASETS.TRAIN is empty: give --train JSON IMAGES")
     training, masks = () if eval_only else cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
@@ -68,31 +70,31 @@ def check_classes(cfg: CfgNode, names: Collection[str], datasets: dict[str, Data
             continue
         path = locate_dataset(name)[0]
         hint = f"add {key} {found}"
-        if name not in cfg.DATASETS.TRAIN:  # an evaluation: the model is what it is
-            hint += ", or give --train JSON IMAGES of its training too, whose classes are matched by name"
+        if name not in cfg.DATASETS.TRAIN:  # an evaluation, which cannot change the model
+            hint += ", or also give --train JSON IMAGES of its training: classes are matched by name"
         raise InputError(f"{path} has {found} categories, but {key} is {classes}: {hint}")
     for name in names if reference else ():
         if name in COCO_2017:  # Detectron2 loads these itself
             path, categories = locate_categories(name)
             if differ := [c["name"] for c in categories if c not in reference.categories]:
                 raise InputError(
-                    f"{path} has {listed(differ)} where {reference.path} has others: give both the same "
+                    f"{path} has {listed(differ)}, but {reference.path} has others: give both the same "
                     "category ids and names"
                 )
 
 
 def class_notes(dataset: Dataset) -> list[str]:
-    """A line that names the classes without any object, if there are such."""
+    """One line that names the classes without objects, or no line if there are none."""
     used = {annotation["category_id"] for annotation in dataset.annotations}
     if not dataset.measurable or not used:
         return []
     without = [category["name"] for category in dataset.categories if category["id"] not in used]
-    absent = any(note.startswith("there is no category") for note in dataset.notes)  # which names them
+    absent = any(note.startswith("there is no category") for note in dataset.notes)  # it names them, too
     return [f"no object is of category {listed(without)}"] if without and not absent else []
 
 
 def check_masks(dataset: Dataset, masks: bool) -> None:
-    """Raises InputError where objects lack the masks that the model learns or is measured by."""
+    """Raises InputError if objects lack the masks that training or evaluation needs."""
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     lacking = {}
     for annotation in objects if masks else ():
@@ -105,23 +107,23 @@ def check_masks(dataset: Dataset, masks: bool) -> None:
         )
         if reason == "two points":
             raise InputError(
-                f"{dataset.path}: {first}, which is how labelme's rectangles come out: give their four "
-                "corners as polygons, or train boxes alone with MODEL.MASK_ON False"
+                f"{dataset.path}: {first}, which is how labelme exports rectangles: give their four "
+                "corners as polygons, or train without masks (MODEL.MASK_ON False)"
             )
         if reason in ("box", "keypoints"):
             words = {"box": "boxes", "keypoints": "keypoints and boxes"}[reason]
             if whole:
                 raise InputError(
-                    f"{dataset.path} has {words} only, no masks: train boxes alone with MODEL.MASK_ON False"
+                    f"{dataset.path} has {words} only, no masks: train without masks (MODEL.MASK_ON False)"
                 )
             raise InputError(
-                f"{dataset.path}: {first}, no mask: give them masks, or train boxes alone with MODEL.MASK_ON "
-                "False"
+                f"{dataset.path}: {first} and no mask: give them masks, or train without masks "
+                "(MODEL.MASK_ON False)"
             )
 
 
 def check_trainable(dataset: Dataset, masks: bool) -> list[str]:
-    """Lines on what of a training set is not trained on. Raises InputError where that is everything."""
+    """Lines on what of a training set is not trained on. Raises InputError if that is all of it."""
     check_counts(dataset)
     objects = [annotation for annotation in dataset.annotations if not annotation["iscrowd"]]
     usable = {a["id"] for image in dataset.images for _, a in dataset.objects(image, masks)}
@@ -141,8 +143,10 @@ def check_trainable(dataset: Dataset, masks: bool) -> list[str]:
 
 
 def check_measurable(dataset: Dataset, masks: bool, eval_only: bool) -> list[str]:
-    """Lines on what of an evaluated set counts. Raises InputError where a training would end without a
-    figure, or with a wrong one."""
+    """Lines on the parts of a set that are not evaluated.
+
+    Raises InputError if a training would end without an AP, or with a wrong one.
+    """
     if not dataset.images:
         raise InputError(f"{dataset.path} has no image to evaluate")
     if not dataset.measurable or eval_only and not dataset.annotations:
@@ -153,34 +157,35 @@ def check_measurable(dataset: Dataset, masks: bool, eval_only: bool) -> list[str
     if short:  # pycocotools would take four numbers for a box, and fail with fewer
         raise InputError(
             f"{dataset.path}: {len(short)} of {len(objects)} objects have {NO_MASK['short polygon']} (first: "
-            f"{dataset.name(short[0])}), with which AP would be wrong: mend or remove them"
+            f"{dataset.name(short[0])}), with which AP would be wrong: correct or remove them"
         )
     return crowd_notes(dataset, len(objects))
 
 
 def check_counts(dataset: Dataset) -> None:
-    """Raises InputError where no annotation is an object that trains or counts."""
+    """Raises InputError if no annotation would be trained on or evaluated."""
     if not dataset.annotations:
         raise InputError(
-            f"{dataset.path} has no annotations, and so nothing to train on or to measure: give a file that"
-            " has some (with --eval-only, detections are written without)"
+            f"{dataset.path} has no annotations, so there is nothing to train on or to measure: give a file"
+            " with annotations (with --eval-only, detections are written without them)"
         )
     if all(annotation["iscrowd"] for annotation in dataset.annotations):
         command = f'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' {shlex.quote(dataset.path)}'
         raise InputError(
-            f"{dataset.path}: all {len(dataset.annotations)} annotations are crowds (iscrowd 1), which"
-            f" neither train nor count; CVAT exports masks so. To make objects of them: {command}"
+            f"{dataset.path}: all {len(dataset.annotations)} annotations are crowds (iscrowd 1), which are"
+            " neither trained on nor evaluated; CVAT exports masks like this. To make objects of them:"
+            f" {command}"
         )
 
 
 def crowd_notes(dataset: Dataset, num_objects: int) -> list[str]:
-    """A line where crowds are more than the few that COCO has."""
+    """A line if more than a tenth of the annotations are crowds; COCO has only a few."""
     crowds = len(dataset.annotations) - num_objects
     if crowds <= 0.1 * len(dataset.annotations):
         return []
     return [
-        f"crowds (iscrowd 1), which neither train nor count: {crowds} of {len(dataset.annotations)}"
-        " annotations; CVAT exports brush masks so"
+        f"crowds (iscrowd 1), which are neither trained on nor evaluated: {crowds} of"
+        f" {len(dataset.annotations)} annotations; CVAT exports brush masks like this"
     ]
 
 
@@ -211,7 +216,7 @@ def box_doubt(annotation: dict, width: int, height: int) -> str | None:
         corners = max(abs(a - b) for a, b in zip(annotation["bbox"], around)) < 1
         if max(abs(a - b) for a, b in zip(box, around)) > 2 and (corners or overlap(box, around) < 0.5):
             x0, y0, x1, y1 = (round(v, 1) for v in around)
-            return f"its mask's is {[x0, y0, round(x1 - x0, 1), round(y1 - y0, 1)]}"
+            return f"the box of its mask is {[x0, y0, round(x1 - x0, 1), round(y1 - y0, 1)]}"
     elif box[0] < width and box[1] < height and (box[2] > 1.1 * width or box[3] > 1.1 * height):
         return f"its image is {width} x {height} pixels (width x height)"
     return None
@@ -224,16 +229,16 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return w * h / (areas - w * h) if areas > w * h else 0
 
 
-# PIL's modes of 8 bits that convert("RGB") reads right. Of gray with 16 or 32 bits it makes white.
+# PIL's 8-bit modes, which convert("RGB") reads correctly. Gray of 16 or 32 bits would become white.
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 
 
 def file_problems(dataset: Dataset) -> list[str]:
-    """What is wrong with the images' files, in words, of each that is not sound."""
+    """What is wrong with the image files, in words: one text for each that cannot be used."""
     images = dataset.images
-    with ThreadPoolExecutor(16) as pool:  # on network storage opening a file is waiting
+    with ThreadPoolExecutor(16) as pool:  # opening a file on network storage is mostly waiting
         problems = pool.map(functools.partial(file_problem, dataset.folder), images)
-        quiet = None if len(images) > 5000 else True  # None: only where stderr is no terminal
+        quiet = None if len(images) > 5000 else True  # None: hidden only where stderr is no terminal
         bar = tqdm(
             problems,
             desc="sizes of images",
@@ -251,7 +256,7 @@ def file_problem(folder: str, image: dict) -> str | None:
     try:
         with Image.open(path) as file:
             size, mode = upright_size(file), file.mode
-            # A PNG may have its orientation behind its pixels, and PIL itself may turn a TIFF.
+            # A PNG may store its orientation after its pixels, and PIL itself may rotate a TIFF.
             if size != given:
                 size = ImageOps.exif_transpose(file).size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -275,7 +280,7 @@ def file_problem(folder: str, image: dict) -> str | None:
 def upright_size(file: Image.Image) -> tuple[int, int]:
     """(width, height) of an opened PIL image as its EXIF orientation turns it, from the header alone."""
     try:
-        # The method of PNGs would decode the pixels.
+        # getexif of PIL's PNG class would decode the pixels.
         turned = Image.Image.getexif(file).get(0x0112) in (5, 6, 7, 8)
     except Exception:  # damaged EXIF data, which Detectron2 ignores as well
         turned = False

@@ -1,4 +1,4 @@
-"""COCO-format data sets as training targets, with pycocotools alone."""
+"""COCO-format data sets as training targets. Needs only pycocotools, not Detectron2."""
 
 from pathlib import Path
 
@@ -43,12 +43,13 @@ class CocoInstances:
             raise
         except Exception as error:  # PIL raises errors of almost any type for a damaged file
             raise InputError(
-                f"{path} cannot be used ({type(error).__name__}: {error}): restore the image, or take it out "
-                "of the annotation file"
+                f"{path} cannot be used ({type(error).__name__}: {error}): restore the image, or remove it "
+                "from the annotation file"
             ) from None
         if image.size != (info["width"], info["height"]):
             raise InputError(
-                f"{path} is {image.size}, but {self.dataset.path} says {info['width'], info['height']}"
+                f"{path} is {image.size}, but {self.dataset.path} says {info['width'], info['height']}:"
+                " correct its width and height there"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

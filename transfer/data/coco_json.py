@@ -1,8 +1,8 @@
 """COCO-format annotation files as tools write them -> a sound :class:`transfer.data.dataset.Dataset`.
 
-Tools count from 0, write ids as strings, leave out what they do not need. What has one right reading is
-mended in memory and told in the data set's ``notes``; anything else is refused, with the file and its first
-bad entry.
+Tools count from 0, write ids as strings, and leave out what they do not need. What can only mean one thing
+is corrected in memory and listed in the data set's ``notes``. Anything else is refused by an error that names
+the file and its first bad entry.
 """
 
 import json
@@ -15,9 +15,9 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.masks import are_numbers, is_polygon, mask_problem
 
-NO_MASK = {  # why an annotation has none: in words
-    "box": "a box alone",
-    "keypoints": "keypoints and a box alone",
+NO_MASK = {  # why an annotation has no mask: the same in words
+    "box": "only a box",
+    "keypoints": "only keypoints and a box",
     "two points": "two points for a mask",
     "short polygon": "no polygon of at least three points",
 }
@@ -43,7 +43,7 @@ def read_coco(path: str, folder: str) -> Dataset:
         else:
             if entry.pop("ignore", 0) and not entry["iscrowd"]:
                 notes.add(
-                    "annotations with ignore 1, taken as crowds, which neither train nor count",
+                    "annotations with ignore 1, treated as crowds",
                     entry_name(entry),
                 )
                 entry["iscrowd"] = 1
@@ -68,7 +68,10 @@ def read_coco(path: str, folder: str) -> Dataset:
 
 
 def read_categories(notes: "Notes", entries: list) -> tuple[list[dict], dict[int | str, int]]:
-    """-> ([{"id": int, "name": str}] sorted by id, {key of the written id: id}). Raises InputError."""
+    """The categories [{"id": int, "name": str}] sorted by id, and {key of an id as it is written: id}.
+
+    Raises InputError.
+    """
     entries, ids = number(notes, "category", distinct(notes, "category", entries))
     if not entries:
         raise InputError(f"{notes.path} has no categories")
@@ -76,7 +79,7 @@ def read_categories(notes: "Notes", entries: list) -> tuple[list[dict], dict[int
 
 
 def parse(path: str) -> dict:
-    """Annotation file -> its content. JSON may be UTF-8 or UTF-16, with a byte order mark or not.
+    """Annotation file -> its content. JSON may be UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises InputError.
     """
@@ -84,8 +87,10 @@ def parse(path: str) -> dict:
         coco = json.loads(Path(path).read_bytes())
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a COCO annotation file ({error}): save it as UTF-8") from None
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested without end
-        raise InputError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise InputError(
+            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): export it again as COCO"
+        ) from None
     if not isinstance(coco, dict):
         raise InputError(
             f"{path} is not a COCO annotation file (its JSON is a {type(coco).__name__}): export it as COCO"
@@ -99,13 +104,13 @@ def parse(path: str) -> dict:
 
 
 class Notes:
-    """What is wrong with the file ``path`` (``bad``), and what was mended in it."""
+    """What is wrong with the file ``path`` (``bad``), and what was corrected in it."""
 
     def __init__(self, path: str):
         self.path, self.bad, self.mended = path, [], {}
 
     def add(self, text: str, name: object = None) -> None:
-        """``name``: of an entry that ``text`` holds for; None where it holds for the file."""
+        """Add a note on the entry ``name``, or on the whole file where that is None."""
         count, first = self.mended.get(text, (0, name))
         self.mended[text] = count + 1, first
 
@@ -127,7 +132,7 @@ def by_id(entry: dict) -> int:
 
 
 def whole(value: object) -> int | None:
-    """5, 5.0 or "5" -> 5; None for what is no such integer of 64 bits."""
+    """5, 5.0 and "5" give 5; anything that is not an integer of 64 bits gives None."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     elif isinstance(value, str) and value.isdecimal() and len(value) < 20:
@@ -136,7 +141,7 @@ def whole(value: object) -> int | None:
 
 
 def id_key(value: object) -> int | str | None:
-    """An id as it is compared, so that 5, 5.0 and "5" are the same; None for what can be no id."""
+    """An id in the form that is compared: 5, 5.0 and "5" are the same. None for what cannot be an id."""
     number = whole(value)
     return value if number is None and isinstance(value, str) else number
 
@@ -149,12 +154,12 @@ def lacking(entry: object, keys: Iterable[str]) -> str:
     return ", ".join(key for key in keys if not isinstance(entry, dict) or key not in entry)
 
 
-# What must agree where an entry occurs twice.
+# The keys that must agree if an entry occurs twice.
 IDENTITY = {"category": ("name",), "image": ("file_name", "width", "height")}
 
 
 def distinct(notes: Notes, what: str, entries: list) -> list[dict]:
-    """The sound entries of ``what``, "image" or "category", each once. Raises InputError where one is not."""
+    """The sound entries of ``what``, "image" or "category", each once. Raises InputError for any other."""
     problem_of = {"category": category_problem, "image": image_problem}[what]
     found = {}
     for entry in entries:
@@ -175,15 +180,13 @@ def distinct(notes: Notes, what: str, entries: list) -> list[dict]:
 
 
 def number(notes: Notes, what: str, entries: list[dict]) -> tuple[list[dict], dict[int | str, int]]:
-    """Give distinct entries integers as ids, in place -> (entries, {key of the written id: id})."""
+    """Give distinct entries integer ids, in place. Returns them and {key of an id as it is written: id}."""
     keys = [id_key(entry["id"]) for entry in entries]
     ids = dict(zip(keys, keys))
     if not all(isinstance(key, int) for key in keys):
         ids = {key: number for number, key in enumerate(keys, start=1)}
         first = next(key for key in keys if not isinstance(key, int))
-        notes.add(
-            f"{what} ids are no integers (first: {first!r}) and are numbered from 1 in the file's order"
-        )
+        notes.add(f"{what} ids are not integers (first: {first!r}): numbered from 1 in the file's order")
     for entry, key in zip(entries, keys):
         entry["id"] = ids[key]
     return entries, ids
@@ -204,7 +207,7 @@ def image_problem(image: Any) -> str | None:
         return f"image {entry_name(image)} lacks {missing}"
     name, size = image["id"], (whole(image["width"]), whole(image["height"]))
     if id_key(name) is None:
-        return f"image id {name!r} is no integer"
+        return f"image id {name!r} is not an integer"
     if not isinstance(image["file_name"], str) or None in size:
         return f"image {name} needs a file_name that is a string, and a width and height in pixels"
     if "://" in image["file_name"]:
@@ -222,11 +225,11 @@ def image_problem(image: Any) -> str | None:
 
 
 def find_files(notes: Notes, images: list[dict], folder: str) -> None:
-    """Make every file_name a path under ``folder``, in place, where it is of another folder or system.
+    """Make every file_name a path under ``folder``, in place, if it was written for another folder or system.
 
-    Of images/1.jpg or C:\\data\\images\\1.jpg the longest end that is a file there is taken. Where the first
-    image is found as it is written, only names with backslashes are looked up: to look for every image takes
-    long on network storage.
+    Of a name such as images/1.jpg or C:\\data\\images\\1.jpg, the longest ending that is a file in ``folder``
+    is taken. If the first image exists under its name as written, only names with backslashes are looked up,
+    because looking for every image takes long on network storage.
     """
     first_found = bool(images) and os.path.isfile(os.path.join(folder, images[0]["file_name"]))
     taken = {}
@@ -240,11 +243,11 @@ def find_files(notes: Notes, images: list[dict], folder: str) -> None:
         if taken.setdefault(name, written) != written:
             notes.bad.append(
                 f"images {taken[name]} and {written} would both be {os.path.join(folder, name)}: give the "
-                "folder that these names start from"
+                "folder that these names are relative to"
             )
         if name != written:
             image["file_name"] = name
-            notes.add(f"file names shortened to what is found in {folder}", written)
+            notes.add(f"file names shortened to what exists in {folder}", written)
 
 
 ORPHAN = "is of an image that is not in the file"
@@ -253,7 +256,7 @@ ORPHAN = "is of an image that is not in the file"
 def annotation_problem(
     entry: Any, image_ids: dict[int | str, int], category_ids: dict[int | str, int]
 ) -> str | None:
-    """What is wrong with an annotation but for its mask, in words, or None. Mends it in place.
+    """What is wrong with an annotation, its mask aside, in words, or None. Corrects it in place.
 
     image_ids, category_ids: {key of an id as it is written: id}.
     """
@@ -261,7 +264,7 @@ def annotation_problem(
         return f"lacks {missing}"
     for key in ("image_id", "category_id"):
         if id_key(entry[key]) is None:
-            return f"has {key} {entry[key]!r}, which is no integer"
+            return f"has {key} {entry[key]!r}, which is not an integer"
     if id_key(entry["image_id"]) not in image_ids:
         return ORPHAN
     if id_key(entry["category_id"]) not in category_ids:
@@ -274,12 +277,12 @@ def annotation_problem(
             return f"has {key} {value!r}: it must be 0 or 1"
         entry[key] = int(value)
     if not are_numbers(entry["bbox"]) or len(entry["bbox"]) != 4 or min(entry["bbox"][2:]) < 0:
-        return f"has the bbox {entry['bbox']}, which is not [x, y, width, height] of no negative size"
+        return f"has the bbox {entry['bbox']}, which is not [x, y, width, height] with a size of at least 0"
     return None
 
 
 def tidy_mask(notes: Notes, entry: dict, size: tuple[int, int]) -> tuple[str | None, str | None]:
-    """Leave only polygons of three points in an annotation's segmentation, in place.
+    """Keep only polygons of at least three points in an annotation's segmentation, in place.
 
     size: height, width of its image. Returns what is wrong with it, in words, or None, and why it has no
     mask, a key of :data:`NO_MASK`, or None.
@@ -303,7 +306,9 @@ def tidy_mask(notes: Notes, entry: dict, size: tuple[int, int]) -> tuple[str | N
 
 
 def number_annotations(notes: Notes, entries: list[dict]) -> dict[int, Any]:
-    """Number annotations from 1, in place, unless their ids are such already -> {id: what is written}.
+    """Number annotations from 1, in place, unless their ids are integers above 0 already.
+
+    Returns {id: id as it is written}, {} if they keep their ids.
 
     pycocotools marks a detection by the id of its object, where 0 means none.
     """
@@ -319,5 +324,5 @@ def number_annotations(notes: Notes, entries: list[dict]) -> dict[int, Any]:
         return {}
     for n, entry in enumerate(entries, start=1):
         entry["id"] = n
-    notes.add("annotations are numbered from 1, as COCO's metric needs it")
+    notes.add("annotations are numbered from 1, because COCO's metric needs ids above 0")
     return dict(enumerate(written, start=1))

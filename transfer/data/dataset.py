@@ -1,4 +1,4 @@
-"""A COCO-format data set in memory, and the one rule of which of its objects are trained on."""
+"""A COCO-format data set in memory, and the rule for which of its objects are trained on."""
 
 import functools
 import json
@@ -8,16 +8,17 @@ from pathlib import Path
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.transfer.data.masks import has_mask, is_number, mask_area
 
-MIN_SIDE = 0.01  # pixels: float32 can tell the two sides of such a box apart in an image of any size
+MIN_SIDE = 0.01  # pixels: in float32 the two sides of such a box still differ, however large the image
 
 
 def usable_objects(
     image: dict, annotations: list[dict], masks: bool = True
 ) -> list[tuple[list[float], dict]]:
-    """Image entry and its annotations -> [(box, annotation)] of the objects that both engines train on.
+    """The objects of an image that both engines train on, as [(box, annotation)].
 
-    box: [x0, y0, x1, y1] in pixels, inside the image. An object counts if it is no crowd, its box has sides
-    of more than :data:`MIN_SIDE` inside the image and, with ``masks``, it has a polygon or a pixel of RLE.
+    box: [x0, y0, x1, y1] in pixels, inside the image. An object counts if it is not a crowd, its box
+    has sides of more than :data:`MIN_SIDE` inside the image and, with ``masks``, it has a polygon or a pixel
+    of RLE.
     """
     found = []
     for annotation in annotations:
@@ -33,17 +34,17 @@ def usable_objects(
 class Dataset:
     """A COCO-format data set, as :func:`transfer.data.coco_json.read_coco` makes it.
 
-    images, annotations, categories: COCO's entries with the keys of the file, made sound. Ids are integers,
+    images, annotations, categories: COCO's entries with the keys of the file, corrected. Ids are integers,
     those of annotations from 1; file_name is a path under ``folder``; iscrowd is 0 or 1; segmentation is a
     list of polygons of at least three points, RLE, or [] where there is no mask. Images and categories are
     sorted by id, and the order of the categories is that of the model's classes.
 
     path, folder: the annotation file, and the folder of the images.
     measurable: the file has annotations at all, unlike those of COCO's test sets.
-    notes: what was mended, in words.
+    notes: what was corrected, in words.
     written: {id of an annotation: the id that the file has} where they differ.
     no_mask: {id of an annotation without a mask: why, a key of :data:`transfer.data.coco_json.NO_MASK`}.
-    keypoints: {name of a category: the names of its keypoints, None without}.
+    keypoints: {name of a category: the names of its keypoints, or None}.
     """
 
     path: str
@@ -73,12 +74,15 @@ class Dataset:
         return sum(bool(self.objects(image, masks)) for image in self.images)
 
     def has_rle(self) -> bool:
-        """Whether any object's mask is run-length encoded; crowds are no matter."""
+        """Whether any object's mask is run-length encoded. Crowds do not count."""
         return any(isinstance(a["segmentation"], dict) and not a["iscrowd"] for a in self.annotations)
 
     def measured(self) -> "Dataset":
-        """As COCO's metric needs it: the area of the mask or box where the file has none above 0, and the
-        box for a mask where a crowd has none."""
+        """A copy with what COCO's metric needs.
+
+        An annotation without an area above 0 gets that of its mask or box. A crowd without a mask gets its
+        box as one.
+        """
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         annotations, first = [], None
         for annotation in self.annotations:
@@ -102,11 +106,11 @@ class Dataset:
         return replace(self, annotations=annotations, notes=(*self.notes, note))
 
     def name(self, annotation: dict) -> str:
-        """An annotation in words, with the id that its file has."""
+        """How messages name an annotation: by the id in its file."""
         return f"annotation {self.written.get(annotation['id'], annotation['id'])}"
 
     def coco(self) -> dict:
-        """The content of a sound annotation file; pycocotools 2.0.9 and 2.0.10 need its ``info``."""
+        """The content of a sound annotation file. pycocotools 2.0.9 and 2.0.10 need its ``info``."""
         content = {"info": {}, "images": self.images, "categories": self.categories}
         return {**content, "annotations": self.annotations} if self.measurable else content
 

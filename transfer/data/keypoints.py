@@ -10,8 +10,7 @@ from rsa_detectron2.transfer.data.dataset import Dataset
 def keypoint_metadata(dataset: Dataset) -> dict:
     """Data set -> Detectron2's ``keypoint_names`` (list of str) and ``keypoint_flip_map`` (pairs of names).
 
-    The pairs change places in a mirrored image: they are the names that differ in left and right only. Raises
-    InputError.
+    The pairs swap places in a mirrored image: their names differ only in left and right. Raises InputError.
     """
     found = list(dataset.keypoints.values())
     names = found[0]
@@ -28,8 +27,8 @@ def keypoint_metadata(dataset: Dataset) -> dict:
 def check_keypoints(cfg: CfgNode, eval_only: bool = False) -> None:
     """Raises InputError unless the data sets of ``cfg`` have the keypoints that its model learns.
 
-    Prints which of them are mirrored. COCO 2017's built-in names are those of its instances files,
-    without keypoints.
+    Prints which of them swap places in a mirrored image. COCO 2017's built-in names mean its instances
+    files, which have no keypoints.
     """
     training = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*training, *cfg.DATASETS.TEST)):
@@ -56,7 +55,7 @@ def check_keypoints(cfg: CfgNode, eval_only: bool = False) -> None:
         if name in training and cfg.INPUT.RANDOM_FLIP == "horizontal":
             pairs = ", ".join(map(" and ".join, metadata["keypoint_flip_map"])) or "none"
             print(
-                f"keypoints that change places in a mirrored image: {pairs} "
+                f"keypoints that swap places in a mirrored image: {pairs} "
                 "(INPUT.RANDOM_FLIP none mirrors no image)",
                 flush=True,
             )
@@ -69,8 +68,8 @@ def _check_annotations(dataset, number, evaluated):
         found, where = len(annotation.get("keypoints", [])), f"{dataset.path}: {dataset.name(annotation)}"
         if found != 3 * number:
             raise InputError(
-                f"{where} has {found} numbers of keypoints: {number} keypoints are {3 * number} numbers x, "
-                "y, visibility (0, 0, 0 where one is not labeled)"
+                f"{where} has {found} numbers for its keypoints: {number} keypoints need {3 * number}, "
+                "the x, y and visibility of each (0, 0, 0 if it is not labeled)"
             )
         if evaluated and "num_keypoints" not in annotation:
             raise InputError(

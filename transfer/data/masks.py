@@ -1,4 +1,4 @@
-"""COCO's two kinds of masks, polygons and run lengths (RLE): whether they are sound, what they cover."""
+"""COCO's two kinds of masks, polygons and run lengths (RLE): whether they are sound, and what they cover."""
 
 import math
 
@@ -59,23 +59,26 @@ def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
 
 
 def mask_problem(segmentation: object, height: int, width: int) -> str | None:
-    """What is wrong with a segmentation, in words; short polygons are not, for they can be left out."""
+    """What is wrong with a segmentation, in words, or None. Short polygons can be left out."""
     if isinstance(segmentation, list):
         if all(map(are_numbers, segmentation)):
             return None
         return "has a polygon that is not a list of x, y, x, y, ...: write each as one flat list of numbers"
     if not (isinstance(segmentation, dict) and segmentation.keys() >= {"size", "counts"}):
-        return "has a segmentation that is neither polygons nor RLE with size and counts"
+        return "has a segmentation that is neither polygons nor RLE with size and counts: write one of these"
     size, counts = segmentation["size"], segmentation["counts"]
     if size != [height, width] or not all(map(is_integer, size)):
-        return f"has an RLE of size {size}, but its image is {[height, width]} (height, width)"
+        return (
+            f"has an RLE of size {size}, but its image is {[height, width]} (height, width): encode its mask"
+            " again"
+        )
     if isinstance(counts, str):
         try:
             counts = run_lengths(counts)
         except ValueError as error:
             return f"has an RLE string that {error}: encode its mask again"
     if not isinstance(counts, list):
-        return "has RLE counts that are neither a list nor a string"
+        return "has RLE counts that are neither a list nor a string: encode its mask again"
     if not all(is_integer(count) and count >= 0 for count in counts):
         return "has RLE counts that are not integers of at least 0: encode its mask again"
     if sum(counts) != height * width:
@@ -89,9 +92,10 @@ def mask_problem(segmentation: object, height: int, width: int) -> str | None:
 def run_lengths(text: str) -> list[int]:
     """COCO's run-length string -> its counts.
 
-    Raises ValueError where pycocotools would read what lies behind the string. A number is characters of five
-    bits each, counted from "0", the lowest first; 32 is set in all but the last, whose 16 is the sign. From
-    the fourth on, a number is the difference to the count two before.
+    Raises ValueError if pycocotools would read past the end of the string. A number is written as characters
+    of five bits each, lowest bits first, added to the code of "0". All characters of a number but the last
+    have 32 added; the bit 16 of the last one is the sign. From the fourth on, a number is the difference from
+    the count two places before.
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64) - ord("0")
     strange = (codes < 0) | (codes >= 64)
@@ -100,11 +104,11 @@ def run_lengths(text: str) -> list[int]:
     if not len(codes):
         return []
     if codes[-1] >= 32:
-        raise ValueError("ends amid a number")
+        raise ValueError("ends in the middle of a number")
     ends = np.flatnonzero(codes < 32)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if lengths.max() > 6:  # more than an image has, and than pycocotools reads
+    if lengths.max() > 6:  # more than any image has, and more than pycocotools reads
         raise ValueError("has a number of more than 30 bits")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     counts = np.add.reduceat((codes & 31) << 5 * place, starts) - ((codes[ends] >> 4) << 5 * lengths)

@@ -2,13 +2,13 @@
 Detectron2 is not installed.
 
 The same YAML gives the same layers, initialization, schedule, files and metric; what cannot be
-honored is refused. Tables 5 and 6 are Detectron2's all the same, because torchvision differs in
-the small print: box losses are smooth L1 with beta 1/9 (Detectron2: L1); RoIAlign has no half-pixel
+honored is refused. Tables 5 and 6 still need Detectron2, because torchvision differs in
+details: box losses are smooth L1 with beta 1/9 (Detectron2: L1); RoIAlign has no half-pixel
 shift; anchors are rounded to whole pixels; mask targets are cut from the resized bitmap, not from
 polygons; images are resized without antialiasing; SyncBN is BatchNorm.
 
-Randomness is derived, never stored: images, flips, sides and samples of iteration i are a pure
-function of (SEED, i). So a resumed run equals an uninterrupted one: on a CPU bit for bit, on a GPU
+Randomness is derived, never stored: images, flips, image sizes and samples of iteration i are a
+pure function of (SEED, i). So a resumed run equals an uninterrupted one: on a CPU bit for bit, on a GPU
 up to the order of its atomic sums. Iterations count from 0, as in Detectron2: the checkpoint after
 5000 of them is model_0004999.pth.
 """
@@ -71,7 +71,7 @@ def training_batches(
     """Yield (images, targets) of iterations ``start`` to ``stop - 1``, with torch's random state
     set for each.
 
-    images: list of float32 [3, H, W] from 0 to 1. Every epoch takes all images once, in an order of its own.
+    images: list of float32 [3, H, W] from 0 to 1. Every epoch takes all images once, in a new order.
     """
     seed, size = max(cfg.SEED, 0), cfg.SOLVER.IMS_PER_BATCH
     probability = 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0
@@ -127,7 +127,8 @@ def load_backbone(cfg: CfgNode, model: nn.Module) -> dict | None:
     body = model.backbone.body.state_dict()
     if differ := sorted({name for name in body if not name.endswith("num_batches_tracked")} ^ set(state)):
         raise InputError(
-            f"{cfg.MODEL.WEIGHTS} is not the network of MODEL.RESNETS, for it lacks or adds {differ[:4]}"
+            f"{cfg.MODEL.WEIGHTS} is not the network of MODEL.RESNETS (it lacks or adds {differ[:4]}): "
+            "set MODEL.RESNETS to the network of these weights"
         )
     model.backbone.body.load_state_dict(state, strict=False)
     log.info("%s: all %d backbone tensors loaded", cfg.MODEL.WEIGHTS, len(state))
@@ -135,7 +136,7 @@ def load_backbone(cfg: CfgNode, model: nn.Module) -> dict | None:
 
 
 def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.SGD:
-    """Detectron2's SGD: BatchNorm's parameters have a weight decay of their own."""
+    """Detectron2's SGD: BatchNorm's parameters have their own weight decay."""
     norms = [p for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
     others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
     return torch.optim.SGD(
@@ -147,7 +148,7 @@ def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.SGD:
 
 
 class Trainer:
-    """A training from its weights, or from ``checkpoint`` on, to model_final.pth. Raises InputError."""
+    """Trains from MODEL.WEIGHTS, or on from ``checkpoint``, to model_final.pth. Raises InputError."""
 
     def __init__(self, cfg: CfgNode, model: nn.Module, dataset: CocoInstances, checkpoint: Path | None):
         self.cfg, self.model, self.dataset = cfg, model, dataset
@@ -160,7 +161,7 @@ class Trainer:
         saved = load_checkpoint(checkpoint, model)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.start, self.provenance = saved["iteration"] + 1, saved["weights"]
-        self.about = saved.get("run")  # a checkpoint without it is of an older version
+        self.about = saved.get("run")  # an older version wrote a checkpoint without it
         log.info("%s: resuming at iteration %d of %d", checkpoint.name, self.start, cfg.SOLVER.MAX_ITER)
 
     def fit(self, origin: Origin) -> None:
@@ -220,7 +221,7 @@ class Trainer:
         return dict(zip(("total_loss", *map(LOSSES.get, losses)), figures))
 
     def make_statistics_precise(self) -> None:
-        """BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER further batches."""
+        """Recompute BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER further batches."""
         start, count = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.PRECISE_BN.NUM_ITER
         batches = self.batches(start, start + count)
         # update_statistics calls model(batch), and the model takes (images, targets).
@@ -292,8 +293,8 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
 def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Boxes in pixels of the image, scores, labels and 28 x 28 masks of float32 [3, H, W], on the CPU.
 
-    The steps of model.forward, which would paste a hundred masks at once: gigabytes for a large
-    photograph.
+    It takes the steps of model.forward one by one, because that pastes a hundred masks at once: gigabytes
+    for a large photograph.
     """
     images, _ = model.transform([image])
     features = model.backbone(images.tensors)
@@ -315,8 +316,9 @@ def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: O
     """Fine-tune and evaluate; returns the content of OUTPUT_DIR/results.json. Raises InputError.
 
     resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
-    eval_only: evaluate OUTPUT_DIR/model_final.pth with ``resume``, else MODEL.WEIGHTS, then a
-    whole model of this engine. The AP is that of the saved file, read back.
+    eval_only: do not train. With ``resume`` evaluate OUTPUT_DIR/model_final.pth, else MODEL.WEIGHTS,
+    which must then be a whole model of this engine. The model is read back from its file before it is
+    evaluated.
     """
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     start = None if eval_only else find_start(folder, resume)
@@ -364,7 +366,7 @@ def build_on_device(cfg: CfgNode) -> nn.Module:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, val_set: CocoInstances) -> dict:
-    """AP of the model's detections, which it leaves in OUTPUT_DIR/inference."""
+    """AP of the model's detections, which are written to OUTPUT_DIR/inference."""
     folder = Path(cfg.OUTPUT_DIR, "inference")
     detections = detect(cfg, model, val_set)
     (folder / "coco_instances_results.json").write_text(json.dumps(detections))

@@ -17,7 +17,7 @@ from rsa_detectron2.transfer.convert import architectures
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
 STAGES, LEVELS = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
-POSSIBLE = {  # key: the values that can be honored, or a test of the value and what it asks for
+POSSIBLE = {  # key: the supported values, or (test of a value, which values pass it)
     "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"],
     "MODEL.DEVICE": ["cuda", "cpu"],
     "MODEL.MASK_ON": [True, False],
@@ -53,16 +53,15 @@ POSSIBLE = {  # key: the values that can be honored, or a test of the value and 
 
 
 def check(cfg: CfgNode) -> None:
-    """Raises InputError for the first key whose value this engine cannot honor."""
+    """Raises InputError for the first key whose value this engine does not support."""
     check_possible(cfg, POSSIBLE, "the torchvision engine")
 
 
 def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:
     """Config -> torchvision MaskRCNN, or FasterRCNN without MASK_ON, randomly initialized as Detectron2's is.
 
-    Raises InputError.
-
-    Class 0 is the background; it has box and mask outputs of its own, unused, which Detectron2 leaves out.
+    Class 0 is the background. It has its own box and mask outputs, which are unused and which Detectron2
+    does not have. Raises InputError.
     """
     check(cfg)
     net, classes, channels = cfg.MODEL, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, cfg.MODEL.FPN.OUT_CHANNELS
@@ -77,8 +76,8 @@ def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:
 
     def pooler(head: CfgNode) -> poolers.MultiScaleRoIAlign:
         pool = poolers.MultiScaleRoIAlign(LEVELS, head.POOLER_RESOLUTION, sampling_ratio=0)
-        # Left to itself it derives these from the first images that it sees, wrongly for sides
-        # under 80 pixels.
+        # By default it derives these from the first images that it sees, and gets them wrong for
+        # sides under 80 pixels.
         pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], poolers.LevelMapper(2, 5)
         return pool
 
@@ -133,7 +132,7 @@ def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:
         **masks,
     )
 
-    # Where torchvision would start otherwise than Detectron2.
+    # The layers that torchvision initializes differently from Detectron2.
     heads = model.roi_heads
     for layer in heads.box_head:
         if isinstance(layer, nn.Linear):

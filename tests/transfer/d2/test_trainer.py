@@ -1031,7 +1031,7 @@ def test_keypoints_train_and_are_measured(weights, shapes, one_image, tmp_path, 
     )
     results = d2_engine.train(cfg)
     assert (
-        "keypoints that change places in a mirrored image: left_top and right_top (" in capfd.readouterr().out
+        "keypoints that swap places in a mirrored image: left_top and right_top (" in capfd.readouterr().out
     )
     assert results["ap"]["keypoints"]["AP"] is not None and results["ap"]["keypoints"]["APs"] is None
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
@@ -1060,7 +1060,7 @@ def test_keypoints_that_do_not_fit_are_refused_before_training(weights, shapes, 
     coco = json.loads(Path(path).read_text())
     for key, words in (
         ("num_keypoints", "annotation 3 lacks num_keypoints"),
-        ("keypoints", "annotation 3 has 0 numbers of keypoints: 2 keypoints are 6 numbers"),
+        ("keypoints", "annotation 3 has 0 numbers for its keypoints: 2 keypoints need 6, the x"),
     ):
         del coco["annotations"][2][key]
         (tmp_path / f"no_{key}.json").write_text(json.dumps(coco))

@@ -1,4 +1,4 @@
-"""Annotation files as tools write them: what is mended in memory, and what is refused in one line."""
+"""Annotation files as tools write them: what is corrected in memory, and what is refused in one line."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_a_sound_data_set(tiny_coco, tmp_path, capsys):
     said = capsys.readouterr()
     assert (
         "warning" not in said.err
-        and said.out.count("crowds (iscrowd 1), which neither train nor count: 1 of 3") == 2
+        and said.out.count("crowds (iscrowd 1), which are neither trained on nor evaluated: 1 of 3") == 2
     )
 
 
@@ -72,7 +72,7 @@ BAD = {  # what is wrong: (where, key, value or None to take it away, words of t
         1,
         "segmentation",
         None,
-        r"1 of 2 objects have a box alone \(first: annotation 2\), no mask: give",
+        r"1 of 2 objects have only a box \(first: annotation 2\) and no mask: give",
     ),
     "negative box": (1, "bbox", [3, 3, -1, 2], "annotation 2 has the bbox"),
     "short box": (1, "bbox", [3, 3, 1], "annotation 2 has the bbox"),
@@ -91,14 +91,14 @@ BAD = {  # what is wrong: (where, key, value or None to take it away, words of t
         "segmentation",
         [[1, 1, 5, 5]],
         r"1 of 2 objects have two points for a mask .first: annotation 1., which is how "
-        "labelme's rectangles come out: give their four corners as polygons, or",
+        "labelme exports rectangles: give their four corners as polygons, or",
     ),
     "odd polygon": (
         0,
         "segmentation",
         [[1, 1, 5, 5, 3, 3, 2]],
         r"1 of 2 objects have no polygon of at least three points "
-        r"\(first: annotation 1\), with which AP would be wrong: mend or remove them",
+        r"\(first: annotation 1\), with which AP would be wrong: correct or remove them",
     ),
     "polygon of words": (
         0,
@@ -110,7 +110,7 @@ BAD = {  # what is wrong: (where, key, value or None to take it away, words of t
         0,
         "segmentation",
         [],
-        r"1 of 2 objects have a box alone \(first: annotation 1\), no mask",
+        r"1 of 2 objects have only a box \(first: annotation 1\) and no mask",
     ),
     "RLE of another size": (
         1,
@@ -176,7 +176,7 @@ BAD = {  # what is wrong: (where, key, value or None to take it away, words of t
         1,
         "segmentation",
         {"size": [6, 8], "counts": "0`"},
-        "annotation 2 has an RLE string that ends amid a number",
+        "annotation 2 has an RLE string that ends in the middle of a number",
     ),
     "RLE string, negative": (
         1,
@@ -184,7 +184,7 @@ BAD = {  # what is wrong: (where, key, value or None to take it away, words of t
         {"size": [6, 8], "counts": "N`12"},
         "annotation 2 has RLE counts that are not integers of at least 0",
     ),
-    "true for an image": (1, "image_id", True, "annotation 2 has image_id True, which is no integer"),
+    "true for an image": (1, "image_id", True, "annotation 2 has image_id True, which is not an integer"),
     "iscrowd of 2": (1, "iscrowd", 2, "annotation 2 has iscrowd 2: it must be 0 or 1"),
     "a word for iscrowd": (1, "iscrowd", "no", "annotation 2 has iscrowd 'no': it must be 0 or 1"),
     "RLE without counts": (
@@ -226,7 +226,7 @@ def test_a_bad_annotation_is_one_line_with_file_and_id(tiny_coco, tmp_path, wher
         (lambda c: c["images"][1].update(width="8 px"), "image 9 needs .* a width and height in pixels"),
         (lambda c: c["images"][1].update(width=0), "image 9 is 0 x 6 pixels .*: give the size of 9.png"),
         (lambda c: c["images"][1].update(height=-6), "image 9 is 8 x -6 pixels"),
-        (lambda c: c["images"][1].update(id=True), "image id True is no integer"),
+        (lambda c: c["images"][1].update(id=True), "image id True is not an integer"),
         (
             lambda c: c["annotations"][0].update(segmentation={"size": 4, "counts": "a"}),
             "annotation 1 has an RLE of size 4",
@@ -340,9 +340,9 @@ MENDED = {  # a tool's habit: (change, words of what is said, or None)
     "ids of images as strings only there": (each("images", id=str), None),
     "ids of images as words": (
         image_strings,
-        "image ids are no integers .first: 'img-4'. and are numbered from 1",
+        "image ids are not integers .first: 'img-4'.: numbered from 1",
     ),
-    "ids of categories as words": (category_strings, "category ids are no integers .first: 'cat-3'."),
+    "ids of categories as words": (category_strings, "category ids are not integers .first: 'cat-3'."),
     "sizes as floats": (each("images", width=float, height=float), None),
     "sizes as strings": (each("images", width=str, height=str), None),
     "no iscrowd": (lambda c: [c["annotations"].pop(), each("annotations", iscrowd=None)(c)], None),
@@ -437,10 +437,7 @@ def test_ignored_objects_are_crowds(tiny_coco, tmp_path, capsys):
     """ignore 1 says that an object neither trains nor counts, which is what iscrowd 1 does."""
     tiny_coco["annotations"][1].update(ignore=1, segmentation=[])
     (trained,), dataset = check(tiny_coco, tmp_path)
-    assert (
-        "annotations with ignore 1, taken as crowds, which neither train nor count: 1 (first: 2)"
-        in capsys.readouterr().out
-    )
+    assert "annotations with ignore 1, treated as crowds: 1 (first: 2)" in capsys.readouterr().out
     assert CocoInstances(trained, training=True)[0, False][1]["labels"].tolist() == [1]
     found = [
         {
@@ -470,7 +467,7 @@ def test_file_names_of_another_place(tiny_coco, tmp_path, capsys, written):
         image["file_name"] = written.format(image["file_name"])
     (trained,), _ = check(tiny_coco, tmp_path)
     assert CocoInstances(trained, training=False).image(4).shape == (3, 6, 8)
-    said = f"file names shortened to what is found in {tmp_path}: 3 (first: {written.format('4.png')})"
+    said = f"file names shortened to what exists in {tmp_path}: 3 (first: {written.format('4.png')})"
     assert (said in capsys.readouterr().out) == (written != "./{}")
 
 
@@ -499,7 +496,7 @@ def test_the_longest_end_of_a_file_name_counts_and_two_images_are_never_one(tiny
 
 def test_boxes_alone_train_without_masks(tiny_coco, tmp_path):
     each("annotations", segmentation=[])(tiny_coco)
-    assert "a.json has boxes only, no masks: train boxes alone with MODEL.MASK_ON False" in refusal(
+    assert "a.json has boxes only, no masks: train without masks (MODEL.MASK_ON False)" in refusal(
         tiny_coco, tmp_path
     )
     (trained,), dataset = check(tiny_coco, tmp_path, masks=False)
@@ -517,7 +514,7 @@ def test_boxes_alone_train_without_masks(tiny_coco, tmp_path):
         assert check(tiny_coco, tmp_path, masks=False)[0][0].annotated(masks=False) == 1
     for annotation in tiny_coco["annotations"]:
         annotation["keypoints"] = [1, 1, 2]
-    assert "a.json has keypoints and boxes only, no masks: train boxes" in refusal(tiny_coco, tmp_path)
+    assert "a.json has keypoints and boxes only, no masks: train without" in refusal(tiny_coco, tmp_path)
 
 
 def test_crowds_alone_are_refused_with_a_command_that_mends_them(tiny_coco, tmp_path):
@@ -529,8 +526,8 @@ def test_crowds_alone_are_refused_with_a_command_that_mends_them(tiny_coco, tmp_
         Image.new("RGB", (8, 6)).save(folder / image["file_name"])
     line = refusal(tiny_coco, folder)
     assert (
-        "a.json: all 3 annotations are crowds (iscrowd 1), which neither train nor count; CVAT exports"
-        " masks so" in line
+        "a.json: all 3 annotations are crowds (iscrowd 1), which are neither trained on"
+        " nor evaluated; CVAT exports masks like this" in line
     )
     subprocess.run(line.split("To make objects of them: ")[1], shell=True, check=True)
     path = folder / "a.json"
@@ -543,7 +540,7 @@ def test_nothing_to_train_on_or_to_measure_is_refused_before(tiny_coco, tmp_path
     good, empty = write_json(tiny_coco, tmp_path, "good.json"), {**tiny_coco, "annotations": []}
     bad = write_json(empty, tmp_path, "bad.json")
     with pytest.raises(
-        InputError, match="bad.json has no annotations, and so nothing to train on or to measure"
+        InputError, match="bad.json has no annotations, so there is nothing to train on or to measure"
     ):
         check_datasets(config(*((bad, good) if key == "train" else (good, bad))))
     write_json({**empty, "images": []}, tmp_path, "bad.json")
@@ -595,12 +592,15 @@ def test_boxes_are_clipped_and_masks_must_cover_a_pixel(tiny_coco):
 
 
 DOUBTFUL = {  # of every box in the file: (change, words)
-    "corners": (lambda box, w, h: [box[0], box[1], box[0] + box[2], box[1] + box[3]], "its mask's is"),
+    "corners": (
+        lambda box, w, h: [box[0], box[1], box[0] + box[2], box[1] + box[3]],
+        "the box of its mask is",
+    ),
     "relative": (
         lambda box, w, h: [box[0] / w, box[1] / h, box[2] / w, box[3] / h],
         "its image is larger than a pixel",
     ),
-    "elsewhere": (lambda box, w, h: [box[0] + 30, box[1], box[2], box[3]], "its mask's is"),
+    "elsewhere": (lambda box, w, h: [box[0] + 30, box[1], box[2], box[3]], "the box of its mask is"),
 }
 
 
@@ -704,9 +704,7 @@ def test_val_may_lack_a_category(tiny_coco, tmp_path, capsys):
 
     cfg = pair(tiny_coco, tmp_path, without_b)
     check_datasets(cfg)
-    assert (
-        "val.json: there is no category 'b', so that AP is a mean over the others" in capsys.readouterr().out
-    )
+    assert "val.json: there is no category 'b', so AP is the mean of the others" in capsys.readouterr().out
     assert len(load_datasets(cfg)[cfg.DATASETS.TEST[0]].categories) == 2 and metric_of_the_truth(
         cfg
     ) == pytest.approx(100)
@@ -732,7 +730,7 @@ def test_a_category_of_val_that_train_lacks(tiny_coco, tmp_path):
     with pytest.raises(
         InputError,
         match=r"val.json has objects of category 'c', which .*train.json does not have "
-        r"\(it has 'a', 'b'\): give both the same names, or take these objects out",
+        r"\(it has 'a', 'b'\): give both the same names, or remove these objects",
     ):
         check_datasets(pair(tiny_coco, tmp_path, used))
 
@@ -741,7 +739,8 @@ def test_two_categories_of_one_name_are_matched_by_id_alone(tiny_coco, tmp_path)
     same_names = each("categories", name="a")
     check_datasets(pair(deepcopy(tiny_coco), tmp_path, same_names, same_names))
     with pytest.raises(
-        InputError, match="number their categories differently, and names occur twice: give both the same"
+        InputError,
+        match="number their categories differently, and some names occur twice: give both the same",
     ):
         check_datasets(
             pair(
@@ -780,7 +779,7 @@ def test_data_sets_must_fit_the_model(tiny_coco, tmp_path):
     with pytest.raises(InputError, match="DATASETS.TRAIN is empty"):
         check_datasets(cfg)
     cfg.DATASETS.TEST = ()
-    with pytest.raises(InputError, match="results are of one data set"):
+    with pytest.raises(InputError, match="give exactly one data set"):
         check_datasets(cfg)
 
 
@@ -808,7 +807,7 @@ def test_another_set_beside_coco_has_its_categories(tiny_coco, tmp_path, monkeyp
     assert [found.annotated() for found in checked()] == [1] * (key == "TRAIN")
     tiny_coco["categories"][-1]["name"] = "other"
     message = (
-        f"{coco} has 'c89' where .*a.json has others"
+        f"{coco} has 'c89', but .*a.json has others"
         if key == "TRAIN"
         else (f"a.json has objects of category 'other', which {coco} does not have")
     )

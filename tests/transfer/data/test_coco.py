@@ -46,8 +46,8 @@ def test_run_lengths_are_those_of_pycocotools():
         ("0p", "character 'p'"),
         ("0\u00e9", "character"),
         ("0\0", "character"),
-        ("o", "ends amid a number"),
-        ("0o", "ends amid a number"),
+        ("o", "ends in the middle of a number"),
+        ("0o", "ends in the middle of a number"),
         ("P" * 6 + "0", "more than 30 bits"),
     ],
 )
