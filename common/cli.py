@@ -1,4 +1,4 @@
-"""What the command-line tools share: errors as one line, and care for terminal and shell."""
+"""What the command-line tools share: errors in one line, and what terminals and shells need."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ from rsa_detectron2.common.progress import close_bars
 
 
 def expand_home(argument: str) -> str:
-    """``~`` as the home folder, where a shell leaves it: in quotes, and in --option=~/folder."""
+    """Expand ``~`` where a shell does not: in quotes, and in --option=~/folder."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + os.path.expanduser(value)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main``. What a user can mend (InputError, OSError) ends as one line on stderr, status 2."""
+    """Call ``main`` and exit. An error that a user can fix ends in one line on stderr and status 2."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
-    # A file's name need not be UTF-8, and the terminal may take less than that.
+    # A file's name may not be UTF-8, and a terminal may not show all of UTF-8.
     sys.stdout.reconfigure(errors="backslashreplace")
-    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # of the processes that are started
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # for child processes
     try:
         sys.exit(main())
     except (InputError, OSError, MemoryError) as error:
@@ -33,7 +33,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def say_last(line: str | Exception) -> None:
-    """A last line on stderr, below the progress bars. The terminal may have been closed."""
+    """Print a last line to stderr, below the progress bars. The terminal may have been closed."""
     with contextlib.suppress(OSError):
         close_bars()
         print(line, file=sys.stderr)

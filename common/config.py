@@ -1,4 +1,4 @@
-"""Config files: where they are looked for, and how one is merged with overrides."""
+"""Config files: where they are looked up, and how one is merged with overrides."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,15 @@ from fvcore.common.config import CfgNode
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin, flatten
 
-# Beside the packages, in a checkout as in an installed wheel.
+# Beside the packages, in a checkout and in an installed wheel.
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def find_config(path: str) -> str:
-    """``--config-file`` is looked up in the working directory first, then under ``configs/``."""
+    """The file that ``--config-file`` names, in the working directory or else under ``configs/``.
+
+    Raises InputError.
+    """
     for candidate in (Path(path), CONFIGS / path):
         if candidate.is_file():
             return str(candidate)
@@ -25,7 +28,7 @@ def find_config(path: str) -> str:
 def origin(path: str | Path, overrides: Sequence, defaults: CfgNode) -> Origin:
     """Where a configuration comes from, for the record of its run.
 
-    A file of ``configs/`` is named by its path there; ``defaults`` is the engine's own configuration.
+    A file of ``configs/`` is named by its path below that. ``defaults`` is the engine's own configuration.
     """
     path, configs = Path(path).resolve(), CONFIGS
     path = path.relative_to(configs) if path.is_relative_to(configs) else path

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# Each process keeps BatchNorm's running statistics of its own between steps. torch 2.14 renamed the option,
-# and warns of the old name.
+# Each process keeps its own running statistics of BatchNorm between steps. torch 2.14 renamed the option,
+# and warns about the old name.
 SYNC_OPTION = "forward_sync_buffers"
 if SYNC_OPTION not in inspect.signature(DistributedDataParallel).parameters:
     SYNC_OPTION = "broadcast_buffers"
@@ -27,7 +27,7 @@ def launched() -> bool:
 
 
 def is_first_process() -> bool:
-    """True in the process that should print, also before and after the process group lives."""
+    """True in the process that should print, also before the process group starts and after it ends."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -44,8 +44,7 @@ def local_world_size() -> int:
 
 
 def cores() -> int:
-    """How many cores of this machine are this process's own. srun may have bound the task to its
-    share already."""
+    """How many cores this process should use. srun may have bound the task to some of the machine's."""
     mine = len(os.sched_getaffinity(0))
     # Under torchrun the task is torchrun itself, and its processes share the task's cores.
     by_srun = "TORCHELASTIC_RUN_ID" not in os.environ
@@ -62,12 +61,12 @@ def device() -> torch.device:
 
 
 def device_name() -> str:
-    """The GPU's, or "CPU"."""
+    """The name of the GPU, or "CPU"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def amp_dtype(name: str) -> torch.dtype | None:
-    """torch's dtype for autocast, or None; float16 on a CPU is slow and becomes bfloat16."""
+    """torch's dtype for autocast, or None. On a CPU float16 is slow, so bfloat16 replaces it."""
     if name == "off":
         return None
     return torch.float16 if name == "fp16" and torch.cuda.is_available() else torch.bfloat16

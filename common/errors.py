@@ -1,8 +1,8 @@
-"""What a user can mend, and how it is said: one line."""
+"""Errors that a user can fix, and their messages: one line each."""
 
 
 class InputError(ValueError):
-    """Something the user can mend: one line that names the file or key and the fix."""
+    """An error that the user can fix. Its message is one line that names the file or key and the fix."""
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders that one process works in."""
+"""Files that are written whole or not at all, and folders that one process at a time works in."""
 
 import contextlib
 import fcntl
@@ -15,10 +15,10 @@ from rsa_detectron2.common.errors import InputError
 def write_atomically(
     path: str | Path, write: Callable[[BinaryIO], object], previous: str | Path | None = None
 ) -> None:
-    """``write(file)`` into a temporary file beside ``path``, then rename it to ``path``.
+    """Call ``write(file)`` with a temporary file beside ``path``, then rename that file to ``path``.
 
-    So a reader finds an old or a new file, whole. What ``path`` held until then moves to ``previous``,
-    if given. Raises OSError, and leaves ``path`` as it was, when the disk does not take it.
+    So a reader finds the old or the new file, and either is whole. The old file is renamed to ``previous``,
+    if given. Raises OSError, and leaves ``path`` as it was, when the disk refuses the new file.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -28,7 +28,7 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        temporary.unlink(missing_ok=True)  # free its space: the disk may be full
         raise
     if previous and path.exists():
         os.replace(path, previous)
@@ -47,7 +47,7 @@ def save_tensors(path: str | Path, state: dict, previous: str | Path | None = No
     def write(file: BinaryIO) -> None:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # what torch's archive writer makes of a refused write
+        except RuntimeError as error:  # torch's archive writer raises it for a failed write
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     write_atomically(path, write, previous)
@@ -65,18 +65,20 @@ def check_tensors(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, option: str) -> Iterator[None]:
-    """Make ``folder`` and hold it for this process; ``option`` is what gives another folder.
+    """Create ``folder`` and lock it for this process. ``option`` sets another folder, for messages.
 
-    Raises InputError when another process trains in it, or when it cannot be written. A POSIX lock,
-    because it dies with its process and is not inherited: workers that outlive a killed run for some
-    seconds must not keep the next one out.
+    Raises InputError when another process works in the folder, or when it cannot be written. It is a POSIX
+    lock, because that ends with its process and is not inherited: workers that outlive a killed run for
+    some seconds must not keep the next one out.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+")
     except OSError as error:
-        raise InputError(f"cannot write to {option} {folder}: {error.strerror}") from None
+        raise InputError(
+            f"cannot write to {option} {folder} ({error.strerror}): give another folder"
+        ) from None
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

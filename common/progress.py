@@ -1,4 +1,4 @@
-"""Progress bars, and what is said beside them."""
+"""Progress bars, and lines printed above or below them."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""What a run says of itself, from its start: in its folder (``run.json``) and in its checkpoints.
+"""The record of a run, which says what the run is. Its folder (``run.json``) and its checkpoints hold it.
 
-Reports look a run up by this record alone: not by the name of a folder, nor by a number of steps.
+It is written when the run starts. Reports identify a run by this record alone: not by the name of a folder,
+and not by a number of steps.
 """
 
 import json
@@ -16,7 +17,7 @@ FILE = "run.json"
 PACKAGES = ("torch", "torchvision", "timm", "detectron2")
 
 
-KEYS = {  # of each kind of record, which reports need
+KEYS = {  # kind of record: the keys of it that reports need
     "pretrain": ("recipe", "settings", "changed", "method", "seed", "data", "step", "steps", "bn_batch_size"),
     "finetune": ("recipe", "settings", "changed", "seed", "weights", "engine", "steps", "bn_batch_size"),
 }
@@ -28,15 +29,15 @@ class Origin:
 
     recipe: str = ""  # a file below configs/, else the path that was given
     overrides: tuple = ()  # KEY, VALUE, ... on top of it
-    defaults: dict = field(default_factory=dict)  # {KEY: value}, what the engine has without them
+    defaults: dict = field(default_factory=dict)  # {KEY: value} of the engine, without recipe and overrides
 
 
 def describe(kind: str, cfg: dict, origin: Origin, **facts: object) -> dict[str, Any]:
-    """The record of a run, made of what JSON holds.
+    """The record of a run, made of values that JSON can hold.
 
     kind: "pretrain" or "finetune"; cfg: the resolved configuration, which came from ``origin``; facts:
-    what it does not say (data set, method, steps, weights, processes, ...). ``changed`` has the defaults
-    of the settings that differ.
+    what ``cfg`` does not say (data set, method, steps, weights, processes, ...). In the record, ``changed``
+    has the default of each setting that differs from it.
     """
     settings, before = flatten(cfg), origin.defaults
     changed = {key: before.get(key) for key, value in settings.items() if before.get(key) != value}
@@ -52,7 +53,7 @@ def describe(kind: str, cfg: dict, origin: Origin, **facts: object) -> dict[str,
 
 
 def is_sound(about: object) -> bool:
-    """Whether a value read from a file has what a record holds."""
+    """Whether a value that was read from a file is a record with all keys that reports need."""
     return (
         isinstance(about, dict)
         and all(key in about for key in KEYS.get(about.get("kind"), ("kind of its own",)))
@@ -62,7 +63,7 @@ def is_sound(about: object) -> bool:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {"SOLVER.EPOCHS": 200, ...}, tuples as lists."""
+    """Nested dicts as one: {"SOLVER.EPOCHS": 200, ...}. Tuples become lists."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -77,7 +78,7 @@ def plain(value: object) -> object:
 
 
 def versions() -> dict[str, str | None]:
-    """{package: version}, None for one that is not installed."""
+    """{package: version}; the version is None for a package that is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

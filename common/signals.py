@@ -1,4 +1,4 @@
-"""The signals at which a program saves and stops."""
+"""The signals that tell a program to save and stop."""
 
 import contextlib
 import signal
@@ -10,15 +10,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, si
 
 
 def stop_signals() -> list[signal.Signals]:
-    """STOP_SIGNALS, without SIGHUP where it is ignored already: that is what nohup does."""
+    """STOP_SIGNALS, without SIGHUP if it is ignored already, as it is under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """STOP_SIGNALS that come meanwhile are handled afterwards. Processes that start meanwhile never
-    get them."""
+    """Delay STOP_SIGNALS until the ``with`` block ends. Processes that start in the block never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

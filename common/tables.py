@@ -11,7 +11,7 @@ Mean = tuple[float, float | None]
 def mean_std(values: Sequence[float | None]) -> Mean | None:
     """Mean and sample standard deviation over seeds.
 
-    The deviation of a single value is None. Without the value of some seed there is no mean.
+    The deviation of a single value is None. If the value of any seed is missing, there is no mean.
     """
     if None in values:
         return None
@@ -19,7 +19,7 @@ def mean_std(values: Sequence[float | None]) -> Mean | None:
 
 
 def cell(value: Mean | None) -> str:
-    """What mean_std returns, as text with one decimal."""
+    """The result of mean_std as text with one decimal."""
     if value is None:
         return "–"
     mean, std = value
@@ -29,7 +29,7 @@ def cell(value: Mean | None) -> str:
 def to_markdown(cells: list[list[str]]) -> str:
     """A Markdown table of a header and rows.
 
-    Columns are padded, so that it also reads as plain text. A row that has only a first cell
+    Columns are padded, so that the table also reads well as plain text. A row with nothing but a first cell
     may be wider than the table.
     """
     cells = [[text.replace("|", "\\|") for text in row] for row in cells]

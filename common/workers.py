@@ -1,8 +1,8 @@
-"""Processes that load data. Whatever happens to one, the program learns of it; and none outlives the program.
+"""Processes that load data. The program notices whatever happens to them, and none outlives the program.
 
-The workers hold back the signals that stop a program: a scheduler sends them to all processes of a
+The workers block the signals that stop a program: a scheduler sends them to all processes of a
 job, and workers must live until the main process has saved. When a program ends, multiprocessing
-sends its children SIGTERM and waits for them, here for ever. So they are killed before that.
+sends its children SIGTERM and waits for them. These would never end, so they are killed before that.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ MORE_SHARED_MEMORY = "in Docker, run with --shm-size=8g or --ipc=host"
 
 T = TypeVar("T")
 Collate = Callable[[Any], Any]  # samples -> batch
-Answer = Union["Parcel", Exception]  # of a worker
+Answer = Union["Parcel", Exception]  # what a worker sends
 
 
 class MapStyle(Protocol):
@@ -45,11 +45,11 @@ class MapStyle(Protocol):
 def load(
     dataset: MapStyle, batches: Iterable[list], num_workers: int, setting: str, collate: Collate | None = None
 ) -> "Loader":
-    """The ``batches`` (lists of keys) of a map-style ``dataset``, each collated, by default into tensors.
+    """Load ``batches`` (lists of keys) of a map-style ``dataset``; each is collated, by default into tensors.
 
     setting: the option or key that sets ``num_workers``, for messages. Iterating raises what the
-    dataset raises. In a worker these are InputError and OSError; any other exception, or the death
-    of a worker, becomes an InputError.
+    dataset raises. From a worker only InputError and OSError arrive as they are; any other exception, and
+    the death of a worker, becomes an InputError.
     """
     collate = collate or default_collate
     return Loader(
@@ -60,7 +60,7 @@ def load(
             num_workers=num_workers,
             worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
-            # Workers of a fork server, Python 3.14's default, outlive a process that was killed.
+            # With a fork server, Python 3.14's default, workers outlive a process that was killed.
             multiprocessing_context="fork" if num_workers else None,
         ),
         setting,
@@ -81,7 +81,7 @@ class Loader:
             yield from self.loader
             return
         workers = Workers(self.setting)
-        end = Finalize(None, workers.kill, exitpriority=1)  # called here, or else when the program ends
+        end = Finalize(None, workers.kill, exitpriority=1)  # called below, or else when the program ends
         try:
             workers.start(self.loader)
             while (answer := workers.next()) is not None:
@@ -91,7 +91,7 @@ class Loader:
                     else workers.opened(answer)
                 )
         except GeneratorExit:
-            workers.iterator = None  # torch ends the workers in order
+            workers.iterator = None  # torch ends the workers properly
             raise
         except BaseException:
             abandoned.append(workers.iterator)
@@ -100,14 +100,14 @@ class Loader:
             end()
 
 
-# To take down its iterator, torch may wait for a lock that a killed worker held. So it is left as it is.
+# Iterators that are kept, because torch may wait for a lock that a killed worker held if it deletes them.
 abandoned = []
 
 
 class Workers:
     """The worker processes of one iteration."""
 
-    waited_for = None  # the Workers of which the main thread awaits something
+    waited_for = None  # the Workers that the main thread is waiting for
     warned = False
 
     def __init__(self, setting: str):
@@ -120,7 +120,9 @@ class Workers:
             with held_back():
                 self.iterator = iter(loader)
         except OSError as error:
-            abandoned.append(error)  # with what there is of the iterator, which torch could not take down
+            abandoned.append(
+                error
+            )  # its traceback keeps the unfinished iterator, which torch cannot take down
             fix = (
                 f"/dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
                 if error.errno == errno.ENOSPC
@@ -131,7 +133,7 @@ class Workers:
             ) from None
         finally:
             self.processes += set(multiprocessing.active_children()) - before
-            # torch's handler raises wherever the program is; this one where it waits for a batch.
+            # torch's handler raises wherever the program is; this one only where it waits for a batch.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child_has_ended)
 
@@ -141,14 +143,13 @@ class Workers:
             return next(self.iterator, None)
 
     def opened(self, answer: "Answer") -> Any:
-        """What a :class:`Sender` made, in this process. Raises the exception that it is, or as
-        :meth:`next`."""
+        """The batch in an answer. Raises the answer if it is an exception; else as :meth:`next` does."""
         if isinstance(answer, Exception):
             raise answer
         if not answer.shared and not Workers.warned:
             Workers.warned = True
             say(
-                "warning: /dev/shm has no room for a batch of images; "
+                "warning: /dev/shm is too small for a batch of images; "
                 "they go through pipes, which is slower: " + MORE_SHARED_MEMORY
             )
         with self.watched():
@@ -156,25 +157,25 @@ class Workers:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Where something is awaited from the workers. Raises InputError if one has died."""
+        """Wraps code that waits for the workers. Raises InputError if one has died."""
         self.check()
         Workers.waited_for = self
         try:
             yield
         except InputError:
             raise
-        except Exception:  # torch's RuntimeError, or that of a connection: has a worker ended?
+        except Exception:  # raised by torch or a connection, perhaps because a worker ended
             ended = connection.wait([process.sentinel for process in self.processes], 1)
             for process in self.processes:
                 if process.sentinel in ended:
-                    process.join(1)  # its files are closed a moment before it has a status
+                    process.join(1)  # its files close a moment before its exit status exists
             self.check()
             raise
         finally:
             Workers.waited_for = None
 
     def check(self) -> None:
-        """Raises InputError if a worker has died. At the end, torch has them exit with status 0."""
+        """Raises InputError if a worker has died. At the end of an iteration they exit with status 0."""
         at_work = not self.iterator._shutdown
         for process in self.processes:
             if process.exitcode or at_work and process.exitcode is not None:
@@ -183,7 +184,7 @@ class Workers:
                 ) from None
 
     def cause(self, status: int) -> str:
-        """What a worker died of, by its exit status, and what to do."""
+        """Why a worker ended, told from its exit status, and what to do."""
         fewer = len(self.processes) // 2
         if status == -signal.SIGKILL:
             return (
@@ -200,8 +201,8 @@ class Workers:
 
     def kill(self) -> None:
         for process in self.processes:
-            # An ended process may have no status: the handler raised while it was being read. Its
-            # number may be another process's by now.
+            # A process that has ended may seem to run: the handler raised while its status was being read.
+            # By now another process may have its number.
             if not connection.wait([process.sentinel], 0):
                 process.kill()
         for process in self.processes:
@@ -215,16 +216,18 @@ def child_has_ended(number: int, frame: FrameType | None) -> None:
 
 
 def prepare_worker(_: int) -> None:
-    """In a worker, as it starts."""
+    """Runs in each worker when it starts."""
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(1))  # SIGKILL might leave a batch in /dev/shm
     signal_when_parent_dies(signal.SIGUSR2)
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
-        signal.signal(number, signal.SIG_DFL)  # without torch's line on stderr: the main process reports it
+        signal.signal(number, signal.SIG_DFL)  # no line by torch on stderr: the main process reports it
 
 
 def remove_unfinished(pid: int) -> None:
-    """Remove the shared memory that torch created in a process and could not fill; what it filled
-    has no name."""
+    """Remove the shared memory that torch created in a process and could not fill.
+
+    What it could fill has no name any more.
+    """
     for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
         path.unlink(missing_ok=True)
 
@@ -234,7 +237,7 @@ def as_it_is(batch: T) -> T:
 
 
 class Batches(Dataset):
-    """A list of keys -> what a :class:`Sender` makes of these samples of ``dataset``."""
+    """Reads a list of keys of ``dataset`` at once, and gives the :class:`Sender`'s answer."""
 
     def __init__(self, dataset: MapStyle, sender: "Sender"):
         self.dataset, self.sender = dataset, sender
@@ -244,8 +247,10 @@ class Batches(Dataset):
 
 
 class Sender:
-    """In a worker: a function that reads samples -> a :class:`Parcel` of the batch, or an exception
-    to raise."""
+    """Runs a function that reads samples, in a worker.
+
+    It answers with a :class:`Parcel` of the batch, or with an exception to raise in the main process.
+    """
 
     def __init__(self, collate: Collate, setting: str):
         self.collate, self.setting = collate, setting
@@ -257,12 +262,12 @@ class Sender:
             return self.portable(error)
 
     def portable(self, error: Exception) -> Exception:
-        """``error``, or an InputError that stands for it, to be raised in another process."""
+        """``error`` in a form that another process can raise: itself, or an InputError in its place."""
         if isinstance(error, (InputError, OSError)):
             try:
                 return pickle.loads(pickle.dumps(error))
             except Exception:
-                pass  # one whose arguments do not pickle, or not those that it is made with
+                pass  # its arguments do not pickle, or do not make the same exception
         if isinstance(error, MemoryError):
             fewer = get_worker_info().num_workers // 2
             return InputError(
@@ -276,8 +281,10 @@ class Sender:
 
 
 class Reader:
-    """``read`` for a DataLoader that is made elsewhere and iterated by a :class:`Loader`: in a
-    worker it answers as a Sender does."""
+    """Wraps ``read`` for a DataLoader that other code makes and a :class:`Loader` iterates.
+
+    In a worker it answers as a Sender does.
+    """
 
     def __init__(self, read: Callable[[Any], Any], setting: str):
         self.read, self.sender = read, Sender(as_it_is, setting)
@@ -287,8 +294,10 @@ class Reader:
 
 
 class Parcel:
-    """A batch on its way to the main process: its tensors in shared memory, or where that is full,
-    the samples with their pixels, which are collated there."""
+    """A batch on its way to the main process.
+
+    It holds tensors in shared memory or, if that is full, the samples, which the main process collates.
+    """
 
     def __init__(self, samples: Any, collate: Collate):
         try:
@@ -298,7 +307,7 @@ class Parcel:
             self.content, self.shared = pickle.dumps((collate, samples)), False
 
     def open(self) -> Any:
-        if not isinstance(self.content, bytes):  # it was opened by pin_memory
+        if not isinstance(self.content, bytes):  # pin_memory has opened it
             return self.content
         if self.shared:
             return pickle.loads(self.content)

@@ -34,8 +34,8 @@ def pretrain_backbone(recipe: str, overrides: Sequence = ()) -> Path:
         recipe: a YAML file, looked up here and under ``configs/``, e.g. ``pretrain/cifar10_rsa_R18.yaml``.
         overrides: ``[KEY, VALUE, ...]`` of pretrain/config.py, on top of the recipe.
 
-    Returns the path of ``model_final.pth``. It runs in this process, on one GPU or the CPU. A run that
-    was interrupted goes on when it is called again with the same arguments.
+    Returns the path of ``model_final.pth``. It runs in this process, on one GPU or the CPU. Call it
+    again with the same arguments, and an interrupted run goes on.
     """
     from rsa_detectron2.common.config import find_config, merge_config, origin
     from rsa_detectron2.pretrain.config import check, expand_paths, get_cfg
@@ -52,7 +52,7 @@ def pretrain_backbone(recipe: str, overrides: Sequence = ()) -> Path:
 def convert_backbone(
     checkpoint: str | Path, output: str | Path, to: str = "detectron2", branch: str | None = None
 ) -> dict:
-    """Convert any checkpoint that ``tools/convert_to_d2.py`` reads, as that does.
+    """Convert any checkpoint that ``tools/convert_to_d2.py`` reads, in the same way.
 
     Args:
         checkpoint: a file of this project or of another; no code in it runs.
@@ -75,9 +75,9 @@ def extract_features(
     Args:
         checkpoint: any file that ``tools/convert_to_d2.py`` reads.
         images: a folder of images, or another data set that ``tools/pretrain.py --data`` takes.
-        limit: use at most so many images, evenly spaced.
+        limit: use at most this many images, evenly spaced.
 
-    Returns the names of the images, and their features: float32 [N, D] on the CPU, in that order.
+    Returns the names of the images, and their features in the same order: float32 [N, D] on the CPU.
     """
     from rsa_detectron2.pretrain.data.datasets import open_images
     from rsa_detectron2.tools._weights import load_features
@@ -89,14 +89,14 @@ def extract_features(
 
 
 def read_results(folder: str | Path) -> dict:
-    """What a fine-tuning run left in ``results.json``: AP, weights, settings, iterations, seconds."""
+    """The content of a fine-tuning run's ``results.json``: AP, weights, settings, iterations, seconds."""
     from rsa_detectron2.transfer.report.runs import load_results
 
     return load_results(folder)
 
 
 def add_rsa_config(cfg: CfgNode) -> None:
-    """Set in Detectron2's ``get_cfg()`` how converted weights are built and see pixels.
+    """Set in Detectron2's ``get_cfg()`` the network and the pixel statistics of converted weights.
 
     After this a stock Detectron2 model loads a file of ``tools/convert_to_d2.py`` as it is: torchvision's
     stride, RGB, ImageNet's mean and std. The whole protocol of the paper's Tables 5 and 6 is

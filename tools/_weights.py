@@ -19,17 +19,17 @@ from rsa_detectron2.transfer.convert.provenance import sha256
 
 
 def load_features(path: str | Path, branch: str | None = None) -> tuple[Features, CfgNode, dict]:
-    """Checkpoint -> (Features of its backbone, its configuration, provenance).
+    """The Features of a checkpoint's backbone, its configuration, and its provenance.
 
-    A file of tools/pretrain.py has any backbone of this project, and its configuration. Files of other
-    projects are taken if tools/convert_to_d2.py reads them, with the normalization of their authors
-    and otherwise ImageNet's configuration.
+    A checkpoint of tools/pretrain.py may have any backbone of this project, and brings its configuration.
+    One of another project must be readable by tools/convert_to_d2.py. It gets the normalization of its
+    authors, and ImageNet's configuration otherwise.
 
     branch: "online" or "target"; None: online, or the one that a converted file holds. Raises InputError.
     """
     path = local_file(path, f"no checkpoint {path}: give the file, or pre-train first (tools/pretrain.py)")
     cfg, before = get_cfg(), os.stat(path)
-    with open_checkpoint(path) as contents:  # nothing of a stranger's file is given to torch.load
+    with open_checkpoint(path) as contents:  # torch.load never gets a file of another project
         ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
@@ -49,7 +49,7 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
         }
         if not state:
             raise InputError(
-                f"{path} has no {branch} network: {saved['method']} trains without, leave --branch out"
+                f"{path} has no {branch} network: {saved['method']} trains without one, so leave --branch out"
             )
         provenance = {
             "source": Path(path).name,
@@ -61,7 +61,7 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
         }
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     missing, unexpected = backbone.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # of no use in eval mode
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # not used in eval mode
     if missing or unexpected:
         raise InputError(
             f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "

@@ -37,7 +37,7 @@ def main() -> None:
     name, *versions = machine.items()
     print(", ".join([name[1], *(f"{what} {value}" for what, value in versions)]), flush=True)
     if device().type == "cpu" and "cfg" in args and not args.config_file:
-        print("no GPU: small defaults; --help lists the options that set others")
+        print("no GPU: defaults are small; --help lists the options that change them")
     rows = BENCHMARKS[args.benchmark].measure(args)
     cells = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
     print(f"\n{to_markdown(cells)}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pre-training checkpoint -> ResNet weights for Detectron2, torchvision or timm.
+"""Convert a pre-training checkpoint to ResNet weights for Detectron2, torchvision or timm.
 
 tools/convert_to_d2.py                           # output/pretrain/model_final.pth -> output/weights/
 tools/convert_to_d2.py checkpoint.pth weights.pkl --branch target
@@ -46,28 +46,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "output",
         nargs="?",
-        help="file to write (default output/weights/METHOD_r50.pkl, of RSA where "
-        "the transfer configs look; named by INPUT where it names no method; r18, r101, … for other "
-        "networks)",
+        help="file to write (default output/weights/METHOD_r50.pkl, which for RSA is where the transfer "
+        "configs look; r18, r101, … for other networks; INPUT's name instead of METHOD if INPUT does not "
+        "state the method)",
     )
     parser.add_argument("--to", choices=SUFFIXES, default="detectron2", help="library to write for")
     parser.add_argument(
         "--branch",
         choices=BRANCHES,
-        help="which network's backbone (default: online, or the one that a converted file holds)",
+        help="network whose backbone to convert (default: online, or the one that a converted file holds)",
     )
     parser.add_argument(
         "--pixels",
         metavar="imagenet|unscaled|R,G,B/R,G,B",
-        help="mean and std that the network was trained on, in [0, 1] or 0-255, for a file that does not say",
+        help="mean and std that the network was trained with, in [0, 1] or 0-255, if INPUT states none",
     )
     parser.add_argument(
         "--method",
         metavar="NAME",
-        help="what it was trained with, such as InfoMin, for a file that does not say: "
-        "reports name it by this",
+        help="method that trained the network, such as InfoMin, if INPUT does not state it; "
+        "reports show this name",
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over a file of another source")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output file that came from another source"
+    )
     parser.add_argument("--inspect", action="store_true", help="say what INPUT holds, and write nothing")
     return parser.parse_args()
 

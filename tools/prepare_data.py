@@ -4,9 +4,10 @@
     tools/prepare_data.py datasets/imagenet/train datasets/imagenet288/train
     tools/pretrain.py --data datasets/imagenet288/train
 
-Optional: pre-training takes the original files as well; docs/benchmarks.md says what is gained and
-what it changes in the crops. Folders and their names stay. An image that is small enough is copied
-as it is, an unreadable one is named and left out. Run again it goes on where it stopped.
+This step is optional, because pre-training reads the original files as well. docs/benchmarks.md says
+how much faster the loader becomes, and what changes in the crops. Folders keep their names. An image that
+is small enough is copied as it is; an unreadable one is named and left out. The same command, run again,
+goes on where it stopped.
 """
 
 import argparse
@@ -53,20 +54,20 @@ def main() -> None:
     left_out = f"; {counts[UNREADABLE]} unreadable ones left out, named above" if counts[UNREADABLE] else ""
     print(
         f"{destination}: {counts[WRITTEN]} images written, {counts[COPIED]} copied, "
-        f"{counts[THERE]} were there{left_out}"
+        f"{counts[THERE]} were there already{left_out}"
     )
     if sum(counts[:3]) == 0:
-        raise InputError(f"not one image of {args.source} can be read")
+        raise InputError(f"no image of {args.source} can be read: give a folder of images")
 
 
 def open_source(args: argparse.Namespace) -> ImageFolder:
-    """The images to prepare. Raises InputError where the destination lies among them."""
+    """The images to prepare. Raises InputError if the destination lies among them."""
     source, destination = Path(args.source), Path(args.destination)
     if not source.is_dir():
         raise InputError(f"no image folder {source}: give the one to rewrite")
     if source.resolve() in (destination.resolve(), *destination.resolve().parents):
         raise InputError(
-            f"{destination} lies in {source}: give a folder outside, the originals stay as they are"
+            f"{destination} lies in {source}: give a folder outside, so that the originals stay as they are"
         )
     images = ImageFolder(source)
     images.value_range = tuple(args.range)
@@ -76,7 +77,7 @@ def open_source(args: argparse.Namespace) -> ImageFolder:
 
 
 def prepare(preparation: "Preparation", num_workers: int) -> list[int]:
-    """Prepare all images, with progress; returns how many came to each outcome."""
+    """Prepare all images and show the progress. Returns how many images had each outcome."""
     counts = [0, 0, 0, 0]
     one_by_one = BatchSampler(SequentialSampler(preparation.images), 1, False)
     outcomes = workers.load(preparation, one_by_one, num_workers, "--workers", itemgetter(0))
@@ -95,29 +96,34 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of images, in whatever folders below")
+    parser.add_argument("source", help="folder of images, with or without folders in it")
     parser.add_argument("destination", help="new folder")
-    parser.add_argument("--size", type=int, default=288, help="of the short side in pixels (default 288)")
-    parser.add_argument("--quality", type=int, default=92, help="of the JPEG files, 1-100 (default 92)")
+    parser.add_argument("--size", type=int, default=288, help="short side in pixels (default 288)")
+    parser.add_argument(
+        "--quality", type=int, default=92, help="quality of the JPEG files, 1-100 (default 92)"
+    )
     parser.add_argument(
         "--range",
         type=float,
         nargs=2,
         default=[],
         metavar=("LOW", "HIGH"),
-        help="values of channels with more than 8 bits that become black and white (default: the range "
+        help="values that become black and white, in channels of more than 8 bits (default: the range "
         "of their format)",
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that prepare images (default: one per core)",
     )
     return parser.parse_args()
 
 
 def claim(folder: Path, how: dict[str, int | list[float]]) -> None:
-    """Leave in ``folder`` how its images are made.
+    """Record in ``folder`` how its images are made.
 
-    Raises InputError if it holds others, or something else.
+    Raises InputError if it holds images that were made differently, or something else.
     """
     marker, text = folder / MARKER, json.dumps(how)
     try:
@@ -135,9 +141,9 @@ def claim(folder: Path, how: dict[str, int | list[float]]) -> None:
 
 
 class Preparation(Dataset):
-    """index -> (outcome, message). Writes image ``index`` of a folder to ``destination``.
+    """Item ``index`` writes that image of a folder to ``destination`` and is (outcome, message).
 
-    It keeps its name; a file of another format that becomes JPEG gets .jpg after it.
+    The image keeps its name; if another format becomes JPEG, .jpg is appended.
     """
 
     def __init__(self, images: ImageFolder, destination: Path, size: int, quality: int) -> None:
@@ -172,7 +178,7 @@ def encode_jpeg(image: torch.Tensor, quality: int) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file that has its name once it is whole.
+    """Write a file that gets its name only when it is whole.
 
     Raises InputError, and leaves nothing, when the disk is full.
     """
@@ -190,7 +196,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and not empty, as a power cut may leave one that has its name already."""
+    """Whether a file exists and is not empty: a power cut may leave an empty one under its final name."""
     return path.is_file() and path.stat().st_size > 0
 
 

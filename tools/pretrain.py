@@ -5,8 +5,8 @@
     tools/pretrain.py --data PATH --batch-size 256        # the same on your own images
     tools/pretrain.py --config-file pretrain/cifar10_rsa_R18.yaml --data PATH SOLVER.EPOCHS 20
 
-Run again it goes on from its last checkpoint. KEY VALUE pairs at the end override the config
-(pretrain/config.py).
+The same command, run again, goes on from the last checkpoint. KEY VALUE pairs at the end override the
+config (pretrain/config.py).
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> int | None:
     cfg = merge_config(get_cfg(), file, overrides)
     check(cfg)
     expand_paths(cfg)
-    # Now that the options are known to be right: torch is slow to import.
+    # Only now that the options are known to be right, because torch is slow to import.
     from rsa_detectron2.common import distributed
     from rsa_detectron2.pretrain.engine import launch
     from rsa_detectron2.pretrain.engine import trainer as train_loop
@@ -73,7 +73,7 @@ def main() -> int | None:
 
 
 def next_tool(model: CfgNode) -> str:
-    """What to do with a trained backbone (``cfg.MODEL``): convert it if other libraries have it, too."""
+    """The next command for a trained backbone (``cfg.MODEL``): convert it, if other libraries have it too."""
     from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES
 
     convertible = model.BACKBONE in ARCHITECTURES and not model.SMALL_STEM
@@ -81,7 +81,7 @@ def next_tool(model: CfgNode) -> str:
 
 
 def imagenet_recipe(method: str, epochs: int, lr_is_given: bool) -> tuple[str, float]:
-    """The ImageNet-1K recipe, and the base learning rate of the paper's run that is nearest to ``epochs``.
+    """The ImageNet-1K recipe, and the paper's base learning rate for the length nearest to ``epochs``.
 
     Raises InputError for a method that the paper did not train there.
     """
@@ -108,8 +108,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--config-file",
-        help="recipe, looked up here and under configs/ (default: the method's on "
-        "ImageNet-1K, of that many epochs)",
+        help="recipe, looked up here and under configs/ (default: the ImageNet-1K recipe of --method "
+        "for --epochs)",
     )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="global batch, over all GPUs")
@@ -120,19 +120,19 @@ def parse() -> argparse.Namespace:
         "--micro-batch",
         type=int,
         metavar="N",
-        help="images at once in a process, the rest of its share is accumulated (default: by free memory)",
+        help="images that a process handles at once, accumulating gradients (default: by free memory)",
     )
     parser.add_argument(
         "--num-processes",
         type=int,
         metavar="N",
-        help="default: one per GPU of this machine; without a GPU, one on the CPU",
+        help="training processes (default: one per GPU of this machine; without a GPU, one on the CPU)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that load images, for each that trains (default: by the number of cores)",
+        help="processes that load images, per training process (default: by the number of cores)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
     parser.add_argument("--amp", choices=("fp16", "bf16", "off"))

@@ -4,9 +4,9 @@
     tools/quickstart.py           # about 8 minutes on 2 cores
     tools/quickstart.py --fast    # much less of everything
 
-Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA and converts it.
-Then fine-tunes Mask R-CNN FPN from random and from the RSA weights, under one config, and
-writes report.html. Run again, it goes on where it stopped.
+Draws a data set of shapes, pre-trains a ResNet-50 on its images with RSA and converts it. Then it
+fine-tunes Mask R-CNN FPN from random and from the RSA weights, under one config, and writes
+report.html. The same command, run again, goes on where it stopped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ FAST_TRANSFER = (
     "INPUT.MIN_SIZE_TEST 96 TEST.PRECISE_BN.NUM_ITER 2"
 ).split()
 NOTE = (
-    "These are small networks' figures on drawn shapes from one short run: they show that the chain holds, "
+    "These figures are of small networks, drawn shapes and one short run: they show that the chain works, "
     "and say nothing about COCO."
 )
 
@@ -80,7 +80,7 @@ def main() -> int | None:
     say("4/5 fine-tuning Mask R-CNN FPN, from random and from RSA weights")
     starts = {"random": "", "RSA": str(weights)}
     folders = {name: folder / engine / name.lower() for name in starts}
-    # Detectron2 prints a page per iteration.
+    # Detectron2 prints a page for every iteration.
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         results = {
             name: fine_tune(engine, path, folder / "coco", folders[name], FAST_TRANSFER if args.fast else [])
@@ -104,7 +104,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", help="one folder for everything (default output/quickstart[-fast])")
-    parser.add_argument("--fast", action="store_true", help="less of everything: shows that the chain holds")
+    parser.add_argument(
+        "--fast", action="store_true", help="much less of everything, to see that the chain works"
+    )
     parser.add_argument(
         "--engine", choices=("detectron2", "torchvision"), help="default: detectron2 if it works"
     )
@@ -112,14 +114,15 @@ def parse() -> argparse.Namespace:
 
 
 def choose_engine(wanted: str | None) -> str:
-    """Raises InputError where Detectron2 is wanted and does not work."""
+    """The name of the engine to use. Raises InputError if Detectron2 is asked for and does not work."""
     if wanted == "torchvision":
         return wanted
     if detectron2_works():
         return "detectron2"
     if wanted:
         raise InputError(
-            "Detectron2 is not installed, or not for this torch: see the README, or leave --engine out"
+            "Detectron2 is not installed, or not for this torch: see README.md (Requirements), or leave "
+            "--engine out"
         )
     return "torchvision"
 
@@ -149,7 +152,7 @@ def pretrain_settings(folder: Path, fast: bool) -> tuple[CfgNode, list[str]]:
 
 
 def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: list[str]) -> dict:
-    """Fine-tune from ``weights`` ("": random) in ``output``, from where it stopped; returns the results."""
+    """Fine-tune from ``weights`` ("": random) in ``output``, or go on there. Returns the results."""
     if (output / "results.json").is_file():
         return load_results(output)
     if engine == "detectron2":
@@ -172,7 +175,7 @@ def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: li
 
 
 def summarize(pretrain_folder: Path, results: dict[str, dict]) -> str:
-    """kNN before and after pre-training, and the APs, better or not."""
+    """kNN before and after pre-training, and the APs, whichever is better."""
     with open(pretrain_folder / "metrics.jsonl") as lines:
         knn = [row["knn_top1"] for row in map(json.loads, lines) if "knn_top1" in row]
     before_and_after = f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training"
@@ -180,7 +183,7 @@ def summarize(pretrain_folder: Path, results: dict[str, dict]) -> str:
 
 
 def compare(results: dict[str, dict]) -> str:
-    """One sentence on what the RSA weights gave, better or not."""
+    """One sentence on AP from random and from RSA weights, whichever is better."""
     parts = []
     for task, word in (("bbox", "box"), ("segm", "mask")):
         random, rsa = (results[name]["ap"][task]["AP"] or 0.0 for name in ("random", "RSA"))

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Fine-tuning runs -> an AP table, and a page with curves and detections.
+"""Report fine-tuning runs: an AP table, and a page with curves and detections.
 
     tools/report.py output/transfer                                       # one run
-    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
-    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # but for the seed alike: mean ± std
+    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, with pre-training curves
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # differ only in seed: mean ± std
 
-Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and
-detections.png. Only results.json is needed of a run; what the other files would have shown is left out.
-Below a row of Tables 5 and 6 stand the published numbers and the difference, marked where it exceeds
-what another seed may change. Below a run that is not quite such a row, a line says in what it differs.
-Runs of different protocols or test sets are refused.
+Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png and
+detections.png. A run needs only results.json; what its other files would show is left out if they are
+missing. Below a row of Tables 5 and 6 stand the published numbers and the difference, marked if it is more
+than another seed may change. Below a run that is almost such a row, a line says how it differs. Runs of
+different protocols or test sets are refused.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument(
         "--table",
         choices=[name for name in paper.load()["tables"] if paper.shows(name) == "ap"],
-        help="show all of its rows, run or not",
+        help="show all rows of this table, also those that were not run",
     )
     parser.add_argument(
-        "--pretrain", metavar="DIR", help="pre-training output folder, whose curves to draw too"
+        "--pretrain", metavar="DIR", help="pre-training output folder, whose curves are drawn too"
     )
     parser.add_argument(
         "--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)"
@@ -76,7 +76,7 @@ def write(
     pretrain: str | Path | None = None,
     num_images: int = 4,
 ) -> None:
-    """Write the report of some folders to a folder, and print its table. Raises InputError."""
+    """Write the report of the folders ``runs`` to ``output``, and print its table. Raises InputError."""
     results = {str(folder): load_results(folder) for folder in runs}
     protocol, test_set = check_comparable(results) if results else ("", "")
     rows = make_rows("ap", results, tables)
@@ -118,7 +118,7 @@ def write(
 def settings_table(
     folders: dict[str, str], results: dict[str, dict], protocol: str, test_set: str
 ) -> list[list[str]]:
-    """What each run was: header and rows of strings."""
+    """The settings of each run: header and rows of strings."""
     lines = [
         [
             "run",

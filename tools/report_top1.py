@@ -2,11 +2,11 @@
 """Top-1 of linear evaluation and kNN beside the paper's: the mean and deviation over the seeds of runs.
 
     tools/report_top1.py RUN...                                  # rows of any table of the paper
-    tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, run or not
+    tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, also those not run
 
-A run is a folder with what tools/evaluate.py --output wrote there: linear.json, knn.json or both. Of
-Table 7 (--table table7) it is the folder of a pre-training. Leaves report.md, report.html and table.csv;
-of Figure 3 a picture, too.
+RUN is a folder with what tools/evaluate.py --output wrote there: linear.json, knn.json or both. For Table 7
+(--table table7) it is the folder of a pre-training run. Writes report.md, report.html and table.csv, and
+for Figure 3 a picture, too.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument(
         "--table", choices=[name for name in paper.load()["tables"] if paper.shows(name) in ("top1", "hours")]
     )
-    parser.add_argument("--output", default="output/report", metavar="DIR", help="default %(default)s")
+    parser.add_argument(
+        "--output", default="output/report", metavar="DIR", help="where to write (default %(default)s)"
+    )
     args = parser.parse_args()
     write(args.runs, args.output, [args.table] if args.table else None)
 
@@ -52,7 +54,7 @@ def write(
     note: str | None = None,
     betas: list[float] | None = None,
 ) -> None:
-    """Write the report of some folders to a folder, and print its table. Raises InputError."""
+    """Write the report of the folders ``runs`` to ``output``, and print its table. Raises InputError."""
     kind, output = paper.shows(tables[0]) if tables else "top1", Path(output)
     read = read_run if kind == "hours" else read_top1
     rows = make_rows(kind, {str(folder): read(folder) for folder in runs}, tables, betas)
@@ -74,7 +76,7 @@ def write(
 
 
 def read_top1(folder: str | Path) -> dict:
-    """What tools/evaluate.py left in a run's folder. Raises InputError where it left nothing, or else."""
+    """What tools/evaluate.py wrote to a run's folder. Raises InputError if that is nothing, or no result."""
     found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
     if not found:
         raise InputError(
@@ -111,7 +113,7 @@ def ratios(table: str, rows: list[Row]) -> list[list[str]]:
 
 
 def write_short(table: str, files: dict[str, Path], output: str | Path) -> None:
-    """Write Table 7 from the seconds of an epoch with the loader.
+    """Write Table 7 from the measured seconds of an epoch with the loader.
 
     files: {column: what tools/benchmark.py wrote}.
     """

@@ -3,11 +3,11 @@
 
     tools/show_views.py IMAGES                      # views.png: originals, weak and aggressive views
     tools/show_views.py IMAGENET CIFAR --noisy      # noisy.png: those that changed most (Figure 1)
-    tools/show_views.py IMAGES --checkpoint FILE    # and pairs, ranked by how far they drift
+    tools/show_views.py IMAGES --checkpoint FILE    # also pairs, ranked by how far they drift
 
-With a checkpoint, of tools/pretrain.py or any other that tools/convert_to_d2.py reads: pairs.csv and
-pairs.png rank the pairs of a weak view and its aggressive view by the cosine of their backbone
-features, the noisiest first; operations.csv and operations.png show how far each operation alone
+The checkpoint is one of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. With it,
+pairs.csv and pairs.png rank the pairs of a weak view and its aggressive view by the cosine of their
+backbone features, the noisiest first. operations.csv and operations.png show how far each operation alone
 moves the features.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     if len(args.images) > 1 and not args.noisy:
-        raise InputError("several IMAGES are for --noisy: give one of them")
+        raise InputError("several IMAGES need --noisy: add it, or give one of them")
     if args.noisy:
         return draw_noisy(args)
     images = open_images(args.images[0])
@@ -65,7 +65,7 @@ def draw_noisy(args: argparse.Namespace) -> None:
     panels, folder = {}, Path(args.output_dir)
     if args.titles and len(args.titles) != len(args.images):
         raise InputError(
-            f"--titles are {len(args.titles)}: give one for each of the {len(args.images)} IMAGES"
+            f"--titles has {len(args.titles)} titles: give one for each of the {len(args.images)} IMAGES"
         )
     for title, path in zip(args.titles or args.images, args.images):
         images = open_images(path)
@@ -86,37 +86,44 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--noisy", action="store_true", help="draw the aggressive views that changed most")
     parser.add_argument(
-        "--titles", nargs="+", metavar="TITLE", help="of the panels of --noisy (default: IMAGES)"
+        "--titles", nargs="+", metavar="TITLE", help="titles of the panels of --noisy (default: IMAGES)"
     )
     parser.add_argument("--checkpoint", metavar="FILE")
     parser.add_argument(
         "--branch",
         choices=("online", "target"),
-        help="of the checkpoint (default: online, or the one that a converted file holds)",
+        help="network of the checkpoint (default: online, or the one that a converted file holds)",
     )
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="of views.png (default %(default)s)")
     parser.add_argument(
-        "--pairs", type=int, default=24, metavar="N", help="of pairs.png (default %(default)s)"
+        "--rows", type=int, default=8, metavar="N", help="rows of views.png (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=24, metavar="N", help="pairs in pairs.png (default %(default)s)"
     )
     parser.add_argument(
         "--limit",
         type=int,
         default=1000,
         metavar="N",
-        help="images to rank, evenly spaced, two pairs of each (default %(default)s); a quarter of "
-        "them for the operations",
+        help="images to rank, evenly spaced, two pairs of each (default %(default)s); "
+        "the operations are tried on a quarter of them",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="of the views (default: the checkpoint's, or 224)"
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="size of the views (default: the checkpoint's, or 224)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that load images (default: the pre-training's number)",
+        help="processes that load images (default: as in pre-training)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", default="output/views", metavar="DIR", help="default %(default)s")
+    parser.add_argument(
+        "--output-dir", default="output/views", metavar="DIR", help="where to write (default %(default)s)"
+    )
     return parser.parse_args()
 
 

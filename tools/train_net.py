@@ -7,9 +7,9 @@
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
         --eval-only MODEL.WEIGHTS model_final.pth
 
-An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs: what does not fit is accumulated
-(--accumulate), or the schedule is adapted (--scale-schedule). KEY VALUE pairs at the end override
-the config, as in Detectron2.
+An iteration has SOLVER.IMS_PER_BATCH images on any number of GPUs. Gradients are accumulated over images
+that do not fit at once (--accumulate), or the schedule is adapted (--scale-schedule). KEY VALUE pairs at
+the end override the config, as in Detectron2.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from rsa_detectron2.transfer.config import (
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
 
 INSTALL_DETECTRON2 = (
-    "Detectron2 is not installed: take a prebuilt wheel "
+    "Detectron2 is not installed: install a prebuilt wheel "
     "(torch 2.4-2.10: pip install detectron2 --extra-index-url "
-    "https://wheels.astral.sh/simple/cu128/) or follow its install guide, or run with --engine torchvision"
+    "https://wheels.astral.sh/simple/cu128/) follow its install guide, or run with --engine torchvision"
 )
 NO_SUCH_KEY = (
     "which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
@@ -51,7 +51,7 @@ def main() -> None:
     args = parse()
     engine, cfg, options = setup(args)
     defaults = cfg.clone()
-    cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights must be asked for: MODEL.WEIGHTS ""
+    cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights need MODEL.WEIGHTS ""
     try:
         configure(cfg, args)
     except InputError as error:
@@ -67,7 +67,7 @@ def main() -> None:
 def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
     """The engine that ``args`` name, its default configuration, and the options of its ``train``.
 
-    Raises InputError where the engine cannot be imported or does not have an option.
+    Raises InputError if the engine cannot be imported or lacks an option.
     """
     if args.engine == "detectron2":
         engine, get_cfg = import_detectron2()
@@ -84,13 +84,13 @@ def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
 
 
 def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
-    """The engine of Detectron2, and Detectron2's ``get_cfg``. Raises InputError where it is not usable."""
+    """The engine of Detectron2, and Detectron2's ``get_cfg``. Raises InputError if it is not usable."""
     if importlib.util.find_spec("detectron2") is None:
         raise InputError(INSTALL_DETECTRON2)
     try:
         from rsa_detectron2.transfer.d2 import engine
         from rsa_detectron2.transfer.d2.config import get_cfg
-    except Exception as error:  # most often built for another torch, or too old for this Pillow
+    except Exception as error:  # most often it was built for another torch, or is too old for this Pillow
         raise InputError(
             f"Detectron2 is installed but cannot be imported ({type(error).__name__}: {error}): "
             "reinstall it for this torch, or run with --engine torchvision"
@@ -109,7 +109,7 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
         merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml"), given)
     given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] * args.scale_schedule
-    if args.eval_only and not args.resume:  # not over the results of the recipe's own run
+    if args.eval_only and not args.resume:  # keeps the results of the recipe's own run
         given += ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_eval"]
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
@@ -125,7 +125,7 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
     keys, trains = set(args.overrides[::2]), not args.eval_only
     told = {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS"} & keys
-    # A config file's own schedule stays.
+    # A schedule that the config file itself gives is kept.
     scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in RECIPE_LENGTHS
     if scaled:
         images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
@@ -146,7 +146,7 @@ def processes(args: argparse.Namespace) -> int:
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise InputError(
             f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}"
-            + " (--num-processes tries several on the CPU)" * (not torch.cuda.is_available())
+            + " (--num-processes N runs several on the CPU)" * (not torch.cuda.is_available())
         )
     return max(1, args.num_processes or args.num_gpus)
 
@@ -157,19 +157,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, help="looked up here and under configs/")
     parser.add_argument("--num-gpus", type=int, default=1)
-    parser.add_argument("--num-processes", type=int, metavar="N", help="processes on the CPU, to try several")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="number of processes on the CPU, to try distributed training without GPUs",
+    )
     share = parser.add_mutually_exclusive_group()
     share.add_argument(
         "--accumulate",
         type=int,
         metavar="N",
-        help="passes that each GPU splits its images of an "
-        "iteration into; BatchNorm sees those of one (default: by memory)",
+        help="number of passes into which each GPU splits its images of an iteration; "
+        "BatchNorm sees the images of one pass (default: by memory)",
     )
     share.add_argument(
         "--scale-schedule",
         action="store_true",
-        help="two images per GPU; learning rate and schedule "
+        help="train on two images per GPU, with the learning rate and schedule "
         "scaled from 8 GPUs (Detectron2's SOLVER.REFERENCE_WORLD_SIZE)",
     )
     parser.add_argument(
@@ -181,13 +186,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS, do not train; writes to the config's OUTPUT_DIR with _eval after it",
+        help="evaluate MODEL.WEIGHTS, do not train; writes to the config's OUTPUT_DIR with _eval appended",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
         help="go on from the last checkpoint in "
-        "OUTPUT_DIR, or start where there is none; a folder that holds a run needs it",
+        "OUTPUT_DIR, or start if there is none; required in a folder that holds a run",
     )
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
     parser.add_argument(
@@ -197,7 +202,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="train on this COCO-format data set, with "
         "the 1x or 2x schedule scaled by its size unless KEY VALUE or the config file give one",
     )
-    parser.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this one")
+    parser.add_argument(
+        "--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this COCO-format data set"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     return parser.parse_intermixed_args(arguments)  # KEY VALUE pairs may stand between options
 

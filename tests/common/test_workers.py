@@ -218,7 +218,7 @@ def test_without_room_in_shared_memory_batches_take_another_way(monkeypatch, cap
     monkeypatch.setattr(workers, "ForkingPickler", SimpleNamespace(dumps=lambda _: no_room()))
     again = list(workers.load(Samples(size=1000), BATCHES, 2, "--workers"))
     assert len(again) == 4 and all(map(torch.equal, whole, again))
-    assert capfd.readouterr().err.count("warning: /dev/shm has no room for a batch") == 1
+    assert capfd.readouterr().err.count("warning: /dev/shm is too small for a batch") == 1
 
 
 SMALL = """
