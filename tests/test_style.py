@@ -1,8 +1,11 @@
-"""How the code is written: ruff's rules (pyproject.toml), with no exception in a line."""
+"""How the code is written: ruff's rules (pyproject.toml), with no exception in a line; American spelling."""
 
 import ast
+import io
+import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -10,6 +13,13 @@ from tests.conftest import ROOT
 
 pytest.importorskip("ruff", reason="ruff is not installed")
 FOLDERS = ("common", "pretrain", "transfer", "tools", "rsa_detectron2", "tests")
+BRITISH = (
+    "colour centre centring behaviour favour neighbour honour grey artefact catalogue labelled labelling "
+    "modelled signalled cancelled analyse normalis synchronis initialis optimis recognis serialis generalis "
+    "summaris randomis minimis maximis visualis quantis standardis regularis utilis"
+).split()
+# The recipes of the controlled test are files that users have, and the names that go with them.
+BRITISH_NAMES = re.compile(r"shapes_colour_[\w<>]+|COLOUR_(FORMS|CLASSES)|\bcolours\b")
 
 
 @pytest.mark.parametrize("command", (("check",), ("format", "--check")))
@@ -25,8 +35,37 @@ def test_no_line_has_an_exception(text):
     assert not [path for path in files if text in path.read_text() and path.name != "test_style.py"]
 
 
+def written(path):
+    """(line, text) of a file's prose: in Python comments, docstrings and names, in YAML comments, else all."""
+    if path.suffix == ".md":
+        return list(enumerate(path.read_text().splitlines(), start=1))
+    if path.suffix == ".yaml":
+        lines = enumerate(path.read_text().splitlines(), start=1)
+        return [(number, line.partition("#")[2]) for number, line in lines]
+    text = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    names = [(t.start[0], t.string) for t in tokens if t.type in (tokenize.COMMENT, tokenize.NAME)]
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documented = [node for node in ast.walk(ast.parse(text)) if isinstance(node, nodes)]
+    return names + [(getattr(node, "lineno", 1), ast.get_docstring(node) or "") for node in documented]
+
+
+def test_spelling_is_american():
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    files += [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    british = re.compile("|".join(BRITISH), re.IGNORECASE)
+    wrong = []
+    for path in files:
+        if path.name == "test_ablation.py" or path.match("shapes_colour_*"):
+            continue
+        for line, text in written(path):
+            if word := british.search(BRITISH_NAMES.sub("", text)):
+                wrong.append(f"{path.relative_to(ROOT)}, line {line}: {word.group()}")
+    assert not wrong
+
+
 def test_functions_are_short():
-    """At most 60 lines, but where a table is written as code."""
+    """At most 60 lines, except where code is a table."""
     tables = {"build_model", "torchvision_defaults"}  # each key of a configuration, once
     too_long = []
     for folder in FOLDERS[:-1]:

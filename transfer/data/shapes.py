@@ -1,15 +1,15 @@
-"""A procedural data set: coloured, textured shapes that overlap on a textured background, with exact masks.
+"""A procedural data set: colored, textured shapes that overlap on a textured background, with exact masks.
 
 It serves the quick start and the tests: no download, a thousand small images in a few seconds on
-one core. A class is a form with its marking; colour, rotation, scale and background are drawn
-independently of it. In a second set, for the controlled test of the method's claim, the subject's
-colour belongs to the class as well (COLOUR_CLASSES). Image ``i`` of a set is a pure function of
+one core. A class is a form with its marking; color, rotation, scale and background are drawn
+independently of it. In a second set, for the controlled test of the method's claim, the class also
+includes the subject's color (COLOUR_CLASSES). Image ``i`` of a set is a pure function of
 (seed, i): writing a set twice gives the same bytes.
 
 A form is a function of the plane that approximates the signed distance to its outline, negative
-inside. That one number gives both drawings of it: the mask holds the pixels whose centre is inside
-(distance < 0), and the image blends the shape in over the one pixel about the outline (opacity 1/2
-- distance), so the mask is exactly where the shape is more than half opaque.
+inside. Mask and picture both follow from this number: the mask holds the pixels whose center is inside
+(distance < 0), and the image blends the shape in over one pixel around the outline (opacity 1/2 -
+distance). So the mask is exactly where the shape is more than half opaque.
 """
 
 import json
@@ -25,8 +25,10 @@ from rsa_detectron2.common.errors import InputError
 
 
 def _star(u, v, inner=0.45):
-    """Five tips at radius 1, notches at ``inner``: fold the plane into half a tip, then one edge is
-    one line."""
+    """Five tips at radius 1, with notches at ``inner``.
+
+    The plane is folded into half a tip, in which the outline is a single line.
+    """
     sector = 2 * np.pi / 5
     angle = np.abs((np.arctan2(v, u) + sector / 2) % sector - sector / 2)
     radius = np.hypot(u, v)
@@ -46,14 +48,14 @@ FORMS = {
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.75 - np.hypot(u - 0.5, v)),
     "heart": lambda u, v: (
         np.minimum(
-            np.maximum(abs(u), abs(v)),  # a square and a disc on each of two sides
+            np.maximum(abs(u), abs(v)),  # a square, and a disc on each of two sides
             np.minimum(np.hypot(u - 0.5, v), np.hypot(u, v - 0.5)),
         )
         - 0.5
     ),
 }
-# The marking that a form bears, from -1 to 1 of brightness on the same grids: a class shows in its
-# texture, too, as that of an animal does, which a short run can learn. Colour tells nothing.
+# The marking of a form: its brightness from -1 to 1 on the same grids. So a class also shows in its
+# texture, as an animal's does, which a short run can learn. Color says nothing about the class.
 MARKINGS = {
     "circle": lambda u, v: np.sin(14 * u),
     "square": lambda u, v: np.sin(9 * u) * np.sin(9 * v),
@@ -66,42 +68,44 @@ MARKINGS = {
 }
 
 CLASSES = tuple(FORMS)
-# The second set, whose classes are the pairs of a form and a colour ("star-blue"): the colours have
+# The second set, whose classes are the pairs of a form and a color ("star-blue"): the colors have
 # one luma and one chroma (largest less smallest channel) and differ in hue alone, by 60 degrees. So
 # the aggressive augmentation destroys a known part of the label. Grayscale (p 0.2) makes the
-# colours of a form the same picture, but for clipping at 0 and 255. The jitter (p 0.8) turns the
-# hue by up to 36 degrees either way, and in 1 of 6 cases by more than the 30 degrees at which
-# another colour is nearer. Of all aggressive views 0.2 + 0.8 * 0.8 / 6 = 31 % have lost their
-# colour or bear another's, and 52 % of the pairs of two have at least one such view. Form and
-# marking survive; blur alone blurs them.
+# colors of a form the same picture, except for clipping at 0 and 255. The jitter (p 0.8) turns the
+# hue by up to 36 degrees either way; in 1 of 6 cases by more than 30 degrees, beyond which
+# another color is nearer. Of all aggressive views 0.2 + 0.8 * 0.8 / 6 = 31 % have lost their
+# color or show another's, and 52 % of the pairs of two have at least one such view. Form and
+# marking survive; only blur affects them.
 COLOUR_FORMS = ("circle", "square", "star", "cross")
 HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "magenta": 300}
-COLOUR_CLASSES = {f"{form}-{colour}": (form, colour) for form in COLOUR_FORMS for colour in HUES}
+COLOUR_CLASSES = {f"{form}-{color}": (form, color) for form in COLOUR_FORMS for color in HUES}
 LUMA, CHROMA = 125, 70
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 16, 0.05
 
 
 def local_grid(size: int, x: float, y: float, radius: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (u, v) of every pixel's centre in a shape's own frame: two float32 [size, size],
+    """Coordinates (u, v) of every pixel's center in a shape's own frame: two float32 [size, size],
     in units of radius.
 
     ``x``, ``y`` (the middle) and ``radius`` are in pixels, where pixel column 0 spans 0 to 1;
     ``angle`` in radians.
     """
-    centres = np.arange(size, dtype=np.float32) + 0.5
-    dx, dy = (centres[None, :] - x) / radius, (centres[:, None] - y) / radius
+    centers = np.arange(size, dtype=np.float32) + 0.5
+    dx, dy = (centers[None, :] - x) / radius, (centers[:, None] - y) / radius
     cos, sin = np.cos(angle), np.sin(angle)
     return (dx * cos + dy * sin).astype(np.float32), (dy * cos - dx * sin).astype(np.float32)
 
 
 def signed_distance(form: str, size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
-    """Distance to the outline in pixels, float32 [size, size], negative inside; arguments as of
-    :func:`local_grid`."""
+    """Distance to the outline in pixels, float32 [size, size], negative inside.
+
+    The arguments are those of :func:`local_grid`.
+    """
     return FORMS[form](*local_grid(size, x, y, radius, angle)) * radius
 
 
-def _texture(rng, size, colour, contrast):
-    """``colour`` (RGB) with smooth coloured blotches and a grating over it: float32 [size, size,
+def _texture(rng, size, color, contrast):
+    """``color`` (RGB) with smooth colored blotches and a grating over it: float32 [size, size,
     3], about 0 to 255."""
     cells = rng.integers(3, 9)
     blotches = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
@@ -112,11 +116,11 @@ def _texture(rng, size, colour, contrast):
         (along[None, :] * np.cos(direction) + along[:, None] * np.sin(direction) + phase).astype(np.float32)
     )
     tint = rng.uniform(-0.6, 0.6, 3).astype(np.float32)
-    return colour.astype(np.float32) + contrast * ((blotches / 127.5 - 1) + wave[..., None] * tint)
+    return color.astype(np.float32) + contrast * ((blotches / 127.5 - 1) + wave[..., None] * tint)
 
 
 def equal_luma(hue: float) -> np.ndarray:
-    """RGB float [3] of a hue in degrees, of LUMA and CHROMA."""
+    """RGB float [3] of a hue in degrees, with LUMA and CHROMA."""
     pure = np.clip(abs((hue / 60 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return LUMA + CHROMA * (pure - pure @ [0.2989, 0.587, 0.114])
 
@@ -126,32 +130,32 @@ def draw_scene(
     size: int,
     classes: Sequence[int] | np.ndarray,
     main: bool = False,
-    colour: Sequence[float] | np.ndarray | None = None,
+    color: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One image with one shape per entry of ``classes`` (indices into CLASSES), each on top of
     those before it.
 
     With ``main``, the last shape is the subject: large and near the middle, the others small and
-    cut by the border; ``colour`` (RGB) is the subject's, in place of a random one, and changes
+    cut by the border; ``color`` (RGB) is the subject's, in place of a random one, and changes
     nothing else. Returns image uint8 [size, size, 3], masks bool [N, size, size] and labels int64
     [N], in drawing order. Masks are modal: what a later shape covers is taken out of the earlier
     masks, so no pixel belongs to two. A shape that is almost hidden (fewer than 16 pixels visible,
     or under 5 % of what it would show alone) stays in the picture but has no mask, so N may be
     smaller than ``len(classes)``.
     """
-    # The farthest of a few random colours from those already used: every shape stays visible
-    # against the others.
-    colours = [rng.uniform(30, 225, 3)]
+    # Of a few random colors, take the one farthest from those already used, so that every shape stays
+    # visible against the others.
+    colors = [rng.uniform(30, 225, 3)]
     for _ in classes:
         candidates = rng.uniform(10, 245, (6, 3))
-        gaps = np.linalg.norm(candidates[:, None] - np.stack(colours), axis=-1).min(1)
-        colours.append(candidates[gaps.argmax()])
-    if colour is not None:
-        colours[-1] = np.asarray(colour)
-    image = _texture(rng, size, colours[0], 30)
+        gaps = np.linalg.norm(candidates[:, None] - np.stack(colors), axis=-1).min(1)
+        colors.append(candidates[gaps.argmax()])
+    if color is not None:
+        colors[-1] = np.asarray(color)
+    image = _texture(rng, size, colors[0], 30)
 
     masks, alone = np.zeros((len(classes), size, size), dtype=bool), []
-    for i, (label, colour) in enumerate(zip(classes, colours[1:])):
+    for i, (label, color) in enumerate(zip(classes, colors[1:])):
         if not main:
             (x, y), radius = rng.uniform(0.12, 0.88, 2), rng.uniform(0.11, 0.28)
         elif i == len(classes) - 1:
@@ -163,15 +167,14 @@ def draw_scene(
         distance = signed_distance(CLASSES[label], *placement)
         opacity = np.clip(0.5 - distance, 0, 1)[..., None]
         fill = (
-            _texture(rng, size, colour, 20)
-            + 45 * MARKINGS[CLASSES[label]](*local_grid(*placement))[..., None]
+            _texture(rng, size, color, 20) + 45 * MARKINGS[CLASSES[label]](*local_grid(*placement))[..., None]
         )
         image += opacity * (fill - image)
         inside = distance < 0
         masks[:i] &= ~inside
         masks[i] = inside
         alone.append(inside.sum())
-    image += 6 * rng.standard_normal((size, size, 1), dtype=np.float32)  # grain, as of a sensor
+    image += 6 * rng.standard_normal((size, size, 1), dtype=np.float32)  # grain, like that of a sensor
 
     visible = masks.sum((1, 2))
     keep = (visible >= MIN_VISIBLE_PIXELS) & (visible >= MIN_VISIBLE_SHARE * np.array(alone))
@@ -187,7 +190,7 @@ def write_image_folder(
     The subject of a picture has the class of its folder, one of CLASSES or, with ``colours``, of
     COLOUR_CLASSES; up to two small shapes at the border are distractors. ``root/shapes.json``,
     written last, marks the folder as complete: then a second call returns at once. Raises
-    InputError if ``root`` holds, whole or in part, a set of other parameters. Returns ``root`` as a
+    InputError if ``root`` holds all or part of a set with other parameters. Returns ``root`` as a
     Path.
     """
     root = Path(root)
@@ -196,17 +199,19 @@ def write_image_folder(
     marker, started = root / "shapes.json", root / "shapes.started.json"
     if _is_written(marker, info):
         return root
-    _is_written(started, info)  # leftovers of an interrupted set of other parameters would mix with this one
+    _is_written(
+        started, info
+    )  # leftovers of an interrupted set with other parameters would mix with this one
     root.mkdir(parents=True, exist_ok=True)
     _write_json(started, {"info": info})
     for i, name in enumerate(names):
         form, hue = COLOUR_CLASSES.get(name, (name, None))
-        label, colour = CLASSES.index(form), equal_luma(HUES[hue]) if hue else None
+        label, color = CLASSES.index(form), equal_luma(HUES[hue]) if hue else None
         (root / name).mkdir(exist_ok=True)
         for n in range(images_per_class):
             rng = np.random.default_rng((seed, n * len(names) + i))
             distractors = rng.integers(len(CLASSES), size=rng.integers(3))
-            image = draw_scene(rng, size, [*distractors, label], main=True, colour=colour)[0]
+            image = draw_scene(rng, size, [*distractors, label], main=True, color=color)[0]
             _write_jpeg(root / name / f"{n:04d}.jpg", image)
     os.replace(started, marker)
     return root
@@ -219,9 +224,9 @@ def write_coco(root: str | Path, name: str, num_images: int, size: int, seed: in
     Two to five shapes per image. Category ids are 1..len(CLASSES); ``file_name`` is relative to
     ``root/images``; ``segmentation`` is compressed RLE of the visible pixels, ``area`` their number
     and ``bbox`` the tight [x, y, width, height] in pixels. Almost hidden shapes are not annotated
-    (see :func:`draw_scene`). Splits that share ``root`` need different names, and different seeds
-    or they hold the same pictures. The JSON is written last: where it exists the set is complete
-    and the call returns at once. Raises InputError if it is of other parameters.
+    (see :func:`draw_scene`). Splits that share ``root`` need different names, and different
+    seeds, or they hold the same pictures. The JSON is written last: where it exists the set is complete
+    and the call returns at once. Raises InputError if it was written for other parameters.
     """
     path = Path(root) / f"{name}.json"
     info = {"num_images": num_images, "size": size, "seed": seed, "classes": list(CLASSES)}
@@ -259,7 +264,7 @@ def _is_written(path, info):
     try:
         found = json.loads(path.read_text())["info"]
     except (ValueError, KeyError, TypeError):
-        found = None  # not one of ours: never overwrite it
+        found = None  # not written by this function: never overwrite it
     if found != info:
         raise InputError(
             f"{path.parent} holds another data set (see {path.name}) than the one asked for, "
@@ -276,6 +281,8 @@ def _write_json(path, content):
 
 
 def _write_jpeg(path, image):
-    """Full-resolution colour: halving it, JPEG's default, smears outlines of small pictures off
-    their masks."""
+    """Write a JPEG whose color has full resolution.
+
+    JPEG's default halves it, which smears the outlines in small pictures beyond their masks.
+    """
     Image.fromarray(image).save(path, quality=92, subsampling=0)

@@ -76,7 +76,7 @@ def test_forms_lie_within_their_radius_and_have_soft_edges_in_pixels(form):
     distance = signed_distance(form, 128, x=64.0, y=64.0, radius=50.0, angle=0.3)
     row, column = np.nonzero(distance < 0)
     assert np.hypot(row + 0.5 - 64, column + 0.5 - 64).max() <= 1.1 * 50
-    # About a distance: neighbouring pixels differ by at most one pixel's diagonal, so outlines are
+    # About a distance: neighboring pixels differ by at most one pixel's diagonal, so outlines are
     # one pixel soft.
     assert max(np.abs(np.diff(distance, axis=axis)).max() for axis in (0, 1)) < 1.01
 
@@ -181,23 +181,23 @@ def test_a_foreign_json_is_not_overwritten(tmp_path):
         assert (tmp_path / "train.json").read_text() == text
 
 
-# ---- the set whose classes are pairs of a form and a colour ----
+# ---- the set whose classes are pairs of a form and a color ----
 
 
-def test_colours_have_one_luma_and_their_own_hue():
+def test_colors_have_one_luma_and_their_own_hue():
     """Against the standard library's HSV and PIL's conversion to gray."""
-    colours = {name: equal_luma(hue) for name, hue in HUES.items()}
+    colors = {name: equal_luma(hue) for name, hue in HUES.items()}
     for name, hue in HUES.items():
-        assert colorsys.rgb_to_hsv(*colours[name])[0] * 360 == pytest.approx(hue, abs=1e-6)
-        assert np.ptp(colours[name]) == pytest.approx(70)
-        swatch = Image.fromarray(np.tile(colours[name].round().astype(np.uint8), (2, 2, 1)))
+        assert colorsys.rgb_to_hsv(*colors[name])[0] * 360 == pytest.approx(hue, abs=1e-6)
+        assert np.ptp(colors[name]) == pytest.approx(70)
+        swatch = Image.fromarray(np.tile(colors[name].round().astype(np.uint8), (2, 2, 1)))
         assert abs(np.asarray(swatch.convert("L")).astype(int) - 125).max() <= 1
 
 
 @pytest.mark.parametrize("form", COLOUR_FORMS)
-def test_grayscale_leaves_nothing_of_the_colour(form):
-    """Pictures that differ in the colour of their subject alone are apart in colour and, where
-    nothing is clipped, the same in gray: to 2 levels, the rounding of three channels."""
+def test_grayscale_leaves_nothing_of_the_color(form):
+    """Pictures that differ only in the color of their subject differ in color. Where nothing is clipped they
+    are the same in gray, to 2 levels, which is the rounding of three channels."""
     for seed in range(5):
         drawn = [
             draw_scene(np.random.default_rng(seed), 64, [1, CLASSES.index(form)], True, equal_luma(hue))
@@ -212,9 +212,9 @@ def test_grayscale_leaves_nothing_of_the_colour(form):
         assert np.ptp(images.astype(float), axis=0).max(-1)[subject].mean() > 40
 
 
-def test_share_of_aggressive_views_without_their_colour():
-    """As often as shapes.py says: the draws of the aggressive stage on swatches, and the hue that
-    comes out. 2000 draws deviate from 0.307 by 0.01."""
+def test_share_of_aggressive_views_without_their_color():
+    """The aggressive stage runs on swatches, and the hue of the result is compared: color is lost as often as
+    shapes.py says. The standard error of 2000 draws around 0.307 is 0.01."""
     hues = np.array(list(HUES.values())) / 360
     rng = np.random.default_rng(0)
     params = torch.stack([draw_params(rng) for _ in range(2000)])
@@ -222,27 +222,27 @@ def test_share_of_aggressive_views_without_their_colour():
     labels = np.arange(2000) % len(hues)
     swatches = torch.from_numpy(np.stack([equal_luma(360 * hue) for hue in hues])).round().byte()
     views = swatches[labels][:, None, :, None, None].expand(-1, 1, -1, 8, 8)
-    colours = aggressive(views, params[:, None])[:, 0, :, 0, 0].numpy()
-    found = np.array([colorsys.rgb_to_hsv(*colour)[0] for colour in colours])
+    colors = aggressive(views, params[:, None])[:, 0, :, 0, 0].numpy()
+    found = np.array([colorsys.rgb_to_hsv(*color)[0] for color in colors])
     gaps = abs((found[:, None] - hues + 0.5) % 1 - 0.5)
-    lost = (np.ptp(colours, axis=1) < 1e-3) | (gaps.argmin(1) != labels)
+    lost = (np.ptp(colors, axis=1) < 1e-3) | (gaps.argmin(1) != labels)
     assert lost.mean() == pytest.approx(0.2 + 0.8 * 0.8 / 6, abs=0.04)
 
 
-def test_folder_of_forms_and_colours(tmp_path):
+def test_folder_of_forms_and_colors(tmp_path):
     data = ImageFolder(str(write_image_folder(tmp_path / "a", 2, 32, seed=0, colours=True)))
     assert data.classes == sorted(COLOUR_CLASSES) and len(data) == 2 * 24
     pairs = {name: name.split("-") for name in data.classes}
-    assert all(form in COLOUR_FORMS and colour in HUES for form, colour in pairs.values())
+    assert all(form in COLOUR_FORMS and color in HUES for form, color in pairs.values())
     with pytest.raises(InputError, match="remove that folder or choose another"):
         write_image_folder(tmp_path / "a", 2, 32, seed=0)
     for (
         image,
         label,
-    ) in data:  # the middle shows the subject: its colour's largest channel is large in the mean
-        colour = equal_luma(HUES[pairs[data.classes[label]][1]])
+    ) in data:  # the middle shows the subject: its color's largest channel is large in the mean
+        color = equal_luma(HUES[pairs[data.classes[label]][1]])
         middle = np.asarray(image, dtype=float)[11:21, 11:21].mean((0, 1))
-        assert np.corrcoef(middle, colour)[0, 1] > 0.8
+        assert np.corrcoef(middle, color)[0, 1] > 0.8
 
 
 def test_an_interrupted_write_is_redone(tmp_path, monkeypatch):
