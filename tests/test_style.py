@@ -36,7 +36,7 @@ def test_no_line_has_an_exception(text):
 
 
 def written(path):
-    """(line, text) of a file's prose: in Python comments, docstrings and names, in YAML comments, else all."""
+    """(line, text) of a file's prose: Python comments, docstrings and names, YAML comments, or all lines."""
     if path.suffix == ".md":
         return list(enumerate(path.read_text().splitlines(), start=1))
     if path.suffix == ".yaml":
