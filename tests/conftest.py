@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests expect a CPU's bits
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests expect the results of a CPU
 
 import numpy as np
 import pytest
@@ -28,13 +28,13 @@ TINY = (
     "SOLVER.AMP off LOG_PERIOD 1 CHECKPOINT.KEEP_PERIOD 1 KNN.PERIOD 0"
 ).split()
 
-# Programs under test are forked from a server that has imported torch already, which is faster.
+# Programs under test are forked from a server that has already imported torch, which is faster.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.preload"])
 
-# With small tensors, threads only wait for each other. And runs must be equal to the bit.
+# One thread: with small tensors, threads only wait for each other, and runs must be equal to the bit.
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs under test
-# Keep activations in huge pages (glibc >= 2.35). On some virtual machines page faults take half of a step.
+# Keep activations in huge pages (glibc >= 2.35): on some virtual machines page faults take half of a step.
 os.environ["GLIBC_TUNABLES"] = ":".join(
     f"glibc.malloc.{option}"
     for option in ("hugetlb=1", f"mmap_threshold={1 << 32}", f"trim_threshold={1 << 33}")
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 
 
 def tiny_cfg(image_folder, folder, *overrides):
-    """The configuration of :data:`TINY` on ``image_folder``, with its output in ``folder``/run."""
+    """The configuration :data:`TINY` on ``image_folder``, with its output in ``folder``/run."""
     cfg = get_cfg()
     cfg.merge_from_list(
         ["DATA.PATH", str(image_folder), "OUTPUT_DIR", str(folder / "run"), *TINY, *overrides]
@@ -82,7 +82,7 @@ class Program:
         self.process.start()
 
     def wait_for(self, path, text=""):
-        """Return when the file holds the text, or the program has ended."""
+        """Wait until the file contains the text or the program has ended."""
         until = time.monotonic() + 900
         while (
             self.process.is_alive()
@@ -121,7 +121,7 @@ def tool(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """24 random images of several sizes in two classes, some grayscale; val/ lies beside train/."""
+    """24 random images of several sizes in two classes, some of them grayscale, with val/ beside train/."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -168,7 +168,8 @@ def resnet50_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def tiny_coco(tmp_path):
-    """Three images: a polygon and an RLE mask, a crowd, nothing; category ids with gaps."""
+    """Three images: one with a polygon and an RLE mask, one with a crowd, one with nothing. Category ids have
+    gaps."""
     square = [1, 1, 5, 1, 5, 5, 1, 5]
     annotations = [
         {

@@ -1,4 +1,4 @@
-"""The Python API: the README's examples, run as they stand there, and what each function gives."""
+"""The Python API: the README's examples, run as they are written, and what each function returns."""
 
 import re
 
@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, image_folder, resnet50_checkpoint):
-    """A working directory with what the examples name: images, and a pre-trained checkpoint."""
+    """A working directory that holds what the examples name: images and a pre-trained checkpoint."""
     (tmp_path / "images").symlink_to(image_folder)
     (tmp_path / "pretrained.pth").symlink_to(resnet50_checkpoint)
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def test_examples_of_the_readme(folder, monkeypatch):
 
 @pytest.mark.parametrize("to, suffix", (("torchvision", "pth"), ("timm", "safetensors")))
 def test_features_are_those_of_the_checkpoint(folder, to, suffix):
-    """The converted file gives the features of the checkpoint itself: float32, 1e-6 relative."""
+    """The converted file gives the features of the checkpoint itself, in float32 to 1e-6 relative."""
     path = folder / f"backbone.{suffix}"
     provenance = rsa.convert_backbone("pretrained.pth", path, to=to)
     assert (provenance["method"], provenance["step"], provenance["branch"]) == ("rsa", 7, "online")
@@ -51,7 +51,7 @@ def test_features_are_those_of_the_checkpoint(folder, to, suffix):
 
 
 def test_stock_detectron2_gives_the_same_features(folder):
-    """res2 to res5 of stock Detectron2 after add_rsa_config, against timm's stages: 1e-5 relative."""
+    """res2 to res5 of stock Detectron2 after add_rsa_config equal timm's stages to 1e-5 relative."""
     checkpoint = pytest.importorskip("detectron2.checkpoint")
     from detectron2.config import get_cfg
     from detectron2.modeling import build_backbone

@@ -1,4 +1,4 @@
-"""Imports run one way: tools -> pretrain and transfer -> common; in a half, engine -> method and data."""
+"""Imports run one way: tools use pretrain and transfer, which use common; engine uses method and data."""
 
 import ast
 
@@ -28,7 +28,7 @@ ALLOWED = {
 
 
 def room(module):
-    """rsa_detectron2.pretrain.data.loader -> pretrain.data."""
+    """The room of a module: rsa_detectron2.pretrain.data.loader is in pretrain.data."""
     parts = module.removeprefix(PACKAGE).split(".")
     return ".".join(parts[:2]) if parts[0] in ("pretrain", "transfer") else parts[0]
 

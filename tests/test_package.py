@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own and used in an empty folder, far from the checkout."""
+"""The wheel, installed into its own environment and used in an empty folder outside the checkout."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SOURCES = ("common", "configs", "pretrain", "rsa_detectron2", "tools", "transfer
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Path of the environment. The libraries are this one's; no file of the checkout is on its path."""
+    """Path of the environment. It uses this environment's libraries, but no file of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in SOURCES:
@@ -36,7 +36,7 @@ def installed(tmp_path_factory):
     subprocess.run([*pip, *install], check=True)
     new = {path.name for path in site.iterdir()} - before
     assert new == {"rsa_detectron2", f"rsa_detectron2-{__version__}.dist-info"}
-    # The libraries, after the wheel. A .pth file in them, an editable install's too, is not followed.
+    # The libraries come after the wheel. Their .pth files, such as that of an editable install, are ignored.
     (site / "libraries.pth").write_text(
         "\n".join(path for path in sys.path if path.endswith("site-packages"))
     )
@@ -45,7 +45,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def command(installed, tmp_path):
-    """``command("pretrain", ...)``: ``rsa-d2 pretrain ...`` of the wheel in an empty folder."""
+    """``command("pretrain", ...)`` runs the wheel's ``rsa-d2 pretrain ...`` in an empty folder."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def run(*arguments):

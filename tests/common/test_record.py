@@ -1,5 +1,4 @@
-"""What a run says of itself: in its folder from its start, in its checkpoints, and in what is made
-of them."""
+"""The record of a run: in its folder from its start, in its checkpoints, and in files made from them."""
 
 import json
 
@@ -53,7 +52,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 
 def test_a_pretraining_says_what_it_is(image_folder, tmp_path, monkeypatch):
-    """From its start, through an interruption, which its clock survives."""
+    """From its start and through an interruption, which the run's clock survives."""
     cfg = tiny_cfg(image_folder, tmp_path, "KNN.PERIOD", 1)
     came_from = record.Origin("pretrain/x.yaml", ("SEED", 0), record.flatten(get_cfg()))
     step, steps = train_loop.train_step, []
@@ -92,7 +91,7 @@ def test_a_pretraining_says_what_it_is(image_folder, tmp_path, monkeypatch):
 
 
 def test_the_clock_stands_while_a_run_judges_itself(image_folder, tmp_path, monkeypatch):
-    """With kNN evaluations that seem to take an hour each."""
+    """The kNN evaluations seem to take an hour each, which must not count."""
     clock = train_loop.Meter.__init__.__globals__["time"]
     ahead, real = [0.0], clock.perf_counter
     monkeypatch.setattr(clock, "perf_counter", lambda: real() + ahead[0])
@@ -108,7 +107,8 @@ def test_the_clock_stands_while_a_run_judges_itself(image_folder, tmp_path, monk
 
 
 def test_tools_hand_it_on(tool, image_folder, tmp_path):
-    """tools/pretrain.py -> checkpoint -> tools/evaluate.py; a converted file carries it, too."""
+    """tools/pretrain.py writes it to the checkpoint, tools/evaluate.py copies it; a converted file has it,
+    too."""
     overrides = [*TINY, "SOLVER.EPOCHS", "2", "KNN.PERIOD", "0"]
     done = tool(
         "pretrain",

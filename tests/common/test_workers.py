@@ -1,5 +1,4 @@
-"""Processes that load data: each way that one can fail ends the program with one line, and leaves
-nothing behind."""
+"""Processes that load data: however one fails, the program ends with one line and leaves nothing behind."""
 
 import errno
 import multiprocessing
@@ -28,7 +27,7 @@ BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 class Samples(torch.utils.data.Dataset):
-    """key -> a tensor of that number; ``fail()`` instead at 5."""
+    """Sample ``key`` is a tensor of that number; key 5 calls ``fail()`` instead."""
 
     def __init__(self, fail=lambda: None, size=3):
         self.fail, self.size = fail, size
@@ -101,7 +100,8 @@ FAILURES = {
 
 
 def living_workers():
-    """Of this process. multiprocessing may count one whose status was lost, see Workers.kill."""
+    """The living workers of this process. multiprocessing may count one whose status was lost: see
+    Workers.kill."""
     children = multiprocessing.active_children()
     return [c for c in children if c.name.startswith("ForkProcess") and not is_gone(c.pid, 0)]
 
@@ -123,8 +123,7 @@ def test_failure_of_a_worker_is_one_exception(fail, kind, message, count, capfd)
 
 
 def test_worker_that_dies_while_the_program_is_elsewhere():
-    """The program must not be interrupted at any line of its own: it learns of it when it asks for
-    the next batch."""
+    """No line of the program may be interrupted: it gets the error when it asks for the next batch."""
     batches = iter(workers.load(Samples(), [[i] for i in range(200)], 2, "--workers"))
     next(batches)
     for child in multiprocessing.active_children():
@@ -136,7 +135,7 @@ def test_worker_that_dies_while_the_program_is_elsewhere():
 
 
 def test_workers_live_through_the_stop_signals():
-    """A scheduler sends them to all processes of a job."""
+    """A scheduler sends these signals to all processes of a job."""
     batches = iter(workers.load(Samples(), [[i] for i in range(50)], 2, "--workers"))
     received = [next(batches)]
     started = living_workers()
@@ -155,11 +154,11 @@ def test_stopped_iteration_ends_its_workers():
     assert no_child_is_left()
 
 
-held = []  # keeps an iteration alive until the program ends
+held = []  # keeps the iteration alive until the program ends
 
 
 def leave_amid_an_iteration(pids):
-    """Ends in a sleep of its workers."""
+    """Leave an iteration while its workers sleep."""
     batches = iter(workers.load(Samples(lambda: time.sleep(1000)), [[0], [5], [5]], 2, "--workers"))
     held.append(batches)
     next(batches)
@@ -193,7 +192,8 @@ def is_gone(pid, seconds=60):
     "program, status", [(leave_amid_an_iteration, 3), (wait_for_another_end, -signal.SIGKILL)]
 )
 def test_workers_end_with_the_program(program, status):
-    """When it leaves with an error, whatever still holds the iteration; and when it is killed."""
+    """They end when the program leaves with an error, even if something still holds the iteration, and when
+    it is killed."""
     pids = processes.Queue()
     process = processes.Process(target=program, args=(pids,))
     process.start()
@@ -211,7 +211,7 @@ def test_workers_end_with_the_program(program, status):
 
 
 def test_without_room_in_shared_memory_batches_take_another_way(monkeypatch, capfd):
-    """As on a /dev/shm that is full: torch raises RuntimeError."""
+    """torch raises RuntimeError, as it does when /dev/shm is full."""
     whole = list(workers.load(Samples(size=1000), BATCHES, 2, "--workers"))
     monkeypatch.setattr(workers.Workers, "warned", False)
     no_room = raises(RuntimeError("unable to allocate shared memory(shm)"))
@@ -235,8 +235,7 @@ run(main)
 
 @pytest.mark.parametrize("size, status", [("256k", 0), ("4k", 2)])
 def test_a_small_dev_shm(size, status):
-    """The first has room for the semaphores of a loader, and none for batches of 1.6 MB; the second
-    for nothing."""
+    """The first size holds the semaphores of a loader, but no batch of 1.6 MB; the second holds nothing."""
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no mounts of one's own here")
@@ -325,7 +324,7 @@ def test_preparation_on_a_full_disk_goes_on_later(image_folder, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def undecodable(tmp_path_factory):
-    """train/ of two classes in which no image can be decoded."""
+    """A folder train/ with two classes, in which no image can be decoded."""
     folder = tmp_path_factory.mktemp("undecodable") / "train"
     for i in range(24):
         path = folder / "ab"[i % 2] / f"{i:02d}.jpg"
@@ -336,7 +335,7 @@ def undecodable(tmp_path_factory):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_training_on_a_folder_where_nothing_decodes_ends(undecodable, tmp_path, count):
-    """A program of its own, as a user starts it: what hung was its exit."""
+    """The tool runs as a program, as a user starts it, because its exit once hung."""
     command = [
         sys.executable,
         ROOT / "tools" / "pretrain.py",

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: it measures what it says. No test depends on how long anything took."""
+"""tools/benchmark.py measures what it says it measures. No test depends on how long anything takes."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from rsa_detectron2.tools.benchmarks.timing import take_turns
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """``bench("data", ...)`` -> its rows, read from its JSON lines; the table has as many."""
+    """``bench("data", ...)`` returns the rows of its JSON lines; the table has as many."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
@@ -104,7 +104,7 @@ def test_data_draws_images_where_there_are_none(bench, monkeypatch, tmp_path):
 
 
 def test_pil_pipelines_make_the_papers_views(image_folder, monkeypatch):
-    """Without aggressive operations both views of a pair are equal: they share their crop."""
+    """Without aggressive operations the two views of a pair are equal, because they share their crop."""
     name = next(image_folder.rglob("*.jpg"))
     four, two = pil.rsa_views(24)(name), pil.byol_views(24)(name)
     assert len(four) == 4 and len(two) == 2
@@ -142,7 +142,8 @@ def test_step(bench, image_folder):
 
 
 def test_step_of_a_recipe(bench, tmp_path):
-    """Options that are given replace the recipe's settings. The printed rows are written, too."""
+    """Options on the command line replace the recipe's settings. The printed rows are also written to a
+    file."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "MODEL:\n  BACKBONE: test_resnet\n  HIDDEN_DIM: 16\n  OUT_DIM: 8\nDATA:\n  IMAGE_SIZE: 24\n"
@@ -184,7 +185,7 @@ def small_cfg():
 
 
 def test_hooks_leave_the_step_as_it_is():
-    """Three measured steps end with the weights of the same three steps by train_step alone."""
+    """Three measured steps give the same weights as three plain calls of train_step."""
     measured, plain = (StepTimer(small_cfg(), "rsa") for _ in range(2))
     measured.run(synthetic_batches(small_cfg()), 3)
     views, params = synthetic_views(4, 32)
@@ -201,7 +202,7 @@ def test_parts_add_up_to_the_step(monkeypatch):
     timer.warm_up()
     monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(ticks))
     turn = timer.run(synthetic_batches(small_cfg()), 2)
-    # How often a step ends such a part; the others once.
+    # How often a step runs these parts; it runs the others once.
     marks = {"optimizer": 2, "forward target": 2, "forward online": 3}
     assert turn == {"ms": 11_000.0, **{part: 1000.0 * marks.get(part, 1) for part in PARTS}}
 

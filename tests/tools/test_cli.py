@@ -1,4 +1,4 @@
-"""The tools as a user types them: the quick start, and the errors of wrong arguments."""
+"""The tools as a user runs them: the quick start, the default chain, and the errors of wrong arguments."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,7 @@ def test_overrides_may_stand_before_between_and_after_options(name, options, mon
 
 
 def test_quickstart_fast(tool, tmp_path):
-    """With the engine that it chooses; each engine has tests of its own."""
+    """It runs with the engine that it chooses; each engine has its own tests."""
     engine = "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
     folder = tmp_path / "quick start"
     done = tool("quickstart", "--fast", "--output-dir", folder)
@@ -80,7 +80,7 @@ def test_quickstart_fast(tool, tmp_path):
 
 
 def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
-    """Each command, without arguments, finds what the one before left."""
+    """Each command without arguments finds what the command before it wrote."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "imagenet").symlink_to(image_folder.parent)
     done = tool("pretrain", *TINY, cwd=tmp_path)
@@ -199,7 +199,7 @@ def test_wrong_arguments_are_one_line(tool, tmp_path, image_folder, command, mes
 
 
 def test_missing_detectron2_says_how_to_install_it(tool, tmp_path):
-    """A finder that hides the package stands for a machine without it."""
+    """An import finder hides the package, as on a machine without it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n"

@@ -24,7 +24,7 @@ MISTAKES = {
 
 
 def test_every_tool_is_here():
-    """All but the quick start, which takes only choices; test_cli.py tests it."""
+    """Every tool except the quick start, whose options only take choices; test_cli.py tests it."""
     assert {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")} == {*MISTAKES, "quickstart"}
 
 
@@ -43,7 +43,7 @@ def test_help_is_all_that_is_printed(tool, name):
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
 def test_a_mistake_is_one_line_in_a_fresh_process(engine, tmp_path):
-    """Both engines import modules that warn. The test server may have imported them before."""
+    """Both engines import modules that warn. The test server may have imported them already."""
     if engine == "detectron2":
         pytest.importorskip("detectron2")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}

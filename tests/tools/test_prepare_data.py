@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: what it writes, that it can be stopped, and what it refuses."""
+"""tools/prepare_data.py: what it writes, how it goes on after a stop, and what it refuses."""
 
 import sys
 
@@ -44,7 +44,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def prepare(monkeypatch, capsys, source):
-    """``prepare(destination, option, ...)`` -> what the tool printed, on stdout and on stderr."""
+    """``prepare(destination, option, ...)`` returns what the tool printed to stdout and to stderr."""
 
     def call(destination, *options):
         monkeypatch.setattr(
@@ -87,8 +87,8 @@ def test_writes_the_short_side_and_keeps_the_folders(prepare, source, tmp_path):
         image = read_image(tmp_path / "new" / "out" / (name + ".jpg" if name.endswith("png") else name))
         assert min(image.shape[1:]) == 48 and (height > width) == (image.shape[1] > image.shape[2])
         assert max(image.shape[1:]) == pytest.approx(48 * max(height, width) / min(height, width), abs=1)
-        # A photograph without its finest grain: JPEG and another resampling cost less than two gray
-        # levels in the mean.
+        # On a photograph without its finest grain, JPEG and another resampling differ by less than two gray
+        # levels on average.
         exact = Image.fromarray(read_image(source / name).permute(1, 2, 0).numpy()).resize(
             (image.shape[2], image.shape[1]), Image.Resampling.LANCZOS
         )
@@ -103,7 +103,7 @@ def test_goes_on_where_it_stopped(prepare, tmp_path):
     (out / "a/wide.jpg").rename(out / "a/wide.jpg.part")  # killed before the renaming
     (out / "a/wide.jpg.part").write_bytes(b"half")
     (out / "b/small.png").write_bytes(b"")  # a power cut
-    (out / "exact.jpg").write_bytes(b"another's")  # what is there is not looked into
+    (out / "exact.jpg").write_bytes(b"another's")  # existing files are not opened
     assert "1 images written, 1 copied, 5 were there" in prepare(out).out
     assert files(out) == whole | {"exact.jpg": b"another's"}
 
@@ -155,7 +155,8 @@ def test_folders_without_images(monkeypatch, tmp_path):
 
 
 def test_deep_pixels_need_a_range(prepare, source, tmp_path):
-    """12-bit values in 16-bit files: refused, then mapped as asked; small files are copied as they are."""
+    """12-bit values in 16-bit files are refused, then mapped by the given range; small files are only
+    copied."""
     for path in list(source.rglob("*.*")):
         path.unlink()
     values = np.linspace(0, 4095, 60 * 80).astype(np.uint16).reshape(60, 80)
@@ -174,7 +175,7 @@ def test_deep_pixels_need_a_range(prepare, source, tmp_path):
 
 
 def test_jpegs_are_those_of_the_decoders_libraries():
-    """The same bytes as from the encoders of torchvision and torchcodec, whatever the order in memory."""
+    """The bytes equal those of torchvision's and torchcodec's encoders, whatever the order in memory."""
     image = torch.from_numpy(np.array(smooth(60, 90, 0))).permute(2, 0, 1)
     for contents in (image, image.contiguous()):
         ours = prepare_data.encode_jpeg(contents, 92)

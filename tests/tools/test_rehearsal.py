@@ -1,4 +1,4 @@
-"""tools/reproduce.py --rehearse: one run through all of its commands, and what is estimated of full runs."""
+"""tools/reproduce.py --rehearse: one run through all of its commands, and its estimates of full runs."""
 
 import json
 from types import SimpleNamespace

@@ -1,5 +1,5 @@
-"""Top-1 tables: which row of the paper a run is, by its record alone, and what stands below one that is
-none quite."""
+"""Top-1 tables: which row of the paper a run belongs to, by its record alone, and the line below a run that
+differs from its row."""
 
 import csv
 import json
@@ -22,8 +22,8 @@ def cell_of(table, row, column):
 
 
 def make_run(folder, cell, best=90.0, seed=0, settings=(), record=(), evaluation=()):
-    """linear.json and run.json as a run of a cell would leave them, with changes: of settings, of the
-    record, and of the evaluation."""
+    """Write linear.json and run.json as a run of a cell would, with changes of settings, of the record and of
+    the evaluation."""
     training, cfg = cell.training, get_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
     cfg.merge_from_list([item for pair in (*training.overrides, *dict(settings).items()) for item in pair])
@@ -73,8 +73,8 @@ def rows_of(*folders, tables=None):
 
 @pytest.mark.parametrize("table", [table for table in paper.load()["tables"] if paper.shows(table) == "top1"])
 def test_every_row_and_every_number_of_a_table(tmp_path, table):
-    """A run of each training stands beside each number that it is to be compared with; quotations are
-    printed alone."""
+    """A run of each training stands beside every number that it is compared with; quotations are printed
+    alone."""
     cells = paper.cells(table)
     folders = [make_run(tmp_path / f"{i}", cell, 50.0) for i, cell in enumerate(cells) if cell.training]
     rows = rows_of(*folders, tables=[table])
@@ -125,7 +125,8 @@ def test_mark_beyond_seed_noise(tmp_path, best, text):
 
 
 def test_noise_of_a_row_with_a_large_deviation(tmp_path):
-    """Twice the published deviation, where that is more than what is assumed of all."""
+    """The mark takes twice the published deviation, if that is more than the noise that is assumed for all
+    rows."""
     cell = cell_of("table8", "simsiam", "cifar100")
     mean, std = cell.published[0]
     for gap, mark in ((2 * std - 0.1, ""), (2 * std + 0.1, " *")):

@@ -1,5 +1,5 @@
-"""Fail closed before training: configs against Detectron2's stock ones, weights' provenance, YAML
-and annotations."""
+"""What is checked before training: configs against Detectron2's stock ones, the provenance of weights, YAML
+files and annotations."""
 
 import argparse
 import shlex
@@ -20,7 +20,7 @@ from rsa_detectron2.transfer.convert.needs import check_weights
 from tests.conftest import ROOT, write_json
 
 CONFIGS = ROOT / "configs" / "transfer"
-INFOMIN = {  # DESIGN's list of what the InfoMin protocol changes in the stock config
+INFOMIN = {  # What the InfoMin protocol changes in the stock config
     "MODEL.WEIGHTS": "output/weights/rsa_r50.pkl",
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
@@ -45,7 +45,7 @@ MOCO = {key: value for key, value in INFOMIN.items() if key not in HEADS}  # sto
 BGR = dict.fromkeys(
     ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT"), "stock"
 )
-ROWS = {  # row: what it changes in the protocol; "stock" where it goes back to Detectron2's value
+ROWS = {  # row: its changes of the protocol; "stock" if it returns to Detectron2's value
     "": {},
     "_random": {"MODEL.WEIGHTS": "", **BGR},
     "_supervised": {"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl"},
@@ -188,8 +188,8 @@ def test_config_must_fit_the_weights(config, provenance, overrides, message):
 
 
 def test_random_weights_must_be_asked_for():
-    """A config file that says nothing of the weights means the converted ones, never silent random
-    initialization."""
+    """A config file that does not name weights means the converted ones, never random initialization
+    unasked."""
     quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R50_FPN")
     assert quickstart.MODEL.WEIGHTS == "output/weights/rsa_r50.pkl"
     assert configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x_random").MODEL.WEIGHTS == ""
@@ -250,7 +250,7 @@ def test_schedule_follows_the_size_of_the_data_set(images, max_iter, steps, warm
 
 
 def test_schedule_of_a_smaller_batch_has_as_many_epochs(tiny_coco, tmp_path, capsys):
-    """IMS_PER_BATCH given as KEY VALUE counts."""
+    """An IMS_PER_BATCH that is given as KEY VALUE counts, too."""
     path = str(write_json(tiny_coco, tmp_path))
     args = argparse.Namespace(
         config_file="transfer/mask_rcnn_R50_FPN_1x.yaml",
@@ -274,7 +274,7 @@ def test_schedule_of_a_smaller_batch_has_as_many_epochs(tiny_coco, tmp_path, cap
 
 
 def test_a_smaller_batch_on_coco_is_told_what_fits(capsys):
-    """And what is told makes it silent, by options that can be copied."""
+    """The options that the line suggests can be copied, and with them the line no longer appears."""
 
     def said(*overrides, **options):
         cfg = configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x", overrides=overrides, **options)

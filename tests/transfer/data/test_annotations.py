@@ -28,7 +28,7 @@ from tests.conftest import write_json
 
 
 def config(train, val, classes=2, masks=True):
-    """Of annotation files that lie beside their images."""
+    """The configuration for annotation files that lie beside their images."""
     forget_datasets()  # tests write one file twice
     cfg = torchvision_defaults()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ((dataset_name(path, path.parent),) for path in (train, val))
@@ -37,14 +37,15 @@ def config(train, val, classes=2, masks=True):
 
 
 def check(coco, folder, **options):
-    """Train and evaluate on ``coco``: what :func:`check_datasets` gives, and the evaluated set in memory."""
+    """Check ``coco`` as training and test set; return the result of :func:`check_datasets` and the test
+    set."""
     path = write_json(coco, folder)
     cfg = config(path, path, **options)
     return check_datasets(cfg), load_datasets(cfg)[cfg.DATASETS.TEST[0]]
 
 
 def refusal(*arguments, **options):
-    """The one line with which a data set is refused."""
+    """The line of the error with which a data set is refused."""
     with pytest.raises(InputError) as error:
         check(*arguments, **options)
     assert "\n" not in str(error.value)
@@ -58,7 +59,7 @@ def test_a_sound_data_set(tiny_coco, tmp_path, capsys):
     assert dataset.categories == [{"id": 3, "name": "a"}, {"id": 90, "name": "b"}]
     tiny_coco["annotations"][1]["segmentation"] = [[0, 0, 8, 0, 8, 6, 0, 6]]
     (trained,), _ = check(tiny_coco, tmp_path)
-    assert not trained.has_rle()  # a crowd's is no matter: it is no training target
+    assert not trained.has_rle()  # a crowd's RLE does not count, because it is no training target
     said = capsys.readouterr()
     assert (
         "warning" not in said.err
@@ -66,7 +67,7 @@ def test_a_sound_data_set(tiny_coco, tmp_path, capsys):
     )
 
 
-BAD = {  # what is wrong: (where, key, value or None to take it away, words of the message)
+BAD = {  # what is wrong: (where, key, value or None to remove it, words of the message)
     "missing box": (1, "bbox", None, "annotation 2 lacks bbox"),
     "missing mask": (
         1,
@@ -290,11 +291,11 @@ def test_errors_are_counted(tiny_coco, tmp_path):
     assert "annotation 1 lacks bbox (and 2 more such errors)" in refusal(tiny_coco, tmp_path)
 
 
-# ---- what has one right reading ------------------------------------------------------------------------
+# ---- what can only mean one thing ------------------------------------------------------------------------
 
 
 def each(part, **values):
-    """A change of every entry of ``part``: values, functions of them, or None to take a key away."""
+    """A change of every entry of ``part``: new values, functions of the old ones, or None to remove a key."""
 
     def change(coco):
         for entry in coco[part]:
@@ -313,12 +314,12 @@ def image_strings(coco):
 
 
 def category_strings(coco):
-    coco["categories"].reverse()  # by the numbers that they had
+    coco["categories"].reverse()  # by the numbers that they had before
     each("categories", id="cat-{}".format)(coco)
     each("annotations", category_id="cat-{}".format)(coco)
 
 
-MENDED = {  # a tool's habit: (change, words of what is said, or None)
+MENDED = {  # habit of a tool: (change, words of the note, or None)
     "annotation ids from 0": (each("annotations", id=lambda i: i - 1), "annotations are numbered from 1"),
     "annotation ids missing": (each("annotations", id=None), "annotations are numbered from 1"),
     "annotation ids of null": (
@@ -392,7 +393,7 @@ MENDED = {  # a tool's habit: (change, words of what is said, or None)
 def test_what_tools_write_otherwise_gives_the_same_targets_and_metric(
     tiny_coco, tmp_path, capsys, change, message
 ):
-    """The same as the sound file's, through the checks, as targets, and by COCO's metric."""
+    """The checks pass, and the targets and COCO's metric equal those of the sound file."""
 
     def outcome(coco):
         (trained,), dataset = check(coco, tmp_path)
@@ -400,7 +401,7 @@ def test_what_tools_write_otherwise_gives_the_same_targets_and_metric(
         target = {key: value.tolist() for key, value in targets[0, False][1].items()}
         assert [a["id"] for a in dataset.annotations] == sorted({a["id"] for a in dataset.annotations})
         assert dataset.annotations[0]["id"] == 1
-        # The object of the second class is found, that of the first is not.
+        # The object of the second class is detected, that of the first is not.
         found = [
             {
                 "image_id": targets.ids[0],
@@ -434,7 +435,7 @@ def test_encodings(tiny_coco, tmp_path, encoding):
 
 
 def test_ignored_objects_are_crowds(tiny_coco, tmp_path, capsys):
-    """ignore 1 says that an object neither trains nor counts, which is what iscrowd 1 does."""
+    """ignore 1 says that an object is neither trained on nor evaluated, which is what iscrowd 1 does."""
     tiny_coco["annotations"][1].update(ignore=1, segmentation=[])
     (trained,), dataset = check(tiny_coco, tmp_path)
     assert "annotations with ignore 1, treated as crowds: 1 (first: 2)" in capsys.readouterr().out
@@ -448,7 +449,7 @@ def test_ignored_objects_are_crowds(tiny_coco, tmp_path, capsys):
             "segmentation": {"size": [6, 8], "counts": "0`1"},
         }
     ]
-    # the class of the other has nothing to find
+    # the other class has no object left
     assert coco_ap(dataset, found)["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -517,8 +518,8 @@ def test_boxes_alone_train_without_masks(tiny_coco, tmp_path):
     assert "a.json has keypoints and boxes only, no masks: train without" in refusal(tiny_coco, tmp_path)
 
 
-def test_crowds_alone_are_refused_with_a_command_that_mends_them(tiny_coco, tmp_path):
-    """As CVAT exports masks."""
+def test_crowds_alone_are_refused_with_a_command_that_fixes_them(tiny_coco, tmp_path):
+    """CVAT exports masks in this way."""
     each("annotations", iscrowd=1)(tiny_coco)
     folder = tmp_path / "my data"
     folder.mkdir()
@@ -549,7 +550,7 @@ def test_nothing_to_train_on_or_to_measure_is_refused_before(tiny_coco, tmp_path
 
 
 def test_a_test_set_without_annotations_is_predicted_on(tiny_coco, tmp_path, capsys):
-    """As COCO's test-dev; --eval-only takes an empty list too."""
+    """COCO's test-dev is such a set. --eval-only also takes an empty list."""
     good = write_json(tiny_coco, tmp_path, "good.json")
     unlabeled = {key: value for key, value in tiny_coco.items() if key != "annotations"}
     said = "there are no annotations: detections are written, and there is nothing to measure"
@@ -566,7 +567,7 @@ def test_a_test_set_without_annotations_is_predicted_on(tiny_coco, tmp_path, cap
 
 @pytest.mark.parametrize("bbox", [[90, 0, 5, 5], [3, 3, 0, 0], [3, 3, 0.005, 3], [-5, 0, 5, 5], [8, 0, 4, 4]])
 def test_both_engines_agree_on_what_a_usable_object_is(tiny_coco, tmp_path, capsys, bbox):
-    """Detectron2's dicts are of the same function (test_d2_data.py)."""
+    """Detectron2's dicts come from the same function (test_dataset.py)."""
     image, (first, second, crowd) = tiny_coco["images"][0], tiny_coco["annotations"]
     assert [a["id"] for _, a in usable_objects(image, [first, second, crowd])] == [1, 2]
     first["bbox"] = bbox
@@ -591,7 +592,7 @@ def test_boxes_are_clipped_and_masks_must_cover_a_pixel(tiny_coco):
         )
 
 
-DOUBTFUL = {  # of every box in the file: (change, words)
+DOUBTFUL = {  # change of every box in the file, words of the warning
     "corners": (
         lambda box, w, h: [box[0], box[1], box[0] + box[2], box[1] + box[3]],
         "the box of its mask is",
@@ -708,7 +709,7 @@ def test_val_may_lack_a_category(tiny_coco, tmp_path, capsys):
     assert len(load_datasets(cfg)[cfg.DATASETS.TEST[0]].categories) == 2 and metric_of_the_truth(
         cfg
     ) == pytest.approx(100)
-    # Evaluated alone, the training set still tells the classes; without it, one line says what to give.
+    # In an evaluation the training set still defines the classes; without it, one line says what to give.
     check_datasets(cfg, eval_only=True)
     (tmp_path / "train.json").unlink()
     forget_datasets()
@@ -785,7 +786,8 @@ def test_data_sets_must_fit_the_model(tiny_coco, tmp_path):
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])
 def test_another_set_beside_coco_has_its_categories(tiny_coco, tmp_path, monkeypatch, key):
-    """COCO's are read from its val file, whichever of its sets it is, and never from the large train file."""
+    """COCO's categories are read from its val file for either of its sets, never from the large train
+    file."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     for folder in ("annotations", "train2017", "val2017"):
         (tmp_path / "coco" / folder).mkdir(parents=True)
@@ -832,7 +834,7 @@ def test_a_path_that_a_data_set_name_cannot_hold_is_refused(tiny_coco, tmp_path,
 
 
 def test_a_file_is_parsed_once(tiny_coco, tmp_path):
-    """By the checks, both sets, the targets and the metric together."""
+    """The checks, both sets, the targets and the metric share one reading."""
     files = {str(write_json(tiny_coco, tmp_path, name)): 0 for name in ("train.json", "val.json")}
     cfg = config(*(tmp_path / name for name in ("train.json", "val.json")))
 
@@ -850,7 +852,7 @@ def test_a_file_is_parsed_once(tiny_coco, tmp_path):
 
 @pytest.mark.parametrize("dtype, mode", [("uint16", "I;16"), ("int32", "I"), ("float32", "F")])
 def test_pixels_of_more_than_8_bits_are_refused(tiny_coco, tmp_path, dtype, mode):
-    """PIL's convert("RGB"), which both engines read with, makes white of them."""
+    """PIL's convert("RGB"), with which both engines read, would turn them white."""
     image = Image.fromarray(np.full((6, 8), 4096, dtype))
     assert image.convert("RGB").getextrema() == ((255, 255),) * 3
     tiny_coco["images"][0]["file_name"] = "deep.tif"
@@ -914,4 +916,4 @@ def test_sizes_are_read_without_decoding_and_shown_for_many(tiny_coco, tmp_path,
     assert len(check(tiny_coco, tmp_path)[1].images) == 5001
     tiny_coco["images"].pop()
     check(tiny_coco, tmp_path)
-    assert bars == [(5001, None), (5000, True)]  # None: where stderr is a terminal
+    assert bars == [(5001, None), (5000, True)]  # None shows the bar only where stderr is a terminal

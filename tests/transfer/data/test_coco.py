@@ -1,5 +1,5 @@
-"""COCO's run-length strings as pycocotools writes and reads them, and the project's own data
-through the checks."""
+"""COCO's run-length strings as pycocotools writes and reads them, and the project's drawn data in the
+checks."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Own data sets in Detectron2: it trains on what the embedded engine trains on, and measures the same."""
+"""A user's data sets in Detectron2: it trains on what the embedded engine trains on, and measures the same
+AP."""
 
 import json
 import sys
@@ -46,7 +47,7 @@ def training_dicts(cfg, filter_empty=True):
 def test_a_sound_file_gives_what_detectron2_loads_itself(tiny_coco, tmp_path):
     path = write_json(tiny_coco, tmp_path)
     stock = load_coco_json(str(path), str(tmp_path), "stock")
-    for record in stock:  # its mapper takes no crowds
+    for record in stock:  # its mapper leaves crowds out
         record["annotations"] = [a for a in record["annotations"] if not a["iscrowd"]]
     cfg = config(tmp_path)
     assert training_dicts(cfg, filter_empty=False) == stock
@@ -56,7 +57,7 @@ def test_a_sound_file_gives_what_detectron2_loads_itself(tiny_coco, tmp_path):
         assert ours.get(key) == theirs.get(key)
 
 
-ODD = {  # of the first of two objects: (change, objects that are left)
+ODD = {  # change of the first of two objects, number of objects that are left
     "as it was": ({}, 2),
     "outside": ({"bbox": [90, 0, 5, 5]}, 1),
     "no size": ({"bbox": [3, 3, 0, 0]}, 1),
@@ -116,12 +117,13 @@ def test_boxes_alone(tiny_coco, tmp_path):
 
 
 def write_sound(cfg):
-    """As :func:`d2_engine.train` does before it starts processes."""
+    """Write the files that :func:`d2_engine.train` writes before it starts processes."""
     load_datasets(cfg)[cfg.DATASETS.TEST[0]].save(d2_data.sound_annotations(cfg))
 
 
 def evaluate(cfg, detections):
-    """Detections [(image id, class, box x0 y0 x1 y1)] -> box AP by Detectron2's evaluator, and its file."""
+    """Box AP of detections [(image id, class, box x0 y0 x1 y1)] by Detectron2's evaluator, and the file it
+    writes."""
     d2_data.register_datasets(cfg)
     write_sound(cfg)
     evaluator = d2_evaluation.build_evaluator(cfg, cfg.DATASETS.TEST[0])
@@ -141,8 +143,8 @@ def evaluate(cfg, detections):
 
 
 def test_the_metric_takes_what_tools_write(tiny_coco, tmp_path):
-    """Ids from 0, no area, no iscrowd, no info, and classes in another order than in training: AP is the
-    embedded engine's, 100 for the truth."""
+    """The file has ids from 0, no area, iscrowd or info, and its classes in another order than in training.
+    AP equals that of the embedded engine, and is 100 for the ground truth."""
     write_json(deepcopy(tiny_coco), tmp_path, "train.json")
     del tiny_coco["annotations"][2]
     for number, annotation in enumerate(tiny_coco["annotations"]):
@@ -153,14 +155,18 @@ def test_the_metric_takes_what_tools_write(tiny_coco, tmp_path):
     cfg = config(tmp_path, "train.json", "val.json")
     ap, found = evaluate(cfg, [(4, 0, [1.0, 1, 5, 5]), (4, 1, [0.0, 0, 8, 6])])
     assert ap == pytest.approx(100)
-    assert [d["category_id"] for d in found] == [3, 90]  # the training set's, as the file beside it has them
+    assert [d["category_id"] for d in found] == [
+        3,
+        90,
+    ]  # the training set's categories, which the file beside it has
     assert coco_ap(load_datasets(cfg)[cfg.DATASETS.TEST[0]], found, ("bbox",))["bbox"]["AP"] == pytest.approx(
         100
     )
 
 
 def test_each_file_is_parsed_once(tiny_coco, tmp_path):
-    """By the checks, the training set and any number of evaluations, though memory is freed on the way."""
+    """The checks, the training set and all evaluations share one reading, although memory is freed in
+    between."""
     files = {str(write_json(tiny_coco, tmp_path, name)): 0 for name in ("train.json", "val.json")}
     cfg = config(tmp_path, "train.json", "val.json")
 

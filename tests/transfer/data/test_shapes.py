@@ -88,7 +88,7 @@ def test_masks_are_disjoint_and_later_shapes_are_on_top():
         assert image.shape == (96, 96, 3) and image.dtype == np.uint8
         assert masks.shape == (len(labels), 96, 96) and masks.dtype == bool and labels.dtype == np.int64
         assert masks.sum(0).max() == 1 and masks.sum((1, 2)).min() >= MIN_VISIBLE_PIXELS
-        # The last shape hides and is not hidden: a whole disc, cut by nothing but the border.
+        # The last shape hides others and is not hidden: it is a whole disc, cut only by the border.
         assert labels[-1] == classes[-1]
         rows, columns = np.nonzero(masks[-1])
         if min(rows.min(), columns.min()) > 0 and max(rows.max(), columns.max()) < 95:
@@ -185,7 +185,7 @@ def test_a_foreign_json_is_not_overwritten(tmp_path):
 
 
 def test_colors_have_one_luma_and_their_own_hue():
-    """Against the standard library's HSV and PIL's conversion to gray."""
+    """Compared with the standard library's HSV and PIL's conversion to gray."""
     colors = {name: equal_luma(hue) for name, hue in HUES.items()}
     for name, hue in HUES.items():
         assert colorsys.rgb_to_hsv(*colors[name])[0] * 360 == pytest.approx(hue, abs=1e-6)
@@ -262,7 +262,7 @@ def test_an_interrupted_write_is_redone(tmp_path, monkeypatch):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
             write_coco(tmp_path / "coco", "val", 8, 32, seed=1)
-    with pytest.raises(InputError):  # its leftovers must not mix with another set
+    with pytest.raises(InputError):  # leftovers must not mix with another set
         write_image_folder(tmp_path / "cut", 1, 32, seed=1)
     assert contents(write_image_folder(tmp_path / "cut", 2, 32, seed=1)) == contents(whole)
     assert not (tmp_path / "coco" / "val.json").exists()

@@ -1,5 +1,5 @@
-"""The embedded engine against Detectron2's own model, and what it promises: refusals, exact resume,
-category ids."""
+"""The embedded engine against Detectron2's own model, and its promises: refusals, exact resume, category
+ids."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ CATEGORIES = [3, 7, 90]  # with gaps, as COCO's
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Data set name of five 80x64 images with a bright box of each category on noise; in the last,
-    all are crowds."""
+    """Name of a data set of five 80 x 64 images, each with a bright box of each category on noise. In the
+    last image all are crowds."""
     root = tmp_path_factory.mktemp("coco")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -221,13 +221,13 @@ def test_equals_detectron2_part_by_part():
     assert count(ours.backbone.fpn) == fpn
     assert count(ours.rpn.head) == count(theirs.proposal_generator.rpn_head)
     assert count(ours.roi_heads.box_head) == count(theirs.roi_heads.box_head)
-    # The background's own outputs: one box of 4 numbers from 1024 features, one mask from 256
+    # The outputs of the background: one box of 4 numbers from 1024 features, one mask from 256
     # channels, and biases.
     assert count(ours.roi_heads.box_predictor) == count(theirs.roi_heads.box_predictor) + 4 * (1024 + 1)
     masks = count(ours.roi_heads.mask_head) + count(ours.roi_heads.mask_predictor)
     assert masks == count(theirs.roi_heads.mask_head) + 256 + 1
 
-    # The same initial spread in every layer that Detectron2 also has.
+    # Every layer that Detectron2 also has starts with the same spread.
     pairs = [
         (ours.roi_heads.box_predictor.cls_score, theirs.roi_heads.box_predictor.cls_score),
         (ours.roi_heads.box_predictor.bbox_pred, theirs.roi_heads.box_predictor.bbox_pred),
@@ -245,7 +245,7 @@ def test_equals_detectron2_part_by_part():
         assert (ours_layer.bias is None) == (theirs_layer.bias is None)
         assert ours_layer.bias is None or not ours_layer.bias.any()
 
-    # With the same weights, the same features on every level.
+    # With the same weights, the features of every level are the same.
     body = {
         detectron2_name(k): v for k, v in ours.backbone.body.state_dict().items() if "num_batches" not in k
     }
@@ -296,8 +296,7 @@ def test_coco_ap(coco):
 
 
 def forget(folder, checkpoint):
-    """Make of a finished run one that was killed after ``checkpoint``, before it had written a row
-    of metrics."""
+    """Turn a finished run into one that was killed after ``checkpoint``, before it wrote a row of metrics."""
     for path in folder.glob("*.pth"):
         if path.name > checkpoint:
             path.unlink()
@@ -345,7 +344,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     assert all(torch.equal(buffer, momenta[1][n]) for n, buffer in momenta[0].items())
 
     folder = tmp_path / "parts"
-    # what a run says of itself, also in its checkpoints
+    # the record of a run, also in its checkpoints
     about = json.loads((folder / "training.json").read_text())
     assert parts["run"] == about and about["kind"] == "finetune" and about["engine"] == "torchvision"
     assert about["settings"]["SOLVER.MAX_ITER"] == about["steps"] == 6 and about["data"]["images"] > 0
@@ -358,7 +357,9 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     }
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [5, 5] and "total_loss" in rows[0]
-    assert {"bbox/AP", "segm/APl"} <= set(rows[1])  # what results.json says, after the training's own rows
+    assert {"bbox/AP", "segm/APl"} <= set(
+        rows[1]
+    )  # the figures of results.json, after the training's own rows
     assert set(rows[0]) == {
         "iteration",
         "total_loss",
@@ -370,7 +371,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
         "lr",
     }
 
-    # A finished run is not trained again, and its model evaluates to the same numbers from either place.
+    # A finished run is not trained again, and its model gives the same numbers from either place.
     detections = (folder / "inference" / "coco_instances_results.json").read_text()
     stamp = (folder / "model_final.pth").stat().st_mtime_ns
     cfg, again = run("parts", 6, resume=True)
@@ -400,7 +401,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog, capsys):
-    """Training goes on; at the end it is one line, and --resume trains what is missing."""
+    """Training goes on and ends with an error of one line; --resume then trains what is missing."""
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "save_tensors", full_after("model_0000001.pth"))
@@ -470,7 +471,7 @@ def test_learns_two_images(coco, tmp_path):
 
 
 def write_subset(coco, folder, change):
-    """Data set name of ``coco`` whose annotations ``change`` (a function of the list) has replaced."""
+    """Name of a copy of ``coco`` whose list of annotations is replaced by ``change(list)``."""
     path, images = coco.split("::")
     with open(path) as file:
         content = json.load(file)
@@ -481,7 +482,7 @@ def write_subset(coco, folder, change):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_iterations_without_any_object_train(coco, tmp_path, masks):
-    """One image of five has objects, so that most iterations see none; precise BatchNorm sees none either."""
+    """One image of five has objects, so most iterations see none, and neither does precise BatchNorm."""
     one = write_subset(coco, tmp_path, lambda annotations: annotations[:3])
     cfg = config(
         one,
@@ -511,8 +512,8 @@ def test_iterations_without_any_object_train(coco, tmp_path, masks):
 
 
 def test_an_empty_batch_leaves_a_norm_and_its_gradient_at_zero():
-    """What the mask head's BatchNorm does with no region: no statistics, and a gradient of zeros
-    that DDP waits for."""
+    """Without any region, the mask head's BatchNorm keeps its statistics and has a gradient of zeros, for
+    which DDP waits."""
     layer = torch.nn.BatchNorm2d(4)
     before = [buffer.clone() for buffer in (layer.running_mean, layer.running_var)]
     layer(torch.zeros(0, 4, 3, 3)).sum().backward()
@@ -521,7 +522,8 @@ def test_an_empty_batch_leaves_a_norm_and_its_gradient_at_zero():
 
 
 def test_boxes_alone_train_a_faster_rcnn(coco, tmp_path):
-    """No mask head, no masks in the file, in the detections or in the results; reports read them."""
+    """There is no mask head, and no masks in the file, the detections or the results, which reports still
+    read."""
 
     def without_masks(annotations):
         return [{**annotation, "segmentation": []} for annotation in annotations[:12]]
@@ -573,7 +575,7 @@ def test_a_key_of_another_architecture_names_the_other_engine(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet101"])
 def test_other_depths_train_from_converted_weights(coco, tmp_path, name):
-    """One iteration at learning rate 0: the backbone of the result is the file's, and so is its depth."""
+    """After one iteration at learning rate 0 the model has the backbone of the file, and its depth."""
     torch.manual_seed(0)
     state = {
         n: torch.rand_like(t) if "running_var" in n else 0.1 * torch.randn_like(t)
