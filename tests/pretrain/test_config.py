@@ -1,4 +1,4 @@
-"""What no run could use is refused, in one line that names the key."""
+"""Values that no run could use are refused in one line that names the key."""
 
 import pytest
 
@@ -85,6 +85,6 @@ def test_differences_name_what_would_change_the_result():
     before, changed = differences(saved, cfg, "config.yaml")
     assert before["SOLVER.BASE_LR"] == 0.6
     assert changed == ["DATA.STD: [0.229, 0.224, 0.225] -> [0.1, 0.2, 0.3]", "SOLVER.BASE_LR: 0.6 -> 0.9"]
-    assert differences("SEED: 0", get_cfg(), "config.yaml")[1] == []  # what it lacks had its default
+    assert differences("SEED: 0", get_cfg(), "config.yaml")[1] == []  # a key that it lacks had its default
     with pytest.raises(InputError, match="config.yaml cannot be read as a configuration"):
         differences("[", cfg, "config.yaml")

@@ -114,7 +114,7 @@ def test_every_row_is_in_the_file():
 def test_each_row_of_the_paper_has_its_recipe():
     assert set(RECIPES) >= OF_PAPER
     files = [path for path in FOLDER.rglob("*") if path.suffix == ".yaml"]
-    assert len(files) == len(RECIPES)  # none in folders below, which --config-file would take as well
+    assert len(files) == len(RECIPES)  # no recipe in a folder below, which --config-file would also accept
 
 
 def header(recipe):

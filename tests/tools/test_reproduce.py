@@ -1,4 +1,4 @@
-"""tools/reproduce.py: what it plans, shares, skips and runs; its commands are ones that the tools take."""
+"""tools/reproduce.py: what it plans, shares, skips and runs, and that the tools accept its commands."""
 
 import importlib
 import json
@@ -58,8 +58,8 @@ def touch(path, text=""):
     ],
 )
 def test_plan_of_each_table(here, monkeypatch, table, steps, hours):
-    """Every training of each seed and its evaluation, once; of detection, the rows whose weights nobody
-    needs to bring."""
+    """Every training of each seed and its evaluation occur once. Of detection, the rows occur whose weights
+    need not be given."""
     plan, missing = planned(monkeypatch, table)
     assert len(missing) == len(plan.steps) == steps
     assert hours is None or sum(step.hours for step in missing) == pytest.approx(hours, rel=2e-3)
@@ -175,7 +175,7 @@ def test_weights_of_a_row(here, monkeypatch, capsys):
 def test_what_is_done_is_skipped_and_so_is_what_led_to_it(here, monkeypatch):
     arguments = ["table2", "--rows", "rsa", "--columns", "cifar10", "--seeds", 2]
     folder = here / "output/reproduce/seed0" / CIFAR.training.name
-    make_run(folder, CIFAR)  # with linear.json: the checkpoint itself is needed no more
+    make_run(folder, CIFAR)  # with linear.json the checkpoint itself is no longer needed
     _, missing = planned(monkeypatch, *arguments)
     assert [step.done.parent.parent.name for step in missing] == ["seed1", "seed1"]
     (folder / "linear.json").unlink()
@@ -210,7 +210,7 @@ def test_a_finished_fine_tuning_is_checked_as_well(here, monkeypatch):
 
 
 def test_the_run_of_the_three_commands_serves(here, monkeypatch):
-    """output/pretrain is taken where its record is that of the row, and only then."""
+    """output/pretrain is used if its record is that of the row, and only then."""
     cell = cell_of("table4", "rsa_200", "imagenet")
     make_run(here / "output/pretrain", cell)
     touch(here / "output/pretrain/model_final.pth")
@@ -256,7 +256,7 @@ def test_wrong_options_are_one_line(here, monkeypatch, options, message):
 
 
 def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
-    """A step that leaves with 75 stops it; the same command goes on, and ends in the report."""
+    """A step with exit status 75 stops it. The same command goes on, and ends in the report."""
     folder = here / "output/reproduce/seed0" / CIFAR.training.name
     ran = []
 
@@ -264,7 +264,7 @@ def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
         ran.append(command[1:])
         if len(ran) == 1:
             return subprocess.CompletedProcess(command, 75)
-        make_run(folder, CIFAR, 91.0)  # as both steps would leave it
+        make_run(folder, CIFAR, 91.0)  # as both steps would write it
         touch(folder / "model_final.pth")
         return subprocess.CompletedProcess(command, 0)
 

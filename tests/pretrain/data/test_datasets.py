@@ -1,5 +1,5 @@
-"""Every source of images, on its genuine layout on disk, against what wrote it: PIL,
-torchvision's files, datasets.
+"""Every source of images, in its real layout on disk, against what wrote it: PIL, torchvision's files,
+datasets.
 """
 
 import hashlib
@@ -182,7 +182,7 @@ def test_folder_with_train_and_val_inside(image_folder):
 
 
 def test_val_must_fit(image_folder, tmp_path):
-    """The classes that differ are named, the first of many."""
+    """The classes that differ are named, or the first of many."""
     for part, classes in (("train", "abcdefgh"), ("val", "axyzh")):
         for name in classes:
             save(tmp_path / part / name / "x.png", noise(9, 9, 3))
@@ -200,7 +200,7 @@ def test_val_must_fit(image_folder, tmp_path):
     with pytest.raises(InputError, match=f"need the same classes .*: {why}$") as error:
         find_labeled(cfg_of(tmp_path / "train", VAL=str(tmp_path / "val")), images)
     assert not isinstance(error.value, NoValidation)  # a folder that was asked for must fit
-    images = open_images(tmp_path / "val")  # pre-trained on, it is no validation set of itself
+    images = open_images(tmp_path / "val")  # a set that is trained on does not validate itself
     with pytest.raises(NoValidation, match="there are no validation images .* beside"):
         find_labeled(cfg_of(tmp_path / "val"), images)
     for name in "bcdefgh":
@@ -264,7 +264,7 @@ def test_tiny_imagenet(tmp_path):
 
 
 def write_checked(monkeypatch, kind, folder, **files):
-    """The files with their check sums in torchvision's lists: {list: [(name, bytes)]}."""
+    """Write files and put their checksums in torchvision's lists: {list: [(name, bytes)]}."""
     folder.mkdir(parents=True)
     for attribute, entries in files.items():
         for name, data in entries:
@@ -348,8 +348,8 @@ def encoded(pixels, format):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """(folder, pixels, labels): two Parquet shards of 10 training images and one of 4 for
-    validation, as on the hub; the same from save_to_disk in saved/. Image 6 is damaged.
+    """(folder, pixels, labels): as on the hub, two Parquet shards of 10 training images and one of 4 for
+    validation; in saved/ the same by save_to_disk. Image 6 is damaged.
     """
     datasets = pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("hub")
@@ -537,7 +537,7 @@ def test_knn_replaces_in_the_bank_and_where_told(with_damage, image_folder):
 
 
 class Numbered:
-    """Only the names of ``count`` images."""
+    """A source that has only the names of ``count`` images."""
 
     def __init__(self, count):
         self.count = count
@@ -564,7 +564,7 @@ def test_list_of_bad_images(tmp_path):
     other.add(np.array([7, 5]))
     one.add([5])
     assert lines(path) == ["/images/7.jpg", "/images/5.jpg"]
-    BadImages(path, Numbered(6000), 0.001).add([1, 2, 3, 4])  # six of 6000 are 0.1 %, and may be
+    BadImages(path, Numbered(6000), 0.001).add([1, 2, 3, 4])  # six of 6000 are 0.1 %, which is allowed
     assert len(lines(path)) == len(one) == 6
     with pytest.raises(
         InputError,
@@ -586,7 +586,8 @@ def test_how_many_may_be_bad(tmp_path, count, max_bad, allowed):
 
 
 def test_lists_of_older_versions(tmp_path, with_damage):
-    """Whole paths as they are; a run that goes on does not list them again."""
+    """Older lists have whole paths. They stay as they are, and a run that goes on does not list them
+    again."""
     path, images = tmp_path / "bad_images.txt", with_damage
     path.write_text("".join(f"{images.name(index)}\n" for index in (7, 2)))
     bad_images = BadImages(path, images, 0.001)
@@ -627,7 +628,7 @@ def test_a_disk_that_takes_no_list_does_not_stop_the_run(tmp_path, capsys):
 
 
 def test_an_image_that_is_known_to_be_bad_is_not_decoded_again(with_damage, monkeypatch):
-    """And the same one stands in for it, whether it is known or not."""
+    """The same image stands in for it, whether it is known to be bad or not."""
     reads = []
     read = ImageFolder.read
     monkeypatch.setattr(

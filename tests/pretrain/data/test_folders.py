@@ -1,5 +1,5 @@
-"""Image folders as people have them: odd names, links, what systems leave behind, and parts
-that are for tests.
+"""Image folders as people have them: odd names, links, files that systems leave behind, and parts that are
+for tests.
 """
 
 import json
@@ -29,7 +29,7 @@ LATIN1 = os.fsdecode(b"caf\xe9")  # as an old archive unpacks it
 
 
 def draw(root, *names):
-    """Small images of these names below ``root``, each of its own color: {name: color}."""
+    """Write small images with these names below ``root``, each in its own color: {name: color}."""
     colors = {}
     for i, name in enumerate(names):
         path, colors[name] = Path(root, name), 10 * i
@@ -46,7 +46,8 @@ def names(images):
 
 @pytest.fixture(autouse=True)
 def say_again():
-    """Each line is said once in a process; pytest uses a folder again for another test."""
+    """Forget which lines were said: each is said once in a process, but pytest reuses folders for other
+    tests."""
     say.cache_clear()
 
 
@@ -93,7 +94,7 @@ def test_every_name_is_read_and_printed_and_listed_once(tmp_path, name):
 
 
 def test_a_run_on_odd_names(tmp_path, capsys):
-    """Also of the folder itself; what is printed can be shown by any terminal."""
+    """The folder has an odd name, too. Any terminal can show what is printed."""
     root = tmp_path / f"{LATIN1}\n" / "train"
     draw(root, *(f"{folder}/{i}.png" for folder in (LATIN1, "b") for i in range(8)))
     draw(root.parent / "val", *(f"{folder}/{i}.png" for folder in (LATIN1, "b") for i in range(2)))
@@ -167,7 +168,7 @@ def test_links_that_lead_nowhere_and_what_is_no_file(tmp_path, capsys, monkeypat
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    """Its images would be lost in silence."""
+    """Otherwise its images would be lost without a word."""
     draw(tmp_path, "a/0.png", "b/0.png")
     scandir = os.scandir
 

@@ -101,7 +101,7 @@ def png_rgb16(pixels):
 
 @pytest.fixture(params=["torchcodec", "torchvision", "Pillow"])
 def decoder(request, monkeypatch):
-    """Each of the decoders that are installed, in turn."""
+    """Each installed decoder in turn."""
     loaders = {
         "torchcodec": images.by_torchcodec,
         "torchvision": images.by_torchvision,
@@ -152,7 +152,7 @@ def test_every_decoder_gives_the_pixels_of_pillow(decoder, mode, kind, options):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_images_are_upright(decoder, kind):
-    """All eight orientations of EXIF, and values that are none, in both byte orders."""
+    """All eight orientations of EXIF, and invalid values, in both byte orders."""
     for endian in "<>":
         for orientation in range(10):
             exif = Image.Exif()
@@ -215,7 +215,7 @@ def test_12_bits_in_16_are_256_gray_levels_by_the_range_that_is_given(decoder):
 
 
 def test_bits_that_the_format_states():
-    """12 bits packed in a TIFF, and the greatest value of a PGM."""
+    """12 bits packed in a TIFF, and the largest value that a PGM states."""
     gray = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     pairs = gray.reshape(-1, 2).astype(int)
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
@@ -286,7 +286,8 @@ def test_a_tiff_that_pillow_does_not_read():
 
 
 def test_large_images():
-    """A TIFF of 202 megapixels, above Pillow's own limit, is decoded; one above ours says so."""
+    """A TIFF of 202 megapixels, above Pillow's own limit, is decoded; one above our limit is refused in
+    words."""
     image = Image.new("1", (15000, 13500))
     image.putpixel((7, 5), 1)
     result = decode(encoded(image, "TIFF", compression="group4"), "x")
@@ -325,7 +326,7 @@ def test_where_a_jpeg_ends():
 
 
 def test_truncated_images_leave_no_memory_behind(tmp_path):
-    """50 times each takes less than 150 MB; torchvision 0.25 kept every image, 12 MB each."""
+    """Reading each 50 times takes less than 150 MB. torchvision 0.25 kept every image, of 12 MB each."""
     image = photograph(2000, 2000)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(image, kind, **({"compress_level": 1} if kind == "PNG" else {}))
@@ -371,7 +372,7 @@ def test_out_of_memory_is_not_a_damaged_image(monkeypatch):
         decode(encoded(COLORS, "BMP"), "x")
 
 
-# ---- what is looked at before a training ----
+# ---- what is checked before training ----
 
 
 def folder_of(path, **files):
@@ -429,7 +430,7 @@ def test_color_of_which_only_the_upper_bits_can_be_read(tmp_path):
 
 
 def test_a_training_looks_before_it_starts(tmp_path):
-    """And gives its range to the validation images, too."""
+    """It uses its range for the validation images, too."""
     for split in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)

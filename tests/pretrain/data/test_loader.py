@@ -1,4 +1,4 @@
-"""The global batch of a step is a pure function of (seed, step), whoever loads it."""
+"""The global batch of a step is a pure function of (seed, step), whichever processes load it."""
 
 import pytest
 import torch

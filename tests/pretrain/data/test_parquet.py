@@ -1,6 +1,6 @@
-"""Parquet files as others write them: pandas, pyarrow and the Hugging Face hub.
+"""Parquet files as pandas, pyarrow and the Hugging Face hub write them.
 
-Those of its own library: test_datasets.py.
+Files that the datasets library writes are in test_datasets.py.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Drawn data sets: read by the readers of the real ones, with the labels that their files hold."""
+"""Drawn data sets are read by the readers of the real ones, with the labels that their files hold."""
 
 import pickle
 
@@ -47,7 +47,7 @@ def test_read_as_the_real_one(tmp_path, kind):
 
 
 def test_pixels_of_a_label_are_alike(tmp_path):
-    """So that order and planes of the formats are right: one color, and noise of 40 at most."""
+    """This shows that the formats' order and planes are right: one color, and noise of at most 40."""
     for kind in ("cifar10", "stl10"):
         images = open_images(draw(kind, tmp_path / kind, 40), "train")
         for label in set(images.labels.tolist()):

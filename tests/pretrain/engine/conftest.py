@@ -9,7 +9,7 @@ from rsa_detectron2.pretrain.engine import trainer as train_loop
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """``stop_after(n)``: SIGTERM arrives during the n-th step; returns a list that grows with the steps."""
+    """``stop_after(n)`` sends SIGTERM during the n-th step, and returns a list that grows with the steps."""
 
     def install(n):
         step, steps = train_loop.train_step, []

@@ -1,4 +1,4 @@
-"""Files that a disk or a user has spoiled: found out, and never mistaken for a run's state."""
+"""Files that a disk or a user has damaged are detected, and never mistaken for a run's state."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ STATE = {"format": "rsa-pretraining", "step": 1, "model": {"a": torch.arange(400
 
 
 def test_any_changed_byte_is_found_or_harmless(tmp_path):
-    """300 files with one byte changed: each is refused, or reads as it was saved (the byte was padding)."""
+    """Of 300 files with one changed byte, each is refused or reads as it was saved (the byte was padding)."""
     files.save_tensors(tmp_path / LAST, STATE)
     whole = (tmp_path / LAST).read_bytes()
     rng = np.random.default_rng(0)
@@ -139,8 +139,8 @@ def test_spoiled_config_is_named(image_folder, tmp_path, run):
 
 
 def test_full_disk_is_survived(image_folder, tmp_path, uninterrupted, monkeypatch, capsys):
-    """From step 4 to 7 no file may grow beyond 100 kB: the checkpoint of step 6 fails, that of step
-    9 is written."""
+    """From step 4 to 7 no file may grow beyond 100 kB, so the checkpoint of step 6 fails. That of step 9 is
+    written."""
     step, steps = train_loop.train_step, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -1,4 +1,4 @@
-"""Several processes (gloo, on the CPU): however they are started, they learn one model."""
+"""Several processes (gloo, on the CPU) learn one model, however they are started."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from rsa_detectron2.pretrain.engine import launch
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
-EPOCHS = 10  # of three steps: long enough to be signaled on the way
+EPOCHS = 10  # of three steps: long enough to receive a signal before the end
 TOOL = str(ROOT / "tools" / "pretrain.py")
 
 
@@ -30,19 +30,19 @@ def arguments(image_folder, folder, *more):
 
 @pytest.fixture(scope="module")
 def two_processes(image_folder, tmp_path_factory):
-    """Final file of a run in two processes that this one started."""
+    """The final file of a run in two processes that this process started."""
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("two"), "SOLVER.EPOCHS", EPOCHS, "KNN.PERIOD", 1)
     return launch.launch(train_loop.train, cfg, processes=2)
 
 
 def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_processes):
-    """Parameters of online network, predictor and target after the last step, to 1e-5 of each
+    """The parameters of online network, predictor and target agree after the last step, to 1e-5 of each
     tensor's largest."""
     cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", EPOCHS, "SOLVER.MICRO_BATCH", 4)
     one, two = final_weights(train_loop.train(cfg)), final_weights(two_processes)
     checked = 0
     for name, tensor in one.items():
-        if "running_" not in name and "num_batches" not in name:  # those are rank 0's own
+        if "running_" not in name and "num_batches" not in name:  # those are only rank 0's
             assert (tensor - two[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
             checked += 1
     assert checked > 60
@@ -51,7 +51,7 @@ def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_p
         for final in (two_processes, str(tmp_path / "run" / "model_final.pth"))
     ]
     losses = [[row["loss"] for row in part if "loss" in row] for part in rows]
-    # both are the global batch's mean
+    # both are means over the global batch
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3 * EPOCHS
 
 
@@ -73,7 +73,7 @@ def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
 
 @pytest.fixture
 def one_of_one(monkeypatch):
-    """As if a launcher had started this process, and the group were there."""
+    """The state of a process that a launcher has started and whose process group exists."""
     environment = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -104,8 +104,7 @@ def test_a_kind_of_input_error_is_handed_on_as_one(one_of_one):
 
 
 def test_model_goes_before_the_group(one_of_one, monkeypatch):
-    """The other way round is a deadlock, once in a while: of the group's threads with the thread
-    that ends them."""
+    """The other way round, the group's threads sometimes deadlock with the thread that ends them."""
     gone = []
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: gone.append("group"))
 
@@ -120,8 +119,8 @@ def test_model_goes_before_the_group(one_of_one, monkeypatch):
 
 
 def fail_in(rank):
-    """A train(cfg) that fails in one process; the other has come to the end of a step."""
-    torch.distributed.destroy_process_group = os.abort  # on NCCL it may wait for the peer, for ever
+    """A train(cfg) that fails in one process while the other is at the end of a step."""
+    torch.distributed.destroy_process_group = os.abort  # on NCCL it may wait for its peer forever
     if distributed.rank() == rank:
         raise InputError("one image cannot be decoded")
     distributed.any_rank(False)
@@ -129,7 +128,7 @@ def fail_in(rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_of_one_process_is_the_one_that_is_told(rank):
-    """Not that of its peer, which loses the connection."""
+    """The error of its peer, which loses the connection, is not reported."""
     with pytest.raises(InputError, match="^one image cannot be decoded$"):
         launch.launch(fail_in, rank, processes=2)
 
@@ -165,7 +164,7 @@ def test_launcher_leaves_nohups_signal_ignored(monkeypatch, ignored):
 
 
 def test_cores_of_a_process(monkeypatch):
-    """srun may have bound a task to its share of the machine; torchrun has not."""
+    """srun may have bound a task to some cores of the machine; torchrun does not."""
     for name in ("SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
@@ -213,7 +212,7 @@ def slurm(rank):
 
 
 def test_tasks_of_srun_need_no_launcher(image_folder, tmp_path, two_processes):
-    """The tool with the variables that srun sets; a warning before the time limit on the way."""
+    """The tool runs with the variables that srun sets, and gets a warning before the time limit."""
 
     def both():
         return [
@@ -235,7 +234,7 @@ def test_tasks_of_srun_need_no_launcher(image_folder, tmp_path, two_processes):
     assert sum("saved; the same command goes on" in task.stderr for task in done) == 1
     done = [task.finish() for task in both()]
     assert [task.returncode for task in done] == [0, 0], done
-    assert "goes on after step" in done[0].stdout and "recipe" not in done[1].stdout  # gloo greets on each
+    assert "goes on after step" in done[0].stdout and "recipe" not in done[1].stdout  # gloo greets in each
     assert_same(final_weights(tmp_path / "run" / "model_final.pth"), final_weights(two_processes))
 
 
@@ -264,7 +263,7 @@ def test_slurm_in_torchruns_words(nodes, per_node, first, local):
 
 
 def test_slurm_batch_script_is_one_process():
-    """SLURM_NTASKS and SLURM_PROCID are set there as well, but nobody started the other tasks."""
+    """SLURM_NTASKS and SLURM_PROCID are set there, too, but nothing has started the other tasks."""
     environment = {"SLURM_NTASKS": "32", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
     launch.adopt_slurm(environment)
     assert "RANK" not in environment

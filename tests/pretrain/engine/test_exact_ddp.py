@@ -1,4 +1,5 @@
-"""From three processes on, sums depend on their order: stopped against uninterrupted runs, to the bit."""
+"""With three or more processes sums depend on their order. Stopped and uninterrupted runs still agree to the
+bit."""
 
 import os
 import shutil
@@ -55,7 +56,7 @@ def start(cfg, ranks):
 
 
 def finish(group):
-    """Wait for the end of all; their exit codes."""
+    """Wait for the end of all processes; return their exit codes."""
     for process in group:
         process.join(300)
         if process.is_alive():
@@ -73,7 +74,7 @@ def state(cfg, name):
 
 @pytest.fixture(scope="module", params=[3, 4])
 def uninterrupted(image_folder, tmp_path_factory, request):
-    """(processes, configuration) of a run; a process's share, 8 or 6 images, goes through in two parts."""
+    """(processes, configuration) of a run. Each process handles its 8 or 6 images in two micro-batches."""
     micro_batch = 24 // request.param // 2
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *RECIPE, "SOLVER.MICRO_BATCH", micro_batch)
     assert finish(start(cfg, request.param)) == {0}
@@ -84,7 +85,7 @@ def uninterrupted(image_folder, tmp_path_factory, request):
     "number, code", [(signal.SIGTERM, train_loop.REQUEUE), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_several_processes_go_on_bit_for_bit(image_folder, tmp_path, uninterrupted, number, code):
-    """Stopped as soon as the first checkpoint is there; then resumed, and stopped once more."""
+    """The run is stopped as soon as the first checkpoint exists, resumed, and stopped once more."""
     ranks, whole = uninterrupted
     cfg = tiny_cfg(image_folder, tmp_path, *RECIPE, "SOLVER.MICRO_BATCH", whole.SOLVER.MICRO_BATCH)
     last = Path(cfg.OUTPUT_DIR, checkpoint.LAST)
@@ -104,7 +105,7 @@ def test_several_processes_go_on_bit_for_bit(image_folder, tmp_path, uninterrupt
 
 
 def test_another_number_of_processes_is_said(image_folder, tmp_path, uninterrupted, capfd):
-    """BatchNorm sees as many images as before, but a sum over other parts rounds otherwise."""
+    """BatchNorm sees as many images as before, but a sum over other parts is rounded differently."""
     ranks, whole = uninterrupted
     shutil.copytree(whole.OUTPUT_DIR, tmp_path / "run")
     (tmp_path / "run" / checkpoint.FINAL).unlink()

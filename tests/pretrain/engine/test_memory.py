@@ -1,4 +1,4 @@
-"""The global batch in parts: which sizes are taken, which refused, and what does not depend on them."""
+"""The global batch in micro-batches: which sizes are chosen or refused, and what does not depend on them."""
 
 import pytest
 import torch
@@ -37,8 +37,7 @@ def test_given_size_must_divide():
 
 
 def test_activations_of_a_known_network():
-    """Float32 convolutions save their inputs, BatchNorm and ReLU theirs: all images' worth grows
-    with the batch alone."""
+    """Float32 convolutions, BatchNorm and ReLU save their inputs, whose size grows only with the batch."""
     networks = Networks(build_backbone("resnet18"), 64, 16, rsa)
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
     small, large = (memory.activations(networks, size, None) for size in (64, 128))
@@ -53,14 +52,15 @@ def test_activations_of_a_known_network():
 
 @pytest.fixture
 def order(monkeypatch):
-    """The (epoch, index) that are read, in order."""
+    """The pairs (epoch, index) that are read, in order."""
     read, get = [], MultiStageViews.__getitem__
     monkeypatch.setattr(MultiStageViews, "__getitem__", lambda self, key: read.append(key) or get(self, key))
     return read
 
 
 def test_other_accumulation_sees_the_same_samples(image_folder, tmp_path, order, stop_after, capsys):
-    """Stopped after four steps without accumulation, then resumed with two micro-batches a step."""
+    """The run is stopped after four steps without accumulation, then resumed with two micro-batches per
+    step."""
     train_loop.train(tiny_cfg(image_folder, tmp_path / "whole"))
     whole = order.copy()
     order.clear()

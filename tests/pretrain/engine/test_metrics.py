@@ -1,4 +1,4 @@
-"""What stops a run, and what it leaves behind then."""
+"""What stops a run, and which files it leaves."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_collapse_must_last():
 
 
 def test_collapsed_run_stops_and_keeps_the_checkpoint_before(image_folder, tmp_path):
-    """A threshold that these features fall below after the first epoch stands for collapse."""
+    """The threshold is one that these features fall below after the first epoch, as collapsed ones would."""
     calm = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", 6, "CHECKPOINT.KEEP_PERIOD", 0)
     train_loop.train(calm)
     rows = [json.loads(line) for line in Path(calm.OUTPUT_DIR, "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def test_collapsed_run_stops_and_keeps_the_checkpoint_before(image_folder, tmp_p
 
 
 def test_diverged_run_stops_with_one_line(image_folder, tmp_path):
-    """The weights of step 3 are not finite: they are not saved."""
+    """The weights of step 3 are not finite, so they are not saved."""
     with pytest.raises(InputError, match="not finite at step 3: lower SOLVER.BASE_LR"):
         train_loop.train(tiny_cfg(image_folder, tmp_path, "SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_EPOCHS", 0))
     assert not list((tmp_path / "run").glob("*.pth"))
@@ -139,8 +139,8 @@ def test_metrics_hold_every_figure(image_folder, tmp_path):
 
 
 def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, monkeypatch):
-    """In three epochs with kNN after each. Unless not one may be bad; a run that goes on then stops
-    at its start."""
+    """The run has three epochs, with kNN after each. If no image may be bad, a run that goes on stops at its
+    start."""
     copy = shutil.copytree(image_folder, tmp_path / "train")
     broken = sorted(copy.glob("*/*.png"))[0]
     broken.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or moved, against one that was not: the same bits at the end."""
+"""A run that was stopped, killed or moved ends with the same bits as one that was not."""
 
 import json
 import shutil
@@ -50,13 +50,13 @@ def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, stop_after, uni
 
 
 def test_evaluating_on_the_way_changes_nothing(image_folder, tmp_path, uninterrupted):
-    """kNN after every epoch: BatchNorm's running statistics must not see the evaluation."""
+    """With kNN after every epoch, BatchNorm's running statistics must not see the evaluation."""
     final = train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
     assert_same(final_weights(final), final_weights(uninterrupted))
 
 
 def test_signal_while_a_checkpoint_is_read(image_folder, tmp_path, uninterrupted, stop_after, monkeypatch):
-    """It is not taken for damage."""
+    """The signal is not mistaken for a damaged file."""
     stop_after(4)
     with pytest.raises(Interrupted):
         train_loop.train(tiny(image_folder, tmp_path))
@@ -70,8 +70,8 @@ def test_signal_while_a_checkpoint_is_read(image_folder, tmp_path, uninterrupted
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, monkeypatch, number):
-    """While the data set is opened, or the first kNN runs: nothing is lost, and a scheduler is told
-    to come again."""
+    """The signal comes while the data set is opened or the first kNN runs: nothing is lost, and the exit
+    status tells a scheduler to requeue."""
     evaluate = train_loop.evaluate_knn
     monkeypatch.setattr(train_loop, "evaluate_knn", lambda *_, **__: signal.raise_signal(number))
     handler = signal.getsignal(number)
@@ -83,7 +83,7 @@ def test_signal_before_the_first_step(image_folder, tmp_path, uninterrupted, mon
 
 
 def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted, monkeypatch):
-    """Which may take longer than a launcher waits before it kills."""
+    """kNN may take longer than a launcher waits before it kills."""
     with monkeypatch.context() as patch:
         calls = iter([50.0])  # before the first step
         patch.setattr(train_loop, "evaluate_knn", lambda *_, **__: next(calls))
@@ -101,7 +101,7 @@ def test_an_epoch_is_saved_before_its_knn(image_folder, tmp_path, uninterrupted,
 
 @pytest.fixture
 def stopped(image_folder, tmp_path, stop_after):
-    """Copies of the image folder and its val/. A run on it in ``tmp_path`` has made four steps of nine."""
+    """A copy of the image folder and its val/. A run on it in ``tmp_path`` has made four of nine steps."""
     data = tmp_path / "data"
     shutil.copytree(image_folder.parent, data)
     stop_after(4)
@@ -114,7 +114,7 @@ def stopped(image_folder, tmp_path, stop_after):
     "spelling", ["{0}/train/", "{0}", "{0}/../data/train", "data/train", "moved", "copied"]
 )
 def test_the_same_images_under_another_path_go_on(tmp_path, stopped, spelling, uninterrupted, monkeypatch):
-    """Known by what is in them; with a finished run it is the same."""
+    """They are known by their content, also by a finished run."""
     monkeypatch.chdir(tmp_path)
     path = spelling.format(stopped)
     if spelling == "moved":
@@ -174,7 +174,7 @@ def test_a_finished_run_is_not_that_of_other_images(image_folder, uninterrupted,
 
 
 def test_checkpoint_without_a_data_set_goes_on(tmp_path, stopped, uninterrupted):
-    """It is an older version's, which knew the images by their path and their number."""
+    """It is that of an older version, which knew the images by their path and their number."""
     last = tmp_path / "run" / LAST
     saved = torch.load(last, weights_only=True)
     del saved["data"]
@@ -186,7 +186,7 @@ def test_checkpoint_without_a_data_set_goes_on(tmp_path, stopped, uninterrupted)
 
 
 def test_removing_a_listed_image_changes_nothing(image_folder, tmp_path, stop_after, capsys):
-    """As the message on it advises. Its place is kept, and the next image stands in for it as before."""
+    """The message on it advises this. Its place is kept, and the next image stands in for it as before."""
     data = shutil.copytree(image_folder, tmp_path / "data")
     (data / "a" / "03.jpg").write_bytes(b"damaged")
     whole = train_loop.train(tiny(data, tmp_path / "whole"))
@@ -211,15 +211,15 @@ def test_removing_images_beyond_the_limit_is_advice_that_works(tmp_path, stopped
 
 
 def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
-    """Of several machines, one may hold an incomplete copy."""
+    """One of several machines may hold an incomplete copy."""
     monkeypatch.setattr(distributed, "from_first", lambda mine: (24, "another digest"))
     with pytest.raises(InputError, match="train has 24 images on .*, other than the 24 that the first"):
         identity.check_same_everywhere(open_images(image_folder))
 
 
 def test_validation_folder_that_does_not_fit_is_left_alone(image_folder, tmp_path):
-    """Unlabeled images beside each other: a run without kNN, not an error; but an explicit
-    DATA.VAL is one."""
+    """With unlabeled images beside each other a run goes without kNN; only an explicit DATA.VAL is an
+    error."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         for i, path in enumerate(sorted(image_folder.glob("*/*"))):
@@ -237,7 +237,7 @@ def test_finished_run_is_left_alone(image_folder, uninterrupted, capsys):
 
 
 def test_killed_before_the_final_file(image_folder, uninterrupted, tmp_path):
-    """The last checkpoint is there, model_final.pth is not: the same command only writes that."""
+    """The last checkpoint exists but not model_final.pth: the same command only writes that."""
     folder = shutil.copytree(Path(uninterrupted).parent, tmp_path / "run")
     (folder / FINAL).unlink()
     assert_same(final_weights(train_loop.train(tiny(image_folder, tmp_path))), final_weights(uninterrupted))
@@ -262,7 +262,7 @@ def test_kept_checkpoints(uninterrupted):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_bit_for_bit(image_folder, tmp_path, stop_after, method):
-    """MoCo's queue of 40 keys wraps round in three steps."""
+    """MoCo's queue of 40 keys wraps around within three steps."""
     options = ("METHOD", method, "MODEL.QUEUE", 40, "SOLVER.MICRO_BATCH", 4)
     whole = train_loop.train(tiny(image_folder, tmp_path / "whole", *options))
     stop_after(4)

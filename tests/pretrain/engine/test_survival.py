@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any moment, against one that was not: the same bits at the end."""
+"""A run that is killed again and again at any moment ends with the same bits as one that was not."""
 
 import os
 import re
@@ -20,7 +20,7 @@ LONG = ("SOLVER.EPOCHS", STEPS // 3, "CHECKPOINT.KEEP_PERIOD", 0)
 
 
 def run(cfg):
-    """A run as tools/pretrain.py makes it, in a process of its own."""
+    """Start a run as tools/pretrain.py does, in its own process."""
     try:
         train_loop.train(cfg)
     except Interrupted:
@@ -34,7 +34,7 @@ def start(cfg):
 
 
 def last_step(cfg):
-    """The last one in the run's metrics, 0 without; a line may be half written."""
+    """The last step in the run's metrics, or 0; a line may be half written."""
     metrics = Path(cfg.OUTPUT_DIR, "metrics.jsonl")
     return (
         max(map(int, re.findall(r'"step": (\d+)', metrics.read_text())), default=0)
@@ -44,16 +44,16 @@ def last_step(cfg):
 
 
 def wait_for_step(cfg, process, step=1):
-    """Until the run has made it, or has ended."""
+    """Wait until the run has made the step or has ended."""
     while process.is_alive() and last_step(cfg) < step:
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory):
-    """Its final weights, and the seconds before its first step."""
+    """The final weights of an uninterrupted run, and the seconds before its first step."""
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *LONG)
-    server = processes.Process(target=int)  # the first start is that of the server too
+    server = processes.Process(target=int)  # the first start includes that of the server
     server.start()
     server.join()
     since = time.perf_counter()
@@ -69,9 +69,8 @@ def uninterrupted(image_folder, tmp_path_factory):
     "number, kills, code", [(signal.SIGKILL, 20, None), (signal.SIGTERM, 6, train_loop.REQUEUE)]
 )
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
-    """Some while they start, at a random time; the others when they are a random number of steps
-    further, and then in whatever they do: stepping or writing. Each start takes another number of
-    workers."""
+    """Some runs are killed at a random time of their start, the others after a random number of further
+    steps, whether they are in a step or writing a file. Each start uses another number of workers."""
     weights, seconds = uninterrupted
     rng = np.random.default_rng(0)
     codes, reached = [], set()
@@ -91,9 +90,9 @@ def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number,
         codes.append(process.exitcode)
         reached.add(checkpoint.load(path)["step"] if (path := checkpoint.newest(tmp_path / "run")) else 0)
     assert 0 not in codes
-    if number == signal.SIGTERM:  # before the loop has begun, it simply ends the process
+    if number == signal.SIGTERM:  # before the loop begins, the signal simply ends the process
         assert set(codes) <= {code, -signal.SIGTERM} and code in codes
-    assert len(reached) > kills // 4  # the kills fell into the run, not all into its start
+    assert len(reached) > kills // 4  # not all kills fell into the start of the run
     process = start(tiny_cfg(image_folder, tmp_path, *LONG))
     process.join()
     assert process.exitcode == 0
@@ -105,7 +104,7 @@ def command(image_folder, folder, *more):
 
 
 def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupted, tool):
-    """SIGKILL as soon as the first epoch's checkpoint is there, then the same command."""
+    """SIGKILL comes as soon as the first epoch's checkpoint exists; then the same command runs again."""
     folder = tmp_path / "run"
     first = Program(tmp_path, *command(image_folder, folder))
     first.wait_for(folder / checkpoint.LAST)
@@ -118,7 +117,8 @@ def test_killed_command_goes_on_bit_for_bit(image_folder, tmp_path, uninterrupte
 
 
 def test_signal_to_the_whole_group_saves(image_folder, tmp_path, uninterrupted):
-    """A scheduler's SIGTERM reaches the loader's workers too; the command still saves, and says 75."""
+    """A scheduler's SIGTERM also reaches the loader's workers. The command still saves, and its status is
+    75."""
     first = Program(tmp_path, *command(image_folder, tmp_path / "run", "DATA.NUM_WORKERS", 1))
     first.wait_for(tmp_path / "run" / "metrics.jsonl", '"loss"')
     os.killpg(first.process.pid, signal.SIGTERM)
@@ -139,7 +139,8 @@ def run_signaled_while_it_saves(cfg):
 
 
 def test_signals_while_it_saves(image_folder, tmp_path):
-    """The first asks it to stop, at the end of the first epoch; the second comes as it saves for that."""
+    """The first signal stops the run at the end of the first epoch; the second comes while it saves for
+    that."""
     process = processes.Process(
         target=run_signaled_while_it_saves, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
     )
@@ -184,8 +185,8 @@ def run_signaled_in_a_finalizer(cfg):
 
 
 def test_signal_whose_exception_python_drops(image_folder, tmp_path):
-    """As it starts, amid a finalizer (a fork's callbacks do the same): the run leaves after its
-    first step instead."""
+    """The signal comes during a finalizer while the run starts (a fork's callbacks drop exceptions, too): the
+    run then stops after its first step."""
     process = processes.Process(
         target=run_signaled_in_a_finalizer, args=(tiny_cfg(image_folder, tmp_path, *LONG),)
     )

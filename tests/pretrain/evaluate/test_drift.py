@@ -1,5 +1,5 @@
-"""How far aggressive views drift: against torchvision's functional and sums by hand, on a
-backbone that sees color.
+"""How far aggressive views drift, against torchvision's functional and sums by hand, on a backbone that sees
+color.
 """
 
 import csv
@@ -81,7 +81,7 @@ def test_pairs_are_those_of_the_training_ranked_by_cosine(images, features):
 
 
 def test_an_operation_alone_is_torchvisions(images):
-    """To one level of 255 in any pixel; the blur with this project's radius of 6."""
+    """Pixels agree to one level of 255; the blur has this project's radius of 6."""
     weak = torch.stack([MultiStageViews(images, SIZE, 0)[0, i]["views"][0] for i in range(13)])[:, None]
     params = torch.stack([drift.draw_strengths(np.random.default_rng(i)) for i in range(13)])[:, None]
     one = {
@@ -100,8 +100,8 @@ def test_an_operation_alone_is_torchvisions(images):
 
 
 def test_drift_of_each_operation(images, features):
-    """Mean colors: on plain colors a blur moves nothing and a brighter image keeps its
-    direction, gray loses it.
+    """The features are mean colors: on plain colors a blur moves nothing, a brighter image keeps its
+    direction, and gray loses it.
     """
     drifts = drift.measure_operations(features, images, seed=0, limit=100)
     assert set(drifts) == {*drift.OPERATIONS, "as drawn", "another crop", "another image"}
@@ -121,9 +121,7 @@ def test_drift_of_each_operation(images, features):
 
 
 def test_table_of_pairs_says_how_each_was_drawn(images, features, tmp_path):
-    """Every row leads back to its pair: the same views, made by torchvision from the row alone,
-    give its cosine.
-    """
+    """Each row is enough to rebuild its pair: the views that torchvision makes from it give its cosine."""
     pairs = drift.measure_pairs(features, images, seed=1, limit=100)
     drift.write_pairs(tmp_path / "pairs.csv", pairs, images, seed=1)
     rows = list(csv.DictReader(open(tmp_path / "pairs.csv")))
@@ -158,7 +156,7 @@ def test_table_of_operations_against_numpy(images, features, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Pictures that were drawn, in order."""
+    """The pictures that were drawn, in order."""
     pictures = []
     original = Axes.imshow
 

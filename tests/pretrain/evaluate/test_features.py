@@ -1,5 +1,5 @@
-"""kNN and linear evaluation on features whose answer is known, and what is kept of them beside
-a checkpoint.
+"""kNN and linear evaluation on features whose answer is known, and the features that are kept beside a
+checkpoint.
 """
 
 import json
@@ -28,7 +28,7 @@ from rsa_detectron2.pretrain.evaluate.linear import (
 
 
 def test_knn_equals_a_loop():
-    """Weighted votes of the k nearest, one query at a time in numpy."""
+    """numpy sums the weighted votes of the k nearest, one query at a time."""
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(size=(60, 8)), rng.normal(size=(25, 8))
     bank_labels, labels = rng.integers(0, 4, 60), rng.integers(0, 4, 25)
@@ -75,7 +75,7 @@ def test_knn_equals_scikit_learns(k, temperature):
         .fit(bank, bank_labels)
         .score(queries, labels)
     )
-    assert 0.3 < reference < 0.95  # else they would agree on too little
+    assert 0.3 < reference < 0.95  # otherwise agreement would prove little
     found = knn_top1(*map(torch.from_numpy, (bank, bank_labels, queries, labels)), k, temperature)
     assert found == pytest.approx(100 * reference, abs=0.01)
 
@@ -130,11 +130,9 @@ def test_linear_separates_what_is_separable(name, tmp_path):
 
 
 def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
-    """Written out: the backbone in train mode on each batch, with its weights untouched; after
-    each epoch it judges the validation images in eval mode, with the running statistics of
-    then.
-
-    The features' own backbone does not change.
+    """The loop, written out: the backbone runs each batch in train mode, with its weights untouched. After
+    each epoch it classifies the validation images in eval mode, with its running statistics at that time. The
+    features' own backbone does not change.
     """
     train, val, protocol = (
         Images(48, tmp_path, shuffle=1),
@@ -183,7 +181,7 @@ def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_on_features(name):
-    """All of the validation set is right where a hyperplane parts the classes; with shuffled
+    """If a hyperplane separates the classes, every validation image is classified correctly. With shuffled
     labels a tenth is, within four standard deviations of 2000 draws.
     """
     rng = np.random.default_rng(0)
@@ -207,7 +205,7 @@ def test_linear_on_features(name):
     ],
 )
 def test_rates_of_the_protocols(name, rates, monkeypatch):
-    """What SGD was told in each epoch, counted from 0, and everything else that it was told."""
+    """The learning rate that SGD got in each epoch, counted from 0, and all its other arguments."""
     told = []
     step = torch.optim.SGD.step
 
@@ -259,10 +257,10 @@ def test_center_crops_are_torchvisions(height, width, resize, size):
 
 @pytest.mark.parametrize("height, width", [(40, 700), (701, 40), (10, 3001), (3, 1000), (300, 4000)])
 def test_center_crops_of_long_images(height, width, monkeypatch):
-    """The same, but for the rounding of the long side, of half a pixel of the output; and
-    nothing large on the way.
+    """The crops are the same, except that the long side is rounded, by up to half a pixel of the output; no
+    large image is made on the way.
     """
-    # Smooth, so that half a pixel is less than two gray levels, but for what it is made of itself.
+    # Smooth, so that half a pixel is less than two gray levels, apart from what the crop itself makes.
     rng = np.random.default_rng(0)
     waves = sum(
         np.sin(2 * np.pi * (np.arange(max(height, width)) / min(height, width) * f + rng.random()))
@@ -299,7 +297,7 @@ def test_center_crop_of_one_line_of_pixels():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Images that were read, by the transform that read them."""
+    """Counts the images that were read, by the transform that read them."""
     reads = {"center": 0, "random": 0}
     for name, kind in (("center", CenterCrops), ("random", RandomCrops)):
 
@@ -334,7 +332,7 @@ def test_features_of_something_else_are_not_used(tmp_path, counted):
     assert reads(images, EVAL_RESIZE=10) == 20 and reads(images, MEAN=(0.1, 0.2, 0.3)) == 20
     assert reads(Images(20, tmp_path / "elsewhere")) == 20 and reads(Images(20, tmp_path, shuffle=1)) == 20
     assert reads(images) == 0 and len(list((tmp_path / "a.pth.features").iterdir())) == 5
-    assert reads(images, "1" * 64) == 20  # another checkpoint under the same name: what was kept is gone
+    assert reads(images, "1" * 64) == 20  # another checkpoint under the same name: the kept features are gone
     assert len(list((tmp_path / "a.pth.features").iterdir())) == 1
 
 
@@ -418,7 +416,7 @@ def test_linear_evaluation_goes_on_bit_for_bit(name, train_bn, tmp_path, counted
 
 
 def test_tool_takes_another_projects_checkpoint(tool, image_folder, resnet50_checkpoint, tmp_path):
-    """The same ResNet-50 in this project's layout and in that of the authors' code: the same kNN top-1."""
+    """The same ResNet-50 has the same kNN top-1 in this project's layout and in that of the authors' code."""
     saved = torch.load(resnet50_checkpoint, weights_only=True)
     foreign = {
         f"encoder_q.{name.removeprefix('online.backbone.')}": tensor

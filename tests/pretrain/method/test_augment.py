@@ -52,7 +52,7 @@ def off():
 
 
 def reference(image, params):
-    """One uint8 [3, H, W] through torchvision's functionals in the drawn order, in float."""
+    """A uint8 image [3, H, W], through torchvision's functionals in the drawn order, in float."""
     image = image.float() / 255
     for operation in params[ORDER].int().tolist():
         if operation >= 0:
@@ -86,8 +86,8 @@ def test_every_sample_equals_torchvision(views):
     ],
 )
 def test_operation_equals_torchvision(views, operation, adjust, factors):
-    """On float images exactly; on uint8 torchvision truncates the luma and then the result, at
-    most 1.4/255.
+    """Float images are equal; on uint8 torchvision truncates the luma and then the result, by at most
+    1.4/255.
     """
     images = views.flatten(0, 1)
     for factor in factors:
@@ -105,8 +105,8 @@ def test_grayscale_equals_torchvision_on_uint8(views):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_a_gaussian(views, sigma):
-    """Against a kernel wide enough to hold all of the Gaussian: what lies beyond three sigma
-    may cost 2/255.
+    """Compared with a kernel that is wide enough for all of the Gaussian; what lies beyond three sigma may
+    make a difference of 2/255.
     """
     images = to_float(views.flatten(0, 1))
     result = gaussian_blur(images, torch.full((len(images),), sigma))

@@ -1,4 +1,4 @@
-"""Each method's networks: what they are made of, what learns, what follows, and that processes agree."""
+"""Each method's networks: their parts, what learns, what follows as a target, and that processes agree."""
 
 import math
 from collections import deque
@@ -104,7 +104,7 @@ def test_without_a_target_the_online_network_stands_in():
 
 
 def test_an_overflow_that_is_skipped_leaves_no_running_statistic_behind():
-    """As in float16: the forward pass overflowed, the scaler skipped the step."""
+    """As in float16, the forward pass overflowed and the scaler skipped the step."""
     networks = networks_of("rsa")
     weak, strong = views()
     networks(weak, strong, 0.5)
@@ -140,8 +140,8 @@ def test_target_follows_unless_the_step_was_skipped():
 
 
 def test_compiled_backbones_compute_the_same(monkeypatch):
-    """One step's loss, gradients and names, in float64; the graphs are run as they are, without
-    a compiler for C++.
+    """Loss, gradients and names of one step agree in float64. The graphs run as they are, without a C++
+    compiler.
     """
     compile_, graphs = torch.compile, []
 
@@ -164,7 +164,8 @@ def test_compiled_backbones_compute_the_same(monkeypatch):
 
 
 def test_queue_is_a_list_that_forgets_its_oldest():
-    """Against a deque, in steps of several micro-batches, past the end of the ring; and saved in between."""
+    """Compared with a deque in steps of several micro-batches, past the end of the ring, and saved in
+    between."""
     torch.manual_seed(0)
     queue = KeyQueue(7, 3)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(7))
@@ -201,7 +202,7 @@ def half_a_batch(rank, folder):
 
 
 def step_of(name, batch, wrap=lambda networks: networks):
-    networks = networks_of(name).eval()  # BatchNorm apart, which each process has its own of
+    networks = networks_of(name).eval()  # without BatchNorm, of which each process has its own
     model = wrap(networks)
     loss = model(*batch, None)["loss"]
     loss.backward()
@@ -214,8 +215,8 @@ def step_of(name, batch, wrap=lambda networks: networks):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Negatives come from all processes, with their gradient: halves of a batch make the
-    gradient of the whole.
+    """Negatives and their gradients come from all processes, so two halves of a batch give the gradient of
+    the whole.
     """
     torch.multiprocessing.spawn(half_a_batch, (tmp_path,), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
@@ -231,7 +232,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_networks_by_hand_are_byols():
-    """The constructor's defaults: a backbone, two widths and an objective make RSA's networks."""
+    """With the constructor's defaults, a backbone, two widths and an objective make RSA's networks."""
     networks = Networks(build_backbone("resnet18"), 16, 8, METHODS["rsa"].objective)
     assert list(networks.state_dict()) == list(networks_of("rsa").state_dict())
 

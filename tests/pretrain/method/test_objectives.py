@@ -108,7 +108,7 @@ def test_byol_pairs_the_right_views(outputs):
 
 
 def negative_cosine(p, z):
-    """Its values and their gradient with respect to p, in numpy: -z/|z| + cos p/|p|, all over |p|."""
+    """The values, and their gradient with respect to p in numpy: -z/|z| + cos p/|p|, all over |p|."""
     length = np.linalg.norm(p, axis=1, keepdims=True)
     p, z = p / length, z / np.linalg.norm(z, axis=1, keepdims=True)
     cosine = (p * z).sum(1, keepdims=True)
@@ -142,8 +142,8 @@ def test_simsiam_and_its_rsa_with_their_stop_gradients(outputs, beta):
 
 
 def test_simclr_equals_the_textbook_double_loop(outputs):
-    """NT-Xent as the SimCLR paper's equation 1 has it, pair by pair; gradients through both
-    sides of each pair.
+    """NT-Xent by equation 1 of the SimCLR paper, pair by pair, with gradients through both sides of each
+    pair.
     """
     _, strong = outputs
     temperature = 0.3
@@ -171,8 +171,8 @@ def test_simclr_equals_the_textbook_double_loop(outputs):
 
 
 def test_moco_against_a_list_of_keys():
-    """Steps of one or two micro-batches, past the end of the ring; negatives are the keys of
-    earlier steps only.
+    """In steps of one or two micro-batches, past the end of the ring. Negatives are only keys of earlier
+    steps.
     """
     torch.manual_seed(3)
     temperature, size = 0.2, 9
@@ -211,7 +211,7 @@ def test_distance_is_float32_under_autocast():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_float32_under_autocast(method):
-    """The networks give bfloat16; from there on the loss is that of the same numbers in float64."""
+    """The networks give bfloat16. The loss equals that of the same numbers in float64."""
     weak, strong = torch.randn(2, 4, 2, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(4))
     queue = KeyQueue(16, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -257,7 +257,7 @@ def test_learning_rate():
 
 
 def straight_line_run(networks, batches, K, lr, momentum, decay, beta_base, tau_base):
-    """Algorithm 1, written out: own loss, own SGD, own EMA; only the layers are shared with the package."""
+    """Algorithm 1, written out with its own loss, SGD and EMA. Only the layers are those of the package."""
     online = [*networks.online.parameters(), *networks.predictor.parameters()]
     ema = list(zip(networks.target.parameters(), networks.online.parameters()))
     velocity = [torch.zeros_like(p) for p in online]
@@ -350,7 +350,7 @@ def test_step_that_overflows_leaves_weights_and_target():
         (
             1e-6,
             lambda p, g: (g + 1e-6 * p).norm(),
-        ),  # as the authors' code has it: the same at the recipe's decay
+        ),  # as in the authors' code: the same at the recipe's decay
         (0.0, lambda p, g: g.norm()),  # the scaling stays
     ],
 )
