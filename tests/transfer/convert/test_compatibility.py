@@ -1,5 +1,5 @@
-"""Checkpoints that version 0.1.0 wrote resume, and convert. Their tensors repeat short patterns, so
-that they compress."""
+"""Checkpoints of version 0.1.0 resume and convert. Their tensors repeat short patterns, so that the files
+compress well."""
 
 import json
 import lzma
@@ -26,8 +26,8 @@ def unpack(name, path):
 
 
 def test_an_old_checkpoint_resumes(tmp_path, monkeypatch):
-    """The run was stopped after step 4 of 9; resumed_0.1.0.json has what version 0.1.0 itself made
-    of the rest."""
+    """The run was stopped after step 4 of 9; resumed_0.1.0.json has the result of version 0.1.0 for the other
+    steps."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for i in range(24):

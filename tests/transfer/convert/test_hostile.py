@@ -1,5 +1,5 @@
-"""Files that would run code, claim absurd sizes, or are damaged: nothing runs, memory stays small,
-one clear line.
+"""Files that would run code, claim absurd sizes or are damaged: nothing runs, memory stays small, and the
+error is one clear line.
 
 The files are small: twelve tensors of a ResNet-50 stand for the 265.
 """
@@ -55,8 +55,8 @@ def canary(tmp_path):
 
 
 def outcome(path, read=readers.read_checkpoint):
-    """ "right" when ``path`` is read with the very numbers of :data:`STATE`, "other" with others,
-    else "refused"."""
+    """ "right" if ``path`` is read with exactly the numbers of :data:`STATE`, "other" if with others, else
+    "refused"."""
     try:
         state, provenance = read(path)
     except InputError as error:
@@ -146,19 +146,19 @@ def stack_global(module, name):
 
 
 def lazy_map(path):
-    """Leaves map(os.mkdir, [path]) by NEWOBJ; a tuple made of it calls."""
+    """Makes map(os.mkdir, [path]) by NEWOBJ; a tuple made of that calls os.mkdir."""
     return b"cbuiltins\nmap\ncos\nmkdir\n](" + text(path) + b"e\x86\x81"
 
 
 def fine_tuned(path):
-    """What is evaluated or resumed."""
+    """A model that is evaluated or resumed."""
     state, iterations, weights = convert.load_model(path, STATE)
     assert iterations == 90
     return state, weights
 
 
 MKDIR = b"cos\nmkdir\n"
-RAW = {  # what Python's own pickler does not write; PROTO and STOP are added
+RAW = {  # pickles that Python's own pickler does not write; PROTO and STOP are added
     "GLOBAL": lambda path: MKDIR + text(path) + b"\x85R",
     "GLOBAL of posix": lambda path: b"cposix\nmkdir\n" + text(path) + b"\x85R",
     "a dotted name in torch.serialization": lambda path: (
@@ -188,7 +188,7 @@ RAW = {  # what Python's own pickler does not write; PROTO and STOP are added
 
 @pytest.mark.parametrize("kind", [*OBJECTS, *RAW])
 def test_the_objects_are_dangerous(tmp_path, kind):
-    """The control: Python's unpickler runs each."""
+    """The control: Python's unpickler runs each of them."""
     canary = tmp_path / "runs"
     pickled = (
         pickle.dumps(OBJECTS[kind](canary))
@@ -198,11 +198,11 @@ def test_the_objects_are_dangerous(tmp_path, kind):
     try:
         pickle.loads(pickled)
     except Exception:
-        pass  # after the deed
+        pass  # after the path was created
     assert canary.exists()
 
 
-PLACES = {  # where an object stands in a file, and what becomes of the file
+PLACES = {  # place of an object in a file: the outcome for the file
     "all of it": (lambda thing: thing, "refused"),
     "the state dict": (lambda thing: {"state_dict": thing}, "refused"),
     "a tensor": (lambda thing: STATE | {"conv1.weight": thing}, "refused"),
@@ -240,7 +240,7 @@ def test_nothing_runs_in_fine_tuned_models(tmp_path, canary, kind, legacy):
         (good | {"model": thing}, "refused"),
         (good | {"model": STATE | {"conv1.weight": thing}}, "refused"),
         (good | {"iteration": thing}, "refused"),
-        # of that one an empty dict is left
+        # that one becomes an empty dict
         (good | {"weights": thing}, "right" if kind == "in state" else "refused"),
         (good | {"weights": {"method": thing}}, "refused"),
         (good | {"optimizer": thing, "trainer": [thing]}, "right"),
@@ -271,7 +271,7 @@ def test_nothing_runs_in_converted_files(tmp_path, canary, kind):
 
 
 def in_zip(pickled, members=()):
-    """As torch.save writes it, with the storages of :data:`STATE`."""
+    """The zip file that torch.save would write, with the storages of :data:`STATE`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -407,8 +407,9 @@ def test_bad_tensors(tmp_path, kind):
 
 
 def cheap(function, *args):
-    """``function(*args)``, during which the process's memory grows by less than :data:`LIMIT` (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # its peak starts anew
+    """Call ``function(*args)`` and check that the process's memory grows by less than :data:`LIMIT`
+    (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_memory()
     result = function(*args)
     assert peak_memory() - before < LIMIT
@@ -416,7 +417,7 @@ def cheap(function, *args):
 
 
 def peak_memory():
-    """Bytes."""
+    """The peak memory of this process in bytes."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
 
@@ -518,7 +519,7 @@ BAD_PROVENANCES = [
 
 @pytest.mark.parametrize("place", range(len(BAD_PROVENANCES)))
 def test_bad_provenances(tmp_path, place):
-    """In each of the formats that convert.py writes; what json cannot make stands in safetensors alone."""
+    """In each format that the converter writes; what json cannot write occurs only in safetensors."""
     text = BAD_PROVENANCES[place]
     path = written(tmp_path / "w.safetensors", safetensors.torch.save(STATE, {"provenance": text}))
     assert cheap(outcome, path) == "refused"
@@ -538,7 +539,7 @@ def converter_file(more):
 
 
 def test_dicts_that_hold_one_another(tmp_path):
-    """Each is looked into once, however many ways lead to it."""
+    """Each dict is searched once, however many paths lead to it."""
     for body in (
         b"}q\x00" + b"".join(text(f"a{i}") + b"h\x00s" for i in range(200)),
         b"}q\x00("
@@ -590,7 +591,7 @@ def safetensors_file(header, data=b"", length=None):
 
 
 def zip_claiming(size):
-    """A whole zip checkpoint whose directory says that the first storage has ``size`` bytes."""
+    """A complete zip checkpoint whose directory claims that the first storage has ``size`` bytes."""
     content = bytearray(in_zip(state_dict(tensor())))
     entry = content.index(b"archive/data/0", content.index(b"PK\x01\x02")) - 46
     content[entry + 20 : entry + 28] = struct.pack("<II", size, size)
@@ -598,7 +599,7 @@ def zip_claiming(size):
 
 
 def compressed(member):
-    """A zip checkpoint one of whose members is 200 MB of zeros, deflated to 200 KB."""
+    """A zip checkpoint with a member of 200 MB of zeros, compressed to 200 KB."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", state_dict(tensor()))
@@ -700,14 +701,14 @@ def test_what_a_wrong_file_is(tmp_path, kind, message):
 
 
 def test_a_sparse_file_of_10_gb(tmp_path):
-    """Its header is as long as the file: a length that fits the file is no reason to allocate it."""
+    """Its header is as long as the file: that a length fits the file is no reason to allocate it."""
     path = written(tmp_path / "sparse.safetensors", safetensors_file(b'{"a": 1', length=10 * 2**30 - 8))
     os.truncate(path, 10 * 2**30)
     assert cheap(outcome, path) == "refused"
 
 
 def test_not_files(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none", "/dev/zero"):
         assert outcome(path) == "refused" and outcome(path, convert.load_weights) == "refused"
 
@@ -789,7 +790,7 @@ def test_changed_bytes(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["legacy", "safetensors", "converted"])
 def test_noise_after_a_good_start(tmp_path, canary, kind):
-    """Random opcodes and lengths where the structure lies."""
+    """Random opcodes and lengths in the place of the structure."""
     content, read, _ = FILES[kind]
     draw = random.Random(2)
     for _ in range(100):

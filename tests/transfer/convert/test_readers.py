@@ -1,10 +1,9 @@
-"""Each family's checkpoint, in its real layout, gives back the features of the network that it was
-written from.
+"""Each family's checkpoint, in its real layout, gives back the features of the network that wrote it.
 
-The layouts are built from the modules and names of each family's public code, which the comments
-name; weights are random. Where a family writes objects of its own libraries beside the tensors,
-classes of those names stand in for them. The ResNet-50 is an eighth as wide inside its blocks, for
-speed: 265 tensors of the same names, 2048 features.
+The layouts are built from the modules and names of each family's public code, which the comments name; the
+weights are random. Where a family writes objects of its own libraries beside the tensors, classes with the
+same names replace them. For speed the ResNet-50 is an eighth as wide inside its blocks; it has 265 tensors of
+the same names and 2048 features.
 """
 
 import argparse
@@ -50,7 +49,8 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def randomize(network, seed):
-    """Random BatchNorm weights and statistics too, so that a swapped pair of tensors changes the features."""
+    """Also make BatchNorm's weights and statistics random, so that a swapped pair of tensors changes the
+    features."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in network.modules():
@@ -87,12 +87,12 @@ def with_fc(network, fc):
 
 
 def trunk(network):
-    """Convolutions and pooling in an nn.Sequential, without fc: images -> [B, 2048, 1, 1]."""
+    """Convolutions and pooling in an nn.Sequential, without fc. It returns [B, 2048, 1, 1]."""
     return nn.Sequential(*list(network.children())[:-1])
 
 
 def net(**parts):
-    """A module of these children, and of these tensors as buffers."""
+    """A module with these modules as children and these tensors as buffers."""
     module = nn.Module()
     for name, part in parts.items():
         module.register_buffer(name, part) if isinstance(part, torch.Tensor) else module.add_module(
@@ -113,7 +113,7 @@ STAND_INS = {}
 
 
 def foreign(module, name, **state):
-    """An instance of a class that only the process that writes the file has."""
+    """An instance of a class that exists only in the process that writes the file."""
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
         parent = STAND_INS.setdefault(".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
@@ -133,7 +133,8 @@ def save(contents, path, **options):
 
 
 class SwavResNet(nn.Module):
-    """facebookresearch/swav src/resnet50.py: padding on its own, heads inside the same module."""
+    """facebookresearch/swav src/resnet50.py: padding is a module of its own, and the heads are in the same
+    module."""
 
     def __init__(self, network):
         super().__init__()
@@ -165,7 +166,7 @@ def vissl_trunk(network):
 
 
 def ours(heads, queue=0, target=True, config=""):
-    """pretrain/method/networks.py, and what pretrain/engine/trainer.py saves of it."""
+    """The networks of pretrain/method/networks.py, as pretrain/engine/trainer.py saves them."""
     backbone = timm.create_model("resnet50", num_classes=0, base_width=8)
     model = own.Networks(randomize(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
     backbones = {"online": model.online.backbone}
@@ -186,7 +187,7 @@ def layouts(pair):
     both = {"online": with_fc(q, nn.Identity()), "target": with_fc(k, nn.Identity())}
     only_q = {"online": both["online"]}
     trunks = {"online": trunk(q), "target": trunk(k)}
-    neck = nn.Sequential(nn.Linear(4, 4))  # stands for any head: the names count
+    neck = nn.Sequential(nn.Linear(4, 4))  # stands for any head, because only the names count
     swav = SwavResNet(q).eval()
     queue, step = torch.zeros(4, 8), torch.zeros(1, dtype=torch.long)
 
@@ -403,7 +404,7 @@ FAMILIES = {
     "VISSL": "VISSL",
     "torchvision": "torchvision, timm",
 }
-LEGACY = {"InfoMin", "DenseCL", "torchvision"}  # written before torch 1.6, or as then
+LEGACY = {"InfoMin", "DenseCL", "torchvision"}  # written before torch 1.6, or in the format of that time
 
 
 def features(network):
@@ -448,7 +449,7 @@ def test_features_are_the_sources(pair, tmp_path, family):
 
 
 def test_timm_safetensors(tmp_path):
-    """As on the Hugging Face hub."""
+    """A file as on the Hugging Face hub."""
     network = randomize(timm.create_model("resnet50", base_width=8), 5)
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), path, metadata={"format": "pt"})
@@ -459,8 +460,8 @@ def test_timm_safetensors(tmp_path):
 
 
 def small(*prefixes, rename=lambda name: name):
-    """Names of a ResNet-50 below each prefix; each tensor holds one number, its place, and takes as
-    little of a file."""
+    """The names of a ResNet-50 below each prefix. Each tensor holds one number, its place, and takes little
+    space in a file."""
     return {
         prefix + rename(name): torch.tensor(float(1000 * block + place)).expand(shape)
         for block, prefix in enumerate(prefixes)
@@ -469,7 +470,7 @@ def small(*prefixes, rename=lambda name: name):
 
 
 def by_number(name):
-    """torchvision's name -> that of nn.Sequential(*resnet.children())."""
+    """The name in nn.Sequential(*resnet.children()) for torchvision's name."""
     first, _, rest = name.partition(".")
     return f"{CHILDREN.index(first)}.{rest}"
 
@@ -483,7 +484,7 @@ def linear(*names):
 
 
 def hugging_face(name):
-    """torchvision's name -> that of transformers' ResNetModel."""
+    """The name in transformers' ResNetModel for torchvision's name."""
     name = re.sub(
         r"^conv1\.",
         "embedder.embedder.convolution.",
@@ -498,7 +499,7 @@ PARTS = {"conv": "convolution", "bn": "normalization"}
 
 
 def counters(state):
-    """As every real file has them beside the statistics."""
+    """Add BatchNorm's counters, which every real file has beside the statistics."""
     return state | {
         name.replace("running_mean", "num_batches_tracked"): torch.tensor(7)
         for name in state
@@ -1091,7 +1092,7 @@ def test_other_floats_become_float32(pair, tmp_path, dtype):
 
 
 def test_views_of_one_storage_and_permuted_tensors(pair, tmp_path):
-    """As converters from other frameworks leave them."""
+    """Converters from other frameworks write such tensors."""
     flat, contents = torch.cat([pair["online"].state_dict()[name].flatten() for name in SHAPES]), {}
     for name, part in zip(SHAPES, flat.split([shape.numel() for shape in SHAPES.values()])):
         contents[name] = part.view(SHAPES[name])
@@ -1198,7 +1199,7 @@ def test_two_spellings_of_one_branch_are_ambiguous(tmp_path):
     path = save(
         {"state_dict": small("backbone.", "backbone_momentum.", "key_backbone.")}, tmp_path / "foreign.pth"
     )
-    assert read_checkpoint(path)[1]["format"] == "lightly"  # there is but one online branch
+    assert read_checkpoint(path)[1]["format"] == "lightly"  # there is only one online branch
     with pytest.raises(
         InputError, match=r"the target branch is whole.*not accounted for: key_backbone. \(265\)"
     ):
@@ -1224,7 +1225,7 @@ def provenance_of(contents, path, **options):
 
 
 def test_a_layout_is_no_method(tmp_path):
-    """The names of a file do not say with which method it was trained; what it says itself counts."""
+    """The names in a file do not tell the method that trained it; only its own statement counts."""
     moco = {"state_dict": small("module.encoder_q.", "module.encoder_k.") | heads("module.queue")}
     path = tmp_path / "pcl.pth"
     for contents, method in (
@@ -1276,7 +1277,7 @@ def test_a_layout_is_no_method(tmp_path):
     ],
 )
 def test_a_file_that_names_another_network_is_refused(tmp_path, key, value, refused):
-    """timm's resnetblur50 and resnetaa50 have the names and shapes of a ResNet-50, and other pooling."""
+    """timm's resnetblur50 and resnetaa50 have the names and shapes of a ResNet-50 but other pooling."""
     contents = {"state_dict": small(""), key: value}
     if not refused:
         assert provenance_of(contents, tmp_path / "c.pth")["architecture"] == "resnet50"

@@ -1,5 +1,4 @@
-"""The converter takes exactly 265 tensors, or says what is wrong with them; and it never runs a
-file's code."""
+"""The converter accepts exactly 265 tensors or says what is wrong with them, and never runs a file's code."""
 
 import json
 import os
@@ -32,7 +31,7 @@ def checkpoint(resnet50_checkpoint):
 
 @pytest.fixture
 def changed(checkpoint, tmp_path):
-    """``changed(state)`` writes the checkpoint with another state dict."""
+    """``changed(state)`` writes the checkpoint with this state dict instead."""
 
     def write(state):
         torch.save({**checkpoint, "model": state}, tmp_path / "changed.pth")
@@ -214,7 +213,7 @@ def test_broken_files_are_one_line(tmp_path, content):
 def test_what_was_converted_is_read_back_with_its_provenance(
     resnet50_checkpoint, checkpoint, tmp_path, branch
 ):
-    """Through any number of conversions: the source, its sha256 and the pixels are those of the first."""
+    """After any number of conversions, the source, its sha256 and the pixels are those of the first."""
     pixels = {"DATA": {"MEAN": [0.5, 0.25, 0.125], "STD": [1.0, 1.0, 1.0]}}
     torch.save({**checkpoint, "config": json.dumps(pixels)}, tmp_path / "own.pth")
     _, first = convert(tmp_path / "own.pth", tmp_path / "0.pkl", branch=branch)
@@ -373,7 +372,7 @@ def test_weights_that_are_not_converted(resnet50_checkpoint, tmp_path, monkeypat
 
 
 def test_every_length_of_a_safetensors_header_is_read(checkpoint, tmp_path):
-    """Lengths are multiples of 8: the low byte of 1 in 32 is 0x80, with which a pickle begins, too."""
+    """Lengths are multiples of 8. In 1 of 32 the low byte is 0x80, with which a pickle also begins."""
     state = {name: torch.zeros(shape) for name, shape in tensor_shapes("resnet18").items()}
     lengths = set()
     for fill in range(0, 2048, 8):
@@ -404,8 +403,8 @@ def test_default_outputs_of_files_without_a_method_have_their_names(checkpoint, 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_detectron2_files_of_others_are_read(checkpoint, tmp_path, protocol):
-    """As the converters of MoCo, DenseCL and Detectron2 write them, with numpy's arrays and fc
-    under another name."""
+    """The converters of MoCo, DenseCL and Detectron2 write such files, with numpy's arrays and fc under
+    another name."""
     arrays = {
         detectron2_name(name.removeprefix("online.backbone.")): tensor.numpy()
         for name, tensor in checkpoint["model"].items()
@@ -426,7 +425,7 @@ def test_detectron2_files_of_others_are_read(checkpoint, tmp_path, protocol):
 
 
 def test_the_tool_says_what_was_assumed_and_inspects(tool, tmp_path):
-    """One call of each: with bare names of an untrained network, and with --inspect."""
+    """One call with bare names of an untrained network, and one with --inspect."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "bare.pth")
     done = tool("convert_to_d2", tmp_path / "bare.pth", tmp_path / "w.pkl")
     assert done.returncode == 0, done.stderr
@@ -447,7 +446,7 @@ def test_the_tool_says_what_was_assumed_and_inspects(tool, tmp_path):
 
 
 def test_features_of_other_networks_for_the_tools(tmp_path):
-    """tools/evaluate.py and the like, of a bare ResNet-18 and of what was converted from it."""
+    """tools/evaluate.py and other tools read a bare ResNet-18 and the files that were converted from it."""
     from rsa_detectron2.tools._weights import load_features
 
     torch.manual_seed(0)

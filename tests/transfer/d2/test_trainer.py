@@ -1,5 +1,5 @@
-"""What only Detectron2 itself can confirm: weights that arrive, accumulation, several processes,
-precise BN."""
+"""What only Detectron2 itself can confirm: that weights arrive, accumulation, several processes, precise
+BN."""
 
 import itertools
 import json
@@ -75,7 +75,7 @@ def test_embedded_defaults_are_detectron2s():
 
 
 def test_every_key_of_detectron2_counts():
-    """Also those that no recipe sets: a run is a row of the paper only with their defaults."""
+    """Keys that no recipe sets count, too: a run is a row of the paper only with their defaults."""
     cfg = load("mask_rcnn_R50_FPN_1x_random.yaml")
     cell = next(cell for cell in paper.cells("table5") if cell.row == "random")
     origin = Origin("transfer/mask_rcnn_R50_FPN_1x_random.yaml", (), flatten(get_cfg()))
@@ -106,7 +106,7 @@ def model(weights):
 
 
 def photograph():
-    """A real photograph where the sample lies beside the project, noise elsewhere."""
+    """A real photograph if the sample of images lies beside the project, otherwise noise."""
     found = sorted((ROOT.parent / "shared" / "data" / "imagenet_sample" / "train").glob("*/*"))
     if found:
         return Image.open(found[0]).convert("RGB").resize((224, 224))
@@ -129,7 +129,7 @@ def test_a_stock_model_with_our_config_has_the_features_of_the_transfer_recipe(w
 
 
 def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoint):
-    """Detectron2's own pre-processing and backbone against the timm network that was trained, stage
+    """Detectron2's own pre-processing and backbone are compared with the timm network that was trained, stage
     by stage."""
     from rsa_detectron2.pretrain.method.networks import build_backbone
 
@@ -152,8 +152,8 @@ def test_features_are_those_of_the_pretraining_backbone(model, resnet50_checkpoi
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet101", "resnext101_32x8d", "wide_resnet50_2"])
 def test_features_of_other_networks(tmp_path, name):
-    """Stock Detectron2, its checkpointer and its backbone, against torchvision's network; in 1e-5
-    of the largest."""
+    """Stock Detectron2's checkpointer and backbone are compared with torchvision's network, to 1e-5 of the
+    largest feature."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)().eval()
     for layer in network.modules():
@@ -217,8 +217,8 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["w.pkl", "w.pth", "w?x=1.pkl"])
 def test_what_a_file_of_weights_would_run_is_not_run(weights, shapes, tmp_path, name):
-    """Nor does the name decide how it is read: Detectron2 unpickles a .pkl, and takes others for
-    files of torch."""
+    """The name does not decide how it is read: Detectron2 unpickles a .pkl, and reads others as files of
+    torch."""
     contents = pickle.loads(weights.read_bytes())
     path = tmp_path / name
     path.write_bytes(pickle.dumps({**contents, "more": Bomb(tmp_path / "it ran")}))
@@ -275,17 +275,17 @@ def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Data set name of eight drawn images."""
+    """Name of a data set of eight drawn images."""
     folder = tmp_path_factory.mktemp("shapes")
     return dataset_name(write_coco(folder, "train", 8, 64, 0), folder / "images")
 
 
 def tiny(shapes, folder, *overrides):
-    """Seconds on a CPU: ResNet-18, narrow heads, 64 px, no randomness but the order of the images.
+    """A configuration that trains for seconds on a CPU: ResNet-18, narrow heads, 64 px. Only the order of the
+    images is random.
 
-    Every anchor and every proposal counts, and only the objects' own boxes are foreground, so that
-    nothing is sampled and each image has as many terms in the loss as any other with the same
-    number of objects.
+    Every anchor and every proposal counts, and only the objects' own boxes are foreground. So nothing is
+    sampled, and images with the same number of objects have the same number of terms in the loss.
     """
     cfg = load("base_mask_rcnn_R50_FPN.yaml")
     cfg.merge_from_list(
@@ -379,7 +379,7 @@ FROZEN = [
 
 
 def same_number_of_objects(shapes, folder):
-    """The same data set with two objects in every image."""
+    """Name of a copy of the data set with two objects in every image."""
     path, images = shapes.split("::")
     coco = json.load(open(path))
     kept = []
@@ -396,15 +396,15 @@ def final(folder):
 
 
 def assert_close(a, b, rel):
-    """Relative to each tensor's largest, or to 1e-3 where a bias has hardly left zero."""
+    """Compare relative to each tensor's largest value, or to 1e-3 for a bias that has hardly left zero."""
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).abs().max() <= rel * b[name].abs().max().clamp(min=1e-3), name
 
 
 def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
-    """Norm layers frozen: 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same
-    weights, to 1e-5."""
+    """With frozen norm layers, 1 process x 1 pass x 2 images, 1 x 2 x 1 and 2 x 1 x 1 reach the same weights,
+    to 1e-5."""
     two = same_number_of_objects(shapes, tmp_path)
     runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
     for name, (processes, accumulate) in runs.items():
@@ -426,8 +426,8 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
 
 
 def record_statistics(cfg, folder):
-    """What a process of two leaves: its own precise statistics by fvcore, and those of all images
-    by the hook."""
+    """Save what each of two processes has: its own precise statistics by fvcore, and those of all images by
+    the hook."""
     import detectron2.utils.comm as comm
 
     d2_data.register_datasets(cfg)
@@ -488,7 +488,7 @@ def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_pat
 
 
 def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_path, tool):
-    """The tool itself, stopped at half of the schedule and resumed, with evaluation on the way."""
+    """The tool itself is stopped at half of the schedule and resumed, with evaluations during training."""
     cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
     (tmp_path / "c.yaml").write_text(cfg.dump())
     arguments = ["--config-file", tmp_path / "c.yaml", "--num-processes", 2, "SOLVER.CHECKPOINT_PERIOD", 2]
@@ -499,7 +499,7 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
             forgotten = tool("train_net", *arguments)
             assert forgotten.returncode == 2 and forgotten.stderr.count("\n") == 1
             assert "holds a run (model_0000001.pth): give --resume to go on with it" in forgotten.stderr
-            arguments += ["--resume", "MODEL.WEIGHTS", tmp_path / "gone.pkl"]  # they are not needed any more
+            arguments += ["--resume", "MODEL.WEIGHTS", tmp_path / "gone.pkl"]  # they are no longer needed
         done = tool("train_net", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "2 images = 2 cpu x 1 accumulated x 1; BatchNorm sees 1 at once" in done.stdout
@@ -509,7 +509,7 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["processes"] == 2 and results["seed"] == 1 and "NORM: BN" in results["config"]
     assert results["iterations"] == 4 and not results["eval_only"]
-    # what it says of itself
+    # its record
     about = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["run"]
     assert (
         about == json.loads((tmp_path / "run" / "training.json").read_text())
@@ -568,7 +568,7 @@ def test_images_that_do_not_divide_are_refused(images, processes, accumulate, me
     "gigabytes, processes, passes", [(80, 1, 1), (34, 1, 4), (24, 1, 4), (16, 8, 1), (11, 4, 2), (4, 8, 2)]
 )
 def test_passes_follow_from_memory(monkeypatch, capsys, gigabytes, processes, passes):
-    """By 3.6 GB an image and a fifth left free: 17, 7, 5, 3, 2 and 1 images fit."""
+    """At 3.6 GB per image, with a fifth left free, 17, 7, 5, 3, 2 and 1 images fit."""
 
     class Properties:
         total_memory = gigabytes * 1e9
@@ -594,7 +594,8 @@ def test_scaled_schedule_is_detectron2s_and_never_with_accumulation(capsys):
 
 
 def test_an_evaluation_of_a_scaled_training_is_its_own(shapes, tmp_path):
-    """Masks run-length encoded, the schedule scaled: the config of its results is that of the training."""
+    """The masks are run-length encoded and the schedule is scaled. The results have the config of the
+    training."""
     scaled = (
         "SOLVER.REFERENCE_WORLD_SIZE",
         2,
@@ -634,7 +635,7 @@ def test_weights_of_another_input_are_refused_before_training(weights, shapes, t
 
 
 def zoo_file(weights, path, drop=()):
-    """A file as Detectron2's zoo has them: its names, its author, no provenance."""
+    """A file like those of Detectron2's zoo: with its names and author, and without provenance."""
     contents = pickle.loads(weights.read_bytes())
     path.write_bytes(
         pickle.dumps(
@@ -673,7 +674,7 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
     trainer.cfg.MODEL.WEIGHTS = part
     with pytest.raises(InputError, match=f"1 backbone tensors did not arrive.*{name}"):
         trainer.resume_or_load(False)
-    for norm, lost in (("GN", 106), ("", 212)):  # what of the file's 265 has no place there
+    for norm, lost in (("GN", 106), ("", 212)):  # those of the file's 265 that have no place there
         other = tiny(
             shapes,
             tmp_path,
@@ -693,8 +694,8 @@ def test_zoo_weights_have_provenance_and_must_arrive_whole(weights, shapes, tmp_
 
 
 def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monkeypatch):
-    """A file as MSRA's: Caffe's names, BatchNorm folded into scale and bias, a bias of conv1's that
-    nobody needs, fc."""
+    """A file like MSRA's: Caffe's names, BatchNorm folded into scale and bias, an unused bias of conv1, and
+    fc."""
 
     def caffe(name):
         stage, block, layer, kind = (
@@ -749,8 +750,8 @@ def test_msra_weights_have_no_running_statistics(weights, shapes, tmp_path, monk
 
 
 def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
-    """Images of the iterations after the checkpoint, not those of the first again; so in each of
-    the passes."""
+    """It reads the images of the iterations after the checkpoint, not those of the first again, in every
+    pass."""
 
     def images(trainer, iterations):
         batches = iter(trainer._trainer.data_loader)
@@ -773,7 +774,7 @@ def test_a_resumed_run_goes_on_in_the_data(shapes, tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(shapes, tmp_path, monkeypatch, capsys):
-    """Training goes on; at the end it is one line, and --resume trains what is missing."""
+    """Training goes on and ends with an error of one line; --resume then trains what is missing."""
     options = "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ()
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "save_tensors", full_after("model_0000000.pth"))
@@ -792,7 +793,7 @@ def test_only_known_zoo_files(shapes, tmp_path):
 
 
 def with_objects_in(shapes, folder, kept):
-    """The same data set with the objects of the ``kept`` first images alone."""
+    """Name of a copy of the data set with objects only in the first ``kept`` images."""
     path, images = shapes.split("::")
     coco = json.load(open(path))
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] <= kept]
@@ -806,9 +807,9 @@ NORMALIZED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_H
 
 @pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALIZED_HEADS)])
 def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, processes, norms):
-    """One image of eight has objects: at least five of six iterations see none, on any rank. SyncBN
-    in one process; in two, each process's own BatchNorm, or Detectron2's synchronized one that GPUs
-    get in the heads."""
+    """One image of eight has objects, so at least five of six iterations see none on any rank. One process
+    has SyncBN; two have their own BatchNorm, or the synchronized one that Detectron2 gives the heads on
+    GPUs."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
     d2_engine.train(cfg, processes=processes)
@@ -818,7 +819,7 @@ def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, proces
 
 
 def record_gradients(cfg, folder, images):
-    """Gradients and statistics of a model after each process's share of the images ``images``."""
+    """Save a model's gradients and statistics after each process has seen its part of ``images``."""
     import detectron2.utils.comm as comm
 
     d2_data.register_datasets(cfg)
@@ -839,9 +840,9 @@ def record_gradients(cfg, folder, images):
 
 @pytest.mark.parametrize("images", [[0, 7], [6, 7]])
 def test_a_rank_without_objects_takes_part_in_the_synchronized_norm(shapes, tmp_path, images):
-    """Against one process with torch's own BatchNorm over both images: the mask head's gradient is
-    half, because DDP takes the mean with the other rank's zero, and its statistics are the same.
-    With no object at all, nothing moves."""
+    """Compared with one process that has torch's own BatchNorm over both images, the mask head's gradient is
+    half, because DDP takes the mean with the other rank's zero, and its statistics are the same. Without any
+    object, nothing changes."""
     one = with_objects_in(shapes, tmp_path, 1)
     for processes, norms in (
         (1, [n.replace("naiveSyncBN_N", "BN") for n in NORMALIZED_HEADS]),
@@ -861,14 +862,14 @@ def test_a_rank_without_objects_takes_part_in_the_synchronized_norm(shapes, tmp_
         assert bool(whole[0][name].any()) == (images[0] == 0)
     for name in ("mask_fcn1", "conv1"):
         name = f"roi_heads.{'mask' if 'mask' in name else 'box'}_head.{name}.norm.running_"
-        for moment in ("mean", "var"):  # torch's variance is Bessel's
+        for moment in ("mean", "var"):  # torch's variance has Bessel's correction
             torch.testing.assert_close(first[1][name + moment], whole[1][name + moment], rtol=1e-2, atol=1e-5)
             assert torch.equal(first[1][name + moment], second[1][name + moment])
 
 
 @pytest.fixture(scope="module")
 def damaged(shapes, tmp_path_factory):
-    """The data set with every JPEG cut off, so that any batch meets one."""
+    """Name of a copy of the data set with every JPEG truncated, so that any batch has one."""
     folder = tmp_path_factory.mktemp("damaged")
     path, images = map(Path, shapes.split("::"))
     shutil.copytree(images, folder / "images")
@@ -915,15 +916,14 @@ SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: []}}
 
 @pytest.fixture(scope="module")
 def one_image(tmp_path_factory):
-    """Data set name of one drawn image, for evaluations."""
+    """Name of a data set of one drawn image, for evaluations."""
     folder = tmp_path_factory.mktemp("one")
     return dataset_name(write_coco(folder, "val", 1, 64, 1), folder / "images")
 
 
 def stock(name, weights, data, folder, *overrides, val=None):
-    """The configuration of a user's YAML that inherits from Detectron2's own ``name`` and says what
-    our weights need, as tools/train_net.py makes it for --train and --val with the data set
-    ``data``."""
+    """The configuration of a user's YAML file that inherits from Detectron2's ``name`` and sets what our
+    weights need, as tools/train_net.py makes it if --train and --val are ``data``."""
     path = folder / "user.yaml"
     path.write_text(f'_BASE_: "{model_zoo.get_config_file(name)}"' + OURS.format(weights=weights))
     args = train_net.parse(
@@ -957,8 +957,8 @@ def stock(name, weights, data, folder, *overrides, val=None):
 def test_other_architectures_train_from_our_weights(
     weights, shapes, one_image, tmp_path, monkeypatch, name, key, loss
 ):
-    """All 265 tensors arrive, wherever the model has them, and its outputs are those of the data
-    set's 8 classes."""
+    """All 265 tensors arrive, wherever the model has them, and its outputs are for the data set's 8
+    classes."""
     arrived = []
 
     def compare(model, path):
@@ -988,7 +988,8 @@ def test_other_architectures_train_from_our_weights(
 
 
 def with_keypoints(shapes, folder, names):
-    """The same data set in which every object has the keypoints ``names``, at its box's corners."""
+    """Name of a copy of the data set in which every object has the keypoints ``names``, at the corners of its
+    box."""
     path, images = shapes.split("::")
     coco = json.load(open(path))
     for annotation in coco["annotations"]:

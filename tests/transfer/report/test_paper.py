@@ -1,5 +1,5 @@
-"""configs/paper.yaml: its numbers against the page that they were copied from, costs, sharing, and that
-they stand nowhere else."""
+"""configs/paper.yaml: its numbers against the page that they were copied from, the costs, the runs that rows
+share, and that the numbers occur nowhere else."""
 
 import re
 
@@ -167,8 +167,8 @@ def test_headers_of_the_transfer_configs(schedule, table):
 
 
 def test_published_numbers_stand_in_no_other_code():
-    """But in the headers of the configs, which are tested against the file."""
-    # of AP and top-1, which are no settings
+    """Except in the headers of the configs, which are tested against the file."""
+    # of AP and top-1, which are not settings
     figures = {
         match
         for match in re.findall(
@@ -195,7 +195,7 @@ def test_published_numbers_stand_in_no_other_code():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/reproduction.md"])
 def test_numbers_of_the_paper_in_the_docs(page):
-    """Every figure that a page calls the paper's is one of the file's."""
+    """Every figure that a page attributes to the paper is in the file."""
     known = {
         figure
         for content in TABLES.values()

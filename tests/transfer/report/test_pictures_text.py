@@ -1,4 +1,5 @@
-"""Texts of users in pictures: drawn as they are written, by a font that has them, or told once as missing."""
+"""Users' texts in pictures are drawn as written, in a font that has their characters; what is missing is
+reported once."""
 
 import json
 import warnings
@@ -14,12 +15,12 @@ from rsa_detectron2.transfer.report import pictures
 from rsa_detectron2.transfer.report.tables import COLUMNS, Row
 from tests.conftest import write_json
 
-PRICE, CAR = "$_{$ 5", "汽车"  # as a formula, an error
+PRICE, CAR = "$_{$ 5", "汽车"  # an error if it were a formula
 
 
 @pytest.fixture
 def fonts(tmp_path, monkeypatch):
-    """The paths of the system's fonts, for matplotlib: none at first."""
+    """The list of system fonts that matplotlib sees, which is empty at first."""
     paths = []
     monkeypatch.setattr(pictures.font_manager, "findSystemFonts", lambda: paths)
     for cached in (pictures.fonts_for, pictures.tell_once):
@@ -51,7 +52,7 @@ def make_font(path, name, characters):
 
 
 def make_run(folder, names):
-    """A run with one object and one detection in one image -> (its folder, the annotation file in it)."""
+    """The folder and the annotation file of a run with one object and one detection in one image."""
     Image.new("RGB", (40, 30), (90, 90, 90)).save(folder / "1.png")
     box = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 15]}
     coco = {
@@ -71,7 +72,7 @@ def make_run(folder, names):
 
 
 def draw_all(folder, path, name):
-    """Curves, APs and detections of runs with this name, into ``folder``."""
+    """Draw curves, APs and detections of runs with this name into ``folder``."""
     rows = [Row(name, runs=[folder], figures=dict.fromkeys(COLUMNS["ap"], (30.0, None)))]
     runs = {name: folder, f"other {name}": folder}
     return [
@@ -99,7 +100,8 @@ def test_what_no_font_has_is_told_once(tmp_path, fonts, capsys):
 
 
 def test_an_installed_font_is_taken(tmp_path, fonts, capsys):
-    """Also one that was installed after matplotlib's first start, and several where one does not have all."""
+    """This holds for a font that was installed after matplotlib's first start, and for several fonts if none
+    has all characters."""
     folder, path = make_run(tmp_path, [CAR])
     draw_all(folder, path, "run")
     boxes = np.asarray(Image.open(folder / "d.png"))

@@ -1,4 +1,4 @@
-"""Fine-tuning's folder: where training goes on, where it starts anew, and where it does neither."""
+"""The folder of a fine-tuning run: when training goes on, when it starts anew, and when it does neither."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.pretrain.engine.test_checkpoint import flip
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with three checkpoints, the last of them named by last_checkpoint."""
+    """The folder of a run with three checkpoints; last_checkpoint names the last one."""
     for iteration in (99, 1999, 19999):
         files.save_tensors(tmp_path / f"model_{iteration:07d}.pth", {"model": torch.arange(1000.0)})
     (tmp_path / "last_checkpoint").write_text("model_0019999.pth")
@@ -25,7 +25,7 @@ def run(tmp_path):
 
 def test_goes_on_from_the_last(run, capsys):
     assert find_start(run, resume=True) == trained_model(run) == run / "model_0019999.pth"
-    (run / "last_checkpoint").write_text("model_0001999.pth")  # a user goes back to it
+    (run / "last_checkpoint").write_text("model_0001999.pth")  # a user returns to it
     assert find_start(run, resume=True) == run / "model_0001999.pth"
     assert capsys.readouterr().out == ""
 
@@ -73,7 +73,7 @@ def test_a_run_is_only_trained_on_with_resume(run, kept):
 
 
 def test_nothing_to_resume_is_said(tmp_path, capsys):
-    """But is no error: a scheduler's script gives --resume always."""
+    """It is no error, because a scheduler's script always gives --resume."""
     assert find_start(tmp_path / "new", resume=False) is None
     assert capsys.readouterr().out == ""
     for folder in (tmp_path / "new", tmp_path):
@@ -106,7 +106,7 @@ def hold(folder, ready, done):
 
 
 def full_after(name):
-    """A save_tensors that finds room for the file of this name alone."""
+    """A save_tensors for which the disk has space only for the file with this name."""
 
     def save(path, state):
         if path.name != name:

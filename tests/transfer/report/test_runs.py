@@ -58,7 +58,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(tmp_path, capsys):
     ):
         results.check_unchanged(cfg)
     assert results.read_training(tmp_path) is None and not results.own_training(cfg)
-    (tmp_path / "metrics.json").write_text("x")  # of a run that came to no checkpoint
+    (tmp_path / "metrics.json").write_text("x")  # of a run that wrote no checkpoint
     results.begin_training(cfg, Setup("torchvision", {"method": "rsa"}))
     assert {path.name for path in tmp_path.iterdir()} == {"training.json", "metrics.json"}
     assert (tmp_path / "metrics.json").read_text() == ""

@@ -31,7 +31,8 @@ def aps(box, mask=None):
 
 
 def make_dataset(folder):
-    """Two gray 160 x 120 images with an ellipse each -> annotation file, image folder, annotations."""
+    """The annotation file, the image folder and the annotations of two gray 160 x 120 images with an ellipse
+    each."""
     images, annotations = [], []
     (folder / "images").mkdir(parents=True)
     for i in (1, 2):
@@ -238,7 +239,7 @@ def test_tool_writes_table_page_and_pictures(tmp_path):
 
 def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
     for seed, box in enumerate((40.0, 42.0)):
-        make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))  # of seed -1, which is another one each time
+        make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))  # with seed -1, which means a new seed each time
     done = run_tool("seed0/rsa", "seed1/rsa", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith("no picture of detections: ") and done.stderr.count("\n") == 1
@@ -253,7 +254,7 @@ def test_tool_reports_a_missing_run_in_one_line(tmp_path):
 
 
 def full_run(folder, box, mask, weights, row="random", table="table5", protocol="infomin", **changes):
-    """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have left it."""
+    """results.json of a row of Table 5 or 6, as Detectron2 on another machine would have written it."""
     [cell] = [cell for cell in paper.cells(table) if cell.row == row]
     defaults = torchvision_defaults()
     defaults.SOLVER.update({"NESTEROV": False, "CLIP_GRADIENTS": CN({"ENABLED": False})})  # Detectron2's own
@@ -279,7 +280,7 @@ def rows_of(*folders, tables=None):
 
 
 def pretrained(**changes):
-    """Provenance of RSA's weights, from a run of the paper's own row with ``changes`` of its settings."""
+    """Provenance of RSA's weights from a run of the paper's row, with ``changes`` of its settings."""
     training = next(cell.training for cell in paper.cells("table4") if cell.row == "rsa_200")
     cfg = rsa_detectron2.pretrain.config.get_cfg()
     cfg.merge_from_file(str(ROOT / "configs" / training.recipe))
@@ -317,7 +318,7 @@ SUPERVISED = {"source": "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "method
 )
 @pytest.mark.parametrize("table", ["table5", "table6"])
 def test_a_run_that_is_its_row(tmp_path, row, weights, table):
-    """Whatever its folder is called."""
+    """The name of its folder does not matter."""
     [found] = rows_of(full_run(tmp_path / "x", 40.0, 36.0, weights, row, table))
     [cell] = [cell for cell in paper.cells(table) if cell.row == row]
     assert (found.table, found.place, found.words) == (table, (row, ""), [])
