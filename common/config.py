@@ -1,7 +1,7 @@
 """Config files: where they are looked up, and how one is merged with overrides."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -80,8 +80,22 @@ def refuse_repeated_keys(path: str | Path) -> None:
             lines[key.value] = key.start_mark.line + 1
             check(value, f"{prefix}{key.value}.")
 
-    text = Path(path).read_text()
-    check(yaml.compose(text))
-    bases = (yaml.safe_load(text) or {}).get("_BASE_", [])
-    for base in bases if isinstance(bases, list) else [bases]:
-        refuse_repeated_keys(Path(path).parent / Path(base).expanduser())
+    check(yaml.compose(Path(path).read_text()))
+    for base in bases(path):
+        refuse_repeated_keys(base)
+
+
+def bases(path: str | Path) -> list[Path]:
+    """The files that a config file names as ``_BASE_``."""
+    names = (yaml.safe_load(Path(path).read_text()) or {}).get("_BASE_", [])
+    return [
+        Path(path).parent / Path(name).expanduser()
+        for name in (names if isinstance(names, list) else [names])
+    ]
+
+
+def with_bases(path: str | Path) -> Iterator[tuple[Path, dict]]:
+    """A config file and all that it inherits from: the resolved path of each, and what it sets itself."""
+    yield Path(path).resolve(), yaml.safe_load(Path(path).read_text()) or {}
+    for base in bases(path):
+        yield from with_bases(base)

@@ -37,16 +37,13 @@ def pretrain_backbone(recipe: str, overrides: Sequence = ()) -> Path:
     Returns the path of ``model_final.pth``. It runs in this process, on one GPU or the CPU. Call it
     again with the same arguments, and an interrupted run goes on.
     """
-    from rsa_detectron2.common.config import find_config, merge_config, origin
-    from rsa_detectron2.pretrain.config import check, expand_paths, get_cfg
     from rsa_detectron2.pretrain.engine.trainer import train
+    from rsa_detectron2.tools._recipe import load_recipe
 
-    overrides = list(overrides)
-    path = find_config(recipe)
-    cfg = merge_config(get_cfg(), path, overrides)
-    check(cfg)
-    expand_paths(cfg)
-    return Path(train(cfg, origin(path, overrides, get_cfg())))
+    cfg, came_from, note = load_recipe(recipe, overrides)
+    if note:
+        print(note)
+    return Path(train(cfg, came_from))
 
 
 def convert_backbone(

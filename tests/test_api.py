@@ -76,6 +76,14 @@ def test_stock_detectron2_gives_the_same_features(folder):
     assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375] and cfg.INPUT.FORMAT == "RGB"
 
 
+def test_length_chooses_the_learning_rate_in_python_too(folder, monkeypatch, capsys):
+    from rsa_detectron2.pretrain.engine import trainer
+
+    monkeypatch.setattr(trainer, "train", lambda cfg, origin: f"{cfg.SOLVER.BASE_LR}")
+    rate = rsa.pretrain_backbone("pretrain/imagenet_rsa_R50.yaml", ["SOLVER.EPOCHS", 100])
+    assert str(rate) == "0.9" and "published for 100 epochs" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(folder):
     with pytest.raises(rsa.InputError, match="^no config file absent.yaml: looked in"):
         rsa.pretrain_backbone("absent.yaml")

@@ -16,21 +16,16 @@ from functools import partial
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.cli import run, say_last
-from rsa_detectron2.common.config import find_config, merge_config, origin
+from rsa_detectron2.common.config import CONFIGS
 from rsa_detectron2.common.errors import InputError, Interrupted
-from rsa_detectron2.pretrain.config import METHODS, check, expand_paths, get_cfg
-from rsa_detectron2.transfer.report import paper
+from rsa_detectron2.pretrain.config import METHODS
+from rsa_detectron2.tools._recipe import load_recipe
 
 
 def main() -> int | None:
     args = parse()
-    recipe, lr = args.config_file, None
-    if recipe is None:
-        recipe, lr = imagenet_recipe(
-            args.method or "rsa", args.epochs or 200, "SOLVER.BASE_LR" in args.overrides
-        )
+    recipe = args.config_file or imagenet_recipe(args.method or "rsa")
     options = {
-        "SOLVER.BASE_LR": lr,
         "SOLVER.EPOCHS": args.epochs,
         "SOLVER.BATCH_SIZE": args.batch_size,
         "DATA.PATH": args.data,
@@ -43,10 +38,7 @@ def main() -> int | None:
         "SOLVER.COMPILE": args.compile or None,
     }
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
-    file, overrides = find_config(recipe), given + args.overrides
-    cfg = merge_config(get_cfg(), file, overrides)
-    check(cfg)
-    expand_paths(cfg)
+    cfg, came_from, note = load_recipe(recipe, given + args.overrides)
     # Only now that the options are known to be right, because torch is slow to import.
     from rsa_detectron2.common import distributed
     from rsa_detectron2.pretrain.engine import launch
@@ -56,13 +48,15 @@ def main() -> int | None:
     networks.check_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)  # before the images are listed
     launch.adopt_slurm(os.environ)
     if distributed.is_first_process():
+        if note:
+            print(note)
         print(
             f"recipe {recipe}: base lr {cfg.SOLVER.BASE_LR:g}, batch {cfg.SOLVER.BATCH_SIZE}, "
             f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
             flush=True,
         )
     try:
-        train = partial(train_loop.train, origin=origin(file, overrides, get_cfg()))
+        train = partial(train_loop.train, origin=came_from)
         final = launch.launch(train, cfg, launch.num_processes(args.num_processes))
     except Interrupted as interruption:
         if distributed.is_first_process():
@@ -80,26 +74,14 @@ def next_tool(model: CfgNode) -> str:
     return "tools/convert_to_d2.py" if convertible else "tools/evaluate.py knn"
 
 
-def imagenet_recipe(method: str, epochs: int, lr_is_given: bool) -> tuple[str, float]:
-    """The ImageNet-1K recipe, and the paper's base learning rate for the length nearest to ``epochs``.
-
-    Raises InputError for a method that the paper did not train there.
-    """
-    runs = [cell.training for cell in paper.cells("table4") if cell.training]
-    runs = [run.settings for run in runs if run.recipe == f"pretrain/imagenet_{method}_R50.yaml"]
-    if not runs:
+def imagenet_recipe(method: str) -> str:
+    """The method's ImageNet-1K recipe. Raises InputError for a method that the paper did not train there."""
+    recipe = f"pretrain/imagenet_{method}_R50.yaml"
+    if not (CONFIGS / recipe).is_file():
         raise InputError(
             f"--method {method} has no ImageNet-1K recipe: give --config-file, one of configs/pretrain"
         )
-    nearest = min(runs, key=lambda settings: abs(settings["SOLVER.EPOCHS"] - epochs))
-    if epochs != nearest["SOLVER.EPOCHS"] and not lr_is_given:
-        known = ", ".join(f"{run['SOLVER.BASE_LR']} for {run['SOLVER.EPOCHS']}" for run in runs)
-        print(
-            f"no learning rate is published for {epochs} epochs ({known}): "
-            f"taking {nearest['SOLVER.BASE_LR']}; "
-            "SOLVER.BASE_LR sets another"
-        )
-    return f"pretrain/imagenet_{method}_R50.yaml", nearest["SOLVER.BASE_LR"]
+    return recipe
 
 
 def parse() -> argparse.Namespace:

@@ -102,23 +102,47 @@ def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
         assert len(load_weights(tmp_path / cfg.MODEL.WEIGHTS)[0]) == 265
 
 
+IMAGENET = ["--config-file", "pretrain/imagenet_rsa_R50.yaml"]
+
+
 @pytest.mark.parametrize(
-    "options, lr, told",
+    "options, lr, epochs, told",
     [
-        (["--epochs", 100], 0.9, False),
-        (["--epochs", 200], 0.6, False),
-        ([], 0.6, False),
-        (["--epochs", 90], 0.9, True),
-        (["--epochs", 90, "SOLVER.BASE_LR", 0.7], 0.7, False),
+        (["--epochs", 100], 0.9, 100, "published for 100 epochs (0.9 for 100, 0.6 for 200); SOLVER.BASE_LR"),
+        (["SOLVER.EPOCHS", 100], 0.9, 100, "published for 100 epochs"),
+        ([*IMAGENET, "--epochs", 100, "--batch-size", 2048], 0.9, 100, "published for 100 epochs"),
+        (["--epochs", 200], 0.6, 200, ""),
+        ([], 0.6, 200, ""),
+        (["--epochs", 90], 0.9, 90, "for 90 epochs (0.9 for 100, 0.6 for 200): taking 0.9; SOLVER.BASE_LR"),
+        ([*IMAGENET, "--epochs", 90, "SOLVER.BASE_LR", 0.7], 0.7, 90, ""),
+        (["--epochs", 100, "SOLVER.BASE_LR", 0.6], 0.6, 100, ""),
+        (["--config-file", "inherits.yaml"], 0.9, 100, "published for 100 epochs"),
+        (["--config-file", "sets.yaml"], 0.6, 100, ""),
+        (["--config-file", "inherits_sets.yaml", "SOLVER.EPOCHS", 100], 0.6, 100, ""),
     ],
 )
-def test_epochs_choose_the_learning_rate(tool, tmp_path, options, lr, told):
+def test_length_chooses_the_learning_rate(tool, tmp_path, options, lr, epochs, told):
+    """On ImageNet-1K, unless the user sets it: as an override, or in a recipe."""
+    base = f"_BASE_: {ROOT}/configs/pretrain/imagenet_rsa_R50.yaml\n"
+    (tmp_path / "inherits.yaml").write_text(base + "SOLVER: {EPOCHS: 100}\n")
+    (tmp_path / "sets.yaml").write_text(base + "SOLVER: {EPOCHS: 100, BASE_LR: 0.6}\n")
+    (tmp_path / "inherits_sets.yaml").write_text("_BASE_: sets.yaml\n")
     done = tool("pretrain", *options, cwd=tmp_path)
-    assert (
-        f"imagenet_rsa_R50.yaml: base lr {lr}, batch 2048, {[*options, 0, 200][1] or 200} epochs, lars"
-        in done.stdout
-    )
-    assert ("for 90 epochs (0.9 for 100, 0.6 for 200): taking 0.9; SOLVER.BASE_LR" in done.stdout) == told
+    assert f": base lr {lr}, batch 2048, {epochs} epochs, lars" in done.stdout, done.stderr
+    assert told in done.stdout and ("sets another" in done.stdout) == bool(told)
+
+
+def test_another_optimizer_keeps_its_learning_rate(tmp_path):
+    """And the rate that is taken stands in the record of the run."""
+    from rsa_detectron2.tools._recipe import load_recipe
+
+    recipe = "pretrain/imagenet_rsa_R50.yaml"
+    cfg, origin, note = load_recipe(recipe, ["SOLVER.EPOCHS", 100])
+    assert cfg.SOLVER.BASE_LR == 0.9 and origin.overrides[-2:] == ("SOLVER.BASE_LR", 0.9) and note
+    for overrides in (["SOLVER.OPTIMIZER", "sgd"], ["METHOD", "byol"], ["SOLVER.WEIGHT_DECAY", "1e-4"]):
+        cfg, origin, note = load_recipe(recipe, ["SOLVER.EPOCHS", 100, *overrides])
+        assert cfg.SOLVER.BASE_LR == 0.6 and not note and "SOLVER.BASE_LR" not in origin.overrides
+    assert load_recipe("pretrain/imagenet100_rsa_R50.yaml", ["SOLVER.EPOCHS", 100])[0].SOLVER.BASE_LR == 0.2
 
 
 COMMANDS = {
