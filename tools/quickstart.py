@@ -175,7 +175,7 @@ def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: li
 
 
 def summarize(pretrain_folder: Path, results: dict[str, dict]) -> str:
-    """kNN before and after pre-training, and the APs, whichever is better."""
+    """kNN before and after pre-training, and the APs, whether they rose or not."""
     with open(pretrain_folder / "metrics.jsonl") as lines:
         knn = [row["knn_top1"] for row in map(json.loads, lines) if "knn_top1" in row]
     before_and_after = f"kNN top-1 {knn[0]:.1f} % before and {knn[-1]:.1f} % after pre-training"
@@ -183,7 +183,7 @@ def summarize(pretrain_folder: Path, results: dict[str, dict]) -> str:
 
 
 def compare(results: dict[str, dict]) -> str:
-    """One sentence on AP from random and from RSA weights, whichever is better."""
+    """One sentence on AP from random and from RSA weights, whether RSA's is higher or not."""
     parts = []
     for task, word in (("bbox", "box"), ("segm", "mask")):
         random, rsa = (results[name]["ap"][task]["AP"] or 0.0 for name in ("random", "RSA"))

@@ -293,8 +293,8 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
 def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Boxes in pixels of the image, scores, labels and 28 x 28 masks of float32 [3, H, W], on the CPU.
 
-    It takes the steps of model.forward one by one, because that pastes a hundred masks at once: gigabytes
-    for a large photograph.
+    It takes the steps of model.forward one by one, because forward itself pastes a hundred masks at once:
+    gigabytes for a large photograph.
     """
     images, _ = model.transform([image])
     features = model.backbone(images.tensors)
