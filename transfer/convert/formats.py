@@ -1,10 +1,9 @@
 """Known layouts of checkpoints: where the backbone of each branch lies in a file, and what else it may hold.
 
-A family is a row of :data:`FORMATS`. This file is data; readers.py applies it.
+A family is a row of :data:`FORMATS`. This file is data; match.py finds the row that a file fits.
 """
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Pixels = Sequence[Sequence[float]]  # mean and std of RGB in [0, 1]
@@ -93,28 +92,6 @@ class Format:
     rename: tuple = ()
     pixels: Pixels | str = IMAGENET
     note: str = ""
-
-    def places(self) -> Iterator[tuple[str, str | None, str]]:
-        """(branch, container, prefix) of each place; container None: each of :data:`CONTAINERS`."""
-        for branch, places in (("online", self.online), ("target", self.target)):
-            for place in places.split(" ") if places is not None else ():
-                container, slash, prefix = place.rpartition("/")
-                yield branch, container if slash else None, prefix
-                if not slash and self.target is None:
-                    yield from (("target", average, prefix) for average in AVERAGES)
-
-    def lacks(self, names: Collection[str]) -> bool:
-        """Whether a state dict with these names lacks one that this row must have."""
-        return not all(
-            any(name.startswith(tuple(starts.split("|"))) for name in names) for starts in self.must.split()
-        )
-
-
-def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """The name of a tensor after all ``pairs`` of :attr:`Format.rename`."""
-    for pattern, replacement in pairs:
-        name = re.sub(pattern, replacement, name, count=1)
-    return name
 
 
 OWN_FILE = "rsa-pretraining"  # what a checkpoint of this project has under "format"

@@ -4,7 +4,6 @@ Reading fails closed: a missing, misshapen or not-finite tensor, or a name that 
 for, is an error that names it. Opening a file never runs its code (pickles.py).
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,8 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert import architectures
 from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, supported
 from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint, printable
-from rsa_detectron2.transfer.convert.formats import (
-    AVERAGES,
-    CONTAINERS,
-    DETECTRON2,
-    FORMATS,
-    IGNORED,
-    INNER_WRAPPERS,
-    OWN_FILE,
-    WRAPPERS,
-    Pixels,
-    rename,
-)
-from rsa_detectron2.transfer.convert.match import Match
+from rsa_detectron2.transfer.convert.formats import AVERAGES, DETECTRON2, FORMATS, OWN_FILE, Pixels
+from rsa_detectron2.transfer.convert.match import Match, find_matches, places, rename
 from rsa_detectron2.transfer.convert.metadata import beside, check_network, check_own_network
 from rsa_detectron2.transfer.convert.provenance import (
     checksum,
@@ -80,7 +68,7 @@ def read_checkpoint(
 
 def find_branch(contents: dict, branch: str, path: str | Path) -> Match:
     """The :class:`Match` of ``branch`` in the first row that accounts for the file. Raises InputError."""
-    rows = [(layout, list(_matches(layout, contents))) for layout in FORMATS]
+    rows = [(layout, list(find_matches(layout, contents))) for layout in FORMATS]
     for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
         for layout, matches in rows:
             if any(match.whole() for match in matches if match.branch == sought):
@@ -113,9 +101,7 @@ def _only_one(matches, layout, branch, path):
         return whole[0]
     if matches:
         raise InputError(f"{path}: {what_is_wrong(matches[0])}")
-    sought = dict.fromkeys(
-        "/".join(filter(None, place)) for kind, *place in layout.places() if kind == branch
-    )
+    sought = dict.fromkeys("/".join(filter(None, place)) for kind, *place in places(layout) if kind == branch)
     raise InputError(
         f"{path}: a checkpoint of {layout.name} without the {branch} branch: nothing lies under "
         f"{' or '.join(sought)}"
@@ -125,7 +111,7 @@ def _only_one(matches, layout, branch, path):
 def _check_no_other(contents, match, known, path):
     """Raises InputError where the file has a ResNet in a dict that the row does not know (``known``: those
     where it found one), and that is no average."""
-    known = known | {container for _, container, _ in match.layout.places() if container}
+    known = known | {container for _, container, _ in places(match.layout) if container}
     for container, prefix in networks(contents):
         if container not in known and container.rpartition("/")[2] not in AVERAGES:
             raise InputError(
@@ -133,58 +119,6 @@ def _check_no_other(contents, match, known, path):
                 f"under {container}/{prefix}, and does not say which is meant: save one of their state dicts "
                 "alone"
             )
-
-
-def _matches(layout, contents):
-    """A :class:`Match` for each place of ``layout`` where the file has names."""
-    for branch, container, prefix in layout.places():
-        for key, state in _state_dicts(contents, container):
-            if layout.lacks(state) or not any(name.startswith(prefix) for name in state):
-                continue
-            # The other places of the same branch are not accounted for: a file that had both would be
-            # ambiguous.
-            taken = {
-                **dict.fromkeys(layout.drops.split(), False),
-                **{other: False for kind, _, other in layout.places() if kind != branch},
-                prefix: True,
-            }
-            found, left_over = {}, []
-            for name, value in state.items():
-                longest = max((start for start in taken if name.startswith(start)), key=len, default=None)
-                short = rename(name.removeprefix(prefix), layout.rename)
-                if longest is None or taken[longest] and short in found:
-                    left_over.append(name)
-                elif taken[longest] and not short.endswith("num_batches_tracked"):
-                    found[short] = value
-            yield Match(layout, branch, key, prefix, found, left_over)
-
-
-def _state_dicts(contents, container):
-    """(key, {name: value} without wrappers) below "a/b"; for None, below each of :data:`CONTAINERS`."""
-    if container is None:
-        held = [key for key in CONTAINERS if key and type(contents.get(key)) is dict]
-        for key in held or [""]:
-            yield key, state_dict(contents, key)
-    elif state := state_dict(contents, container):
-        yield container, state
-
-
-def state_dict(contents: dict, container: str) -> dict[str, Any]:
-    """{name: value} below the keys "a/b" of a file, without wrappers.
-
-    Raises ValueError where two names become one.
-    """
-    for key in filter(None, container.split("/")):
-        contents = contents.get(key) if type(contents) is dict else None
-    contents = contents if type(contents) is dict else {}
-    state = {str(name): value for name, value in contents.items() if name not in IGNORED}
-    while wrapper := next((w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None):
-        state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    inner = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, INNER_WRAPPERS))})")
-    plain = {inner.sub("", name): value for name, value in state.items()}
-    if len(plain) < len(state):
-        raise ValueError("two of its names are the same without their wrappers")
-    return plain
 
 
 def read_tensors(
