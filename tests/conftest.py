@@ -51,6 +51,16 @@ def tiny_cfg(image_folder, folder, *overrides):
     return cfg
 
 
+def rsa_networks(backbone, hidden_dim, out_dim):
+    """RSA's networks around a backbone."""
+    from rsa_detectron2.pretrain.method.networks import Networks
+    from rsa_detectron2.pretrain.method.objectives import METHODS
+
+    model = get_cfg().MODEL
+    model.HIDDEN_DIM, model.OUT_DIM = hidden_dim, out_dim
+    return Networks(backbone, METHODS["rsa"], model)
+
+
 def final_weights(path):
     return torch.load(path, weights_only=True)["model"]
 
@@ -139,11 +149,10 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def resnet50_checkpoint(tmp_path_factory):
     """model_final.pth of an untrained ResNet-50 whose BatchNorm statistics are not the initial ones."""
-    from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
-    from rsa_detectron2.pretrain.method.objectives import rsa
+    from rsa_detectron2.pretrain.method.networks import build_backbone
 
     torch.manual_seed(0)
-    networks = Networks(build_backbone("resnet50"), 64, 16, rsa)
+    networks = rsa_networks(build_backbone("resnet50"), 64, 16)
     with torch.no_grad():
         for name, tensor in networks.state_dict().items():
             if "running_mean" in name or name.endswith("bias"):

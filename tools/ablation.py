@@ -40,7 +40,7 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
 from rsa_detectron2.pretrain.evaluate import linear
-from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 from rsa_detectron2.pretrain.evaluate.knn import knn_top1
 from rsa_detectron2.pretrain.method import networks
 from rsa_detectron2.tools._weights import load_features
@@ -189,13 +189,14 @@ def judge(path: Path, method: str, seed: int, images: Path) -> dict[str, str | f
         features.amp = None  # exact features: these are few
     cfg.DATA.NUM_WORKERS = 0
     sources = [open_images(images / split) for split in IMAGES]
-    (bank, labels), (queries, query_labels) = (features.of(source, "features", None) for source in sources)
+    found = [features.of(source, "features") for source in sources]
     result = {"method": method, "seed": seed}
     for part in PARTS:
-        index = torch.tensor(part_of(sources[0].classes, part), device=labels.device)
-        result[f"knn_{part}"] = knn_top1(bank, index[labels], queries, index[query_labels], k=20)
+        index = torch.tensor(part_of(sources[0].classes, part), device=found[0].labels.device)
+        bank, queries = (Labeled(values, index[labels]) for values, labels in found)
+        result[f"knn_{part}"] = knn_top1(bank, queries, k=20)
         result[f"linear_{part}"] = linear.evaluate_linear_on(
-            bank, index[labels], queries, index[query_labels], linear.LINEAR["small"], seed
+            bank, queries, linear.LINEAR["small"], linear.Trial(seed)
         )[-1]
     return result
 

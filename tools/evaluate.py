@@ -81,7 +81,7 @@ def run_linear(args: argparse.Namespace, features: Features, train: Source, val:
     """Linear evaluation, once more with BatchNorm in train mode for --train-bn."""
     name = "small" if features.data.IMAGE_SIZE <= 64 else "large"
     protocol = linear.shorten(linear.LINEAR[name], args.epochs)
-    top1 = linear.evaluate_linear(features, train, val, protocol, args.seed)
+    top1 = linear.evaluate_linear(features, train, val, protocol, linear.Trial(args.seed))
     result = {
         "protocol": name,
         "settings": asdict(protocol),
@@ -92,7 +92,7 @@ def run_linear(args: argparse.Namespace, features: Features, train: Source, val:
         "best_epoch": 1 + top1.index(max(top1)),
     }
     if args.train_bn:
-        top1 = linear.evaluate_linear(features, train, val, protocol, args.seed, train_bn=True)
+        top1 = linear.evaluate_linear(features, train, val, protocol, linear.Trial(args.seed, train_bn=True))
         result |= {
             "train_bn_top1_last": top1[-1],
             "train_bn_top1_best": max(top1),

@@ -18,6 +18,7 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.tools._weights import load_features
 
@@ -49,7 +50,8 @@ def main() -> None:
     pairs = drift.measure_pairs(features, images, args.seed, args.limit)
     drift.write_pairs(folder / "pairs.csv", pairs, images, args.seed)
     print(folder / "pairs.csv")
-    print(pictures.draw_pairs(pairs, images, size, args.seed, args.pairs, folder / "pairs.png"), flush=True)
+    views = MultiStageViews(images, size, args.seed)
+    print(pictures.draw_pairs(pairs, views, args.pairs, folder / "pairs.png"), flush=True)
     quarter = -(-args.limit // 4)  # each image takes nine views instead of two
     drifts = drift.measure_operations(features, images, args.seed, quarter)
     drift.write_operations(folder / "operations.csv", drifts)

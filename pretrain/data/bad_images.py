@@ -1,4 +1,4 @@
-"""What becomes of images that cannot be decoded: another stands in for them, and a list names them."""
+"""Images that cannot be decoded: the next one stands in for each, and a list names them."""
 
 import fcntl
 import json
@@ -15,15 +15,15 @@ from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
 from rsa_detectron2.pretrain.data.source import Source, say
 
-TRIES = 100  # images in a row that may be unreadable
-HANDFUL = 5  # images that may be, however small the data set
+TRIES = 100  # so many images in a row may be unreadable
+HANDFUL = 5  # so many images may be unreadable, however small the data set
 
 
 def read_or_next(images: Source, index: int) -> tuple[torch.Tensor, int]:
     """Image ``index``, or the next that can be decoded, and how many were skipped.
 
-    The first image follows the last. The result does not depend on which images are already
-    known to be unreadable: those are just not decoded again. Raises InputError after 100.
+    After the last image comes the first. Images that are known to be unreadable are not decoded again, which
+    does not change the result. Raises InputError after :data:`TRIES` images.
     """
     for skipped in range(min(TRIES, len(images))):
         at = (index + skipped) % len(images)
@@ -42,8 +42,8 @@ def read_or_next(images: Source, index: int) -> tuple[torch.Tensor, int]:
 class BadImages:
     """The list of images that could not be decoded: a file with one ``id`` per line, in JSON.
 
-    Any process may add to it. ``max_bad`` is DATA.MAX_BAD, for which ``removed`` of the listed
-    images do not count.
+    Any process may add to it. ``max_bad`` is DATA.MAX_BAD; ``removed`` of the listed images are gone by now
+    and do not count.
     """
 
     def __init__(self, path: str | Path, images: Source, max_bad: float):
@@ -57,10 +57,9 @@ class BadImages:
         return parse(self.path.read_bytes()) if self.path.is_file() else set()
 
     def start(self) -> None:
-        """Mark the images that are listed as unreadable.
+        """Take the images that have been repaired or removed off the list, and mark the others as unreadable.
 
-        Images that were repaired or removed since leave the list first. Call it on every rank.
-        Raises InputError when too many are left.
+        Call it on every rank. Raises InputError when too many are left.
         """
         still = None
         if distributed.rank() == 0 and self.path.is_file():
@@ -86,9 +85,9 @@ class BadImages:
         return json.dumps(self.images.id(index)) + "\n"
 
     def add(self, indices: Iterable[int]) -> None:
-        """List the images that are not listed yet.
+        """Add images to the list.
 
-        Raises InputError when too many of the data set are listed. A full disk is no error.
+        Raises InputError when it names too many of the data set. A full disk is no error.
         """
         new = sorted({int(index) for index in indices} - self.added)
         if not new:
@@ -102,7 +101,9 @@ class BadImages:
                 text = file.read()
                 listed = parse(text)
                 lines = [self.line(index) for index in new if self.images.id(index) not in listed]
-                file.write(("\n" * (text[-1:] not in (b"", b"\n")) + "".join(lines)).encode())
+                if text and not text.endswith(b"\n"):  # a full disk may have cut the last line
+                    file.write(b"\n")
+                file.write("".join(lines).encode())
             count = len(listed) + len(lines)
         except OSError as error:
             say(f"warning: cannot write {self.path} ({error.strerror}); the run goes on without the list")
@@ -120,7 +121,7 @@ class BadImages:
 
 
 def parse(text: bytes) -> set[str]:
-    """The set of names in a list, bytes; in those of older versions a name stands as it is."""
+    """The names in a list. Older versions wrote them as they are, without JSON's quotes."""
     return {unquoted(line) for line in os.fsdecode(text).split("\n") if line}
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: :func:`open_images` finds out what lies at a path and opens it."""
+"""Opening a data set: :func:`open_images` finds out what lies at a path."""
 
 import os
 from collections.abc import Collection
@@ -35,10 +35,10 @@ def open_images(
     ``split``: "pretrain" for the images to pre-train on, "train" or "val" for the labeled ones.
     At most ``limit`` images, evenly spaced; 0: all.
 
-    CIFAR-10/100 and STL-10 as torchvision downloads them; Parquet files, or what
-    ``datasets.save_to_disk`` wrote; Tiny ImageNet; a folder that holds the parts of a data set
-    (folders.PARTS); else ``path`` itself is the folder of images, whatever the split.
-    ``classes_file`` lists the class folders to keep. Raises InputError.
+    It may hold CIFAR-10/100 or STL-10 as torchvision downloads them, Parquet files, what
+    ``datasets.save_to_disk`` wrote, Tiny ImageNet, or the parts of a data set (folders.PARTS). Otherwise
+    ``path`` itself is the folder of images, whatever the split. ``classes_file`` lists the class folders to
+    keep. Raises InputError.
     """
     source = _open(Path(path).expanduser(), split, classes_file)
     if not 0 < limit < len(source):
@@ -71,7 +71,7 @@ def _open(path, split, classes_file):
 
 
 def _open_data_set(path, split):
-    """The source at ``path`` unless it is a folder of images: None."""
+    """The source at ``path``, or None where that is a folder of images."""
     for kind in (CIFAR10, CIFAR100, STL10):
         root = path.parent if path.name == kind.base_folder else path
         if (root / kind.base_folder).is_dir():
@@ -110,7 +110,8 @@ def _open_folder(path, split, classes):
 
 
 def choose_part(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
-    """The folder of a part of the data set at ``path``, and the folders in it that are held out.
+    """(folder, held out): the folder of a split of the data set at ``path``, and the folders in it that are
+    kept for validation.
 
     Prints what is left out. Raises InputError where there are only images for tests.
     """
@@ -123,7 +124,9 @@ def choose_part(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     loose = sum(is_image(entry.name) for entry in entries(path))
     if have == {"train", "val"} or have == {"train"} and not others and not loose:
         name = pick(folders, part, path)
-        rest = [f"{printable(other)}/" for other in others] + [f"{loose} images beside them"] * (loose > 0)
+        rest = [f"{printable(other)}/" for other in others]
+        if loose:
+            rest.append(f"{loose} images beside them")
         if rest and part == "train":
             say(
                 f"{printable(path)}: images of {printable(name)}/ are trained on; left out: {', '.join(rest)}"
@@ -148,7 +151,7 @@ def choose_part(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
 
 
 def find_parts(path: Path, depth: int = 3) -> Path:
-    """The folder that holds the parts of a data set: ``path``, or the only folder in it, or images/."""
+    """The folder that holds the parts of a data set: ``path``, or below it the only folder or images/."""
     place = path
     for _ in range(depth):
         folders = find_folders(place)
@@ -168,14 +171,14 @@ def _download(kind, root):
 
 
 def read_text(path: Path) -> str:
-    """With names as the system gives them: they need not be UTF-8."""
+    """The text of a file, in which file names need not be UTF-8."""
     return path.read_text("utf-8-sig", errors="surrogateescape")
 
 
 def read_classes(path: str | Path) -> list[str]:
     """The first word of every line of a file, without comments (#).
 
-    The file is looked up as given, then under configs/.
+    The file is looked up as given, then under configs/. Raises InputError.
     """
     file = next((file for file in (Path(path).expanduser(), CONFIGS / path) if file.is_file()), None)
     if file is None:
@@ -187,7 +190,10 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 def tiny_imagenet(root: Path, split: str, classes: Collection[str] | None = None) -> ImageFolder:
-    """An ImageFolder of Tiny ImageNet; the validation images lie in one folder, their labels in a table."""
+    """Tiny ImageNet below ``root``, whose validation images lie in one folder, with their labels in a table.
+
+    Raises InputError where the table lacks an image.
+    """
     classes, table = (
         sorted(classes or read_text(root / "wnids.txt").split()),
         root / "val/val_annotations.txt",
@@ -205,27 +211,30 @@ def tiny_imagenet(root: Path, split: str, classes: Collection[str] | None = None
     return images
 
 
-def without_check_sums(kind: type[CIFAR10 | STL10]) -> type[CIFAR10 | STL10]:
-    """A data set of torchvision's that takes other files than the ones that it would download."""
+def without_checksums(kind: type[CIFAR10 | STL10]) -> type[CIFAR10 | STL10]:
+    """``kind`` without its checksums, so that it reads other files than those that it would download."""
     lists = {name: [[file, None] for file, _ in getattr(kind, name)] for name in ("train_list", "test_list")}
     meta = {"meta": {**kind.meta, "md5": None}} if hasattr(kind, "meta") else {}
     return type(kind.__name__, (kind,), {**lists, **meta})
 
 
 class ArrayImages(Source):
-    """CIFAR-10/100 or STL-10, ``kind`` of torchvision.datasets, below ``root``; held in memory."""
+    """CIFAR-10/100 or STL-10 below ``root``, held in memory. ``kind``: its class in torchvision.datasets."""
 
     own_val = True
 
     def __init__(self, kind: type[CIFAR10 | STL10], root: Path, split: str):
         stl10 = kind is STL10
-        part = STL10_SPLITS[split] if stl10 else "test" if split == "val" else "train"
+        if stl10:
+            part = STL10_SPLITS[split]
+        else:
+            part = "test" if split == "val" else "train"
         self.root, self.part = root, f"{kind.base_folder} {part}"
         if (root / STANDIN).is_file():
-            kind = without_check_sums(kind)
+            kind = without_checksums(kind)
         try:
             data = kind(root, part) if stl10 else kind(root, train=part == "train")
-        except RuntimeError:  # a file lacks or has another check sum
+        except RuntimeError:  # a file is missing, or its checksum differs
             raise InputError(
                 f"{root / kind.base_folder} is incomplete or damaged: remove it, then "
                 + _download(kind, root)

@@ -17,7 +17,7 @@ from rsa_detectron2.pretrain.data.source import Source, say
 
 SUFFIXES = (*IMG_EXTENSIONS, ".jpe", ".jfif", ".pbm", ".pnm", ".gif", ".jp2", ".avif")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".7z", ".rar")
-# Besides hidden ones (.ipynb_checkpoints, .Trash-1000): what systems put among a user's files.
+# What operating systems put among a user's files, besides hidden folders (.ipynb_checkpoints, .Trash-1000).
 SYSTEM_FOLDERS = (
     "__macosx",
     "@eadir",
@@ -28,13 +28,12 @@ SYSTEM_FOLDERS = (
     "lost+found",
     "__pycache__",
 )
-# The words that name a part of a data set, the preferred one first ...
+# Words that name a part of a data set, the preferred one first.
 PARTS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "validation", "valid", "eval", "evaluation", "dev", "test", "testing"),
 }
-# ... and those that may stand beside them: train_images, test-set, ILSVRC2012_img_val.
-# Case and digits do not count.
+# Words that may stand beside those: train_images, test-set, ILSVRC2012_img_val. Case and digits do not count.
 FILLERS = (
     "images",
     "image",
@@ -58,26 +57,26 @@ SHOWN = 8  # kinds of files that one line names
 
 
 def part_of(name: str) -> str:
-    """ "train" or "val" where the name of a folder or of a split is that of a part; "" for another."""
+    """The part that a folder or a split is, by its name: "train" or "val"; "" where the name is no part's."""
     return next((part for part, words in PARTS.items() if _word(name) in words), "")
 
 
 def _word(name):
-    """The one word of a name, in lower case; "" if it has none, or others beside it."""
+    """The word of :data:`PARTS` in a name; "" where there is none, or anything but fillers beside it."""
     words, fillers = "|".join(sum(PARTS.values(), ())), "|".join(FILLERS)
     found = re.fullmatch(f"(?:{fillers})*({words})(?:{fillers})*", re.sub(r"[\W\d_]", "", name.lower()))
     return found[1] if found else ""
 
 
 def rank(name: str) -> tuple[int, bool]:
-    """The lower, the better the name of a part."""
+    """A sort key for names of one part: the preferred name is the lowest."""
     return PARTS[part_of(name)].index(_word(name)), name.lower() != _word(name)
 
 
 def pick(names: Collection[str], part: str, place: Path) -> str:
     """The best of ``names`` for a part of the data set at ``place``.
 
-    Raises InputError if there is none, or several.
+    Raises InputError if none is of that part, or if several are equally good.
     """
     ranked = sorted((name for name in names if part_of(name) == part), key=lambda name: (rank(name), name))
     if not ranked:
@@ -134,21 +133,19 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 @dataclass
 class Files:
-    """The image files below a folder: sorted relative paths; how many lie in which folder; what
-    was left out.
-    """
+    """The image files below a folder, and what was left out."""
 
-    names: list[str] = field(default_factory=list)
-    folders: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)  # by kind
-    links_back: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # relative paths, sorted
+    folders: Counter[str] = field(default_factory=Counter)  # number of images in each folder
+    left_out: Counter[str] = field(default_factory=Counter)  # number of files of each kind
+    links_back: list[str] = field(default_factory=list)  # links to folders that are read already
 
 
 def find_images(root: str | Path, is_kept: Callable[[str], bool] = lambda folder: True) -> Files:
-    """The Files below ``root``, those in the first-level folders that are kept.
+    """The Files below ``root``. ``is_kept`` tells which of the first-level folders to read.
 
-    Links are followed, but a folder that can be reached by several paths is read once: by its
-    own path, else by the first.
+    Links are followed, but a folder that can be reached by several paths is read once: by its own path if
+    that lies below ``root``, else by the first.
     """
     files, seen, folders, links = Files(), set(), [""], []
     while folders or links:
@@ -167,17 +164,18 @@ def find_images(root: str | Path, is_kept: Callable[[str], bool] = lambda folder
                 files.left_out[f"in {printable(entry.name)}/"] += sum(
                     len(names) for *_, names in os.walk(entry.path)
                 )
-            elif folder or is_kept(entry.name):
-                if linked or entry.is_symlink():
-                    heapq.heappush(links, path)
-                else:
-                    folders.append(path)
+            elif not folder and not is_kept(entry.name):
+                continue
+            elif linked or entry.is_symlink():
+                heapq.heappush(links, path)
+            else:
+                folders.append(path)
     files.names.sort()
     return files
 
 
 def add_file(files: Files, folder: str, entry: os.DirEntry[str]) -> None:
-    """``entry`` to the image files or to what is left out."""
+    """Add a file to the images, or to what is left out."""
     name, exists = entry.name, is_file(entry)
     if name.startswith("._"):  # a Mac's resource forks
         kind = "._*"
@@ -197,19 +195,19 @@ def add_file(files: Files, folder: str, entry: os.DirEntry[str]) -> None:
 def listing(left_out: Counter[str]) -> str:
     """``3 .avif, 1 hidden``: a count of each kind, the largest first."""
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    others = sum(count for _, count in kinds[SHOWN:])
-    return ", ".join(
-        [f"{count} {kind}" for kind, count in kinds[:SHOWN]] + [f"{others} of other kinds"] * (others > 0)
-    )
+    parts = [f"{count} {kind}" for kind, count in kinds[:SHOWN]]
+    if len(kinds) > SHOWN:
+        parts.append(f"{sum(count for _, count in kinds[SHOWN:])} of other kinds")
+    return ", ".join(parts)
 
 
 class ImageFolder(Source):
-    """All images below ``root``, in the order of their paths; with ``classes``, those in these
-    folders only; ``without`` some folders.
+    """All images below ``root``, in the order of their paths.
 
-    The label of an image is the index in ``self.classes`` of the first-level folder that holds
-    it, -1 for an image that lies in ``root`` itself. Says on stderr what was left out. Raises
-    InputError.
+    ``classes``: the first-level folders to read; None: all. ``without``: those not to read. The label of an
+    image is the index in ``self.classes`` of its first-level folder, -1 for an image that lies in ``root``
+    itself. Prints to stderr what was left out. Raises InputError where no image is found, or a class has
+    none.
     """
 
     def __init__(
@@ -231,7 +229,7 @@ class ImageFolder(Source):
         if files.left_out:
             say(f"{printable(root)}: {len(names)} images; files left out: {listing(files.left_out)}")
         if files.links_back:
-            more = f" and {len(files.links_back) - 1} more" * (len(files.links_back) > 1)
+            more = f" and {len(files.links_back) - 1} more" if len(files.links_back) > 1 else ""
             say(
                 f"{printable(root)}: links to folders that are read already, left out: "
                 f"{printable(min(files.links_back))}{more}"
@@ -239,9 +237,7 @@ class ImageFolder(Source):
         self.folders = files.folders
 
     def take(self, names: list[bytes]) -> None:
-        """Hold the images of these ``names``, bytes below the root, in this order, whether they
-        are there or not.
-        """
+        """Set the images to ``names``: paths below the root, as bytes, in this order. They need not exist."""
         folders = [os.fsdecode(name).split(os.sep)[0] if b"/" in name else None for name in names]
         self.classes = sorted({folder for folder in folders if folder})
         index = {folder: i for i, folder in enumerate(self.classes)}
@@ -253,7 +249,7 @@ class ImageFolder(Source):
         return os.fsdecode(self.names[index])
 
     def indices(self, ids: Collection[str]) -> list[int]:
-        prefix = f"{self.root}{os.sep}"  # of lists that were written when they held whole paths
+        prefix = f"{self.root}{os.sep}"  # lists of early versions hold whole paths
         wanted = [os.fsencode(name.removeprefix(prefix)) for name in ids]
         return np.flatnonzero(np.isin(self.names, wanted)).tolist() if wanted else []
 

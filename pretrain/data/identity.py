@@ -1,7 +1,7 @@
-"""How a run knows its images again: by what they are, wherever they lie.
+"""How a run recognizes its images when it resumes, wherever they lie.
 
-A checkpoint holds ``data``: ``sha256``, over names, labels and classes, and ``names``, which say
-what has changed. The order of every epoch follows from the list of names, so a run keeps its list.
+A checkpoint's ``data`` holds ``sha256``, over names, labels and classes, and ``names``, to say what has
+changed. The order of every epoch follows from the list of names, so a run keeps its list.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from rsa_detectron2.pretrain.data.source import STANDIN, Source
 
 
 def names_of(images: Source) -> list[bytes]:
-    """The files of a source: a list of bytes, below its root; empty where images are not files."""
+    """The files of a source: paths below its root, as bytes; empty where images are not files."""
     return images.names.tolist() if hasattr(images, "names") else []
 
 
@@ -33,7 +33,7 @@ def digest(images: Source) -> str:
 
 
 def describe(images: Source) -> dict[str, str | torch.Tensor]:
-    """The ``data`` of a checkpoint. ``names`` is a uint8 tensor, compressed."""
+    """The ``data`` of a checkpoint. ``names`` is a compressed uint8 tensor."""
     names = np.frombuffer(zlib.compress(b"\0".join(names_of(images))), np.uint8)
     return {"sha256": digest(images), "names": torch.from_numpy(names.copy())}
 
@@ -68,10 +68,10 @@ def check_same_everywhere(images: Source) -> None:
 def recognize(images: Source, saved: dict, unreadable: set[str], folder: Path) -> int:
     """Check that ``images`` are those of the run in ``folder``, by its checkpoint ``saved``.
 
-    An image that is gone keeps its place if its name is in the set ``unreadable``: the next image
-    stands in for it, as before. Returns how many are gone. Raises InputError that says what differs.
+    An image that is gone keeps its place if its name is in ``unreadable``: the next image stands in for it,
+    as it did before. Returns how many images are gone. Raises InputError that says what differs.
     """
-    if "data" not in saved:  # an older version's
+    if "data" not in saved:  # a checkpoint of an early version
         if saved["num_images"] != len(images):
             raise changed(images, saved, folder)
         return 0
@@ -101,7 +101,7 @@ def is_listed(name: bytes, listed: Iterable[str]) -> bool:
 def changed(
     images: Source, saved: dict, folder: Path, lost: Sequence[bytes] = (), new: Sequence[bytes] = ()
 ) -> InputError:
-    """The InputError of another data set; names of images that are ``lost`` and that are ``new``."""
+    """The InputError for another data set; ``lost`` and ``new`` are names of images."""
     parts = [
         f"{names[0].decode(errors='backslashreplace')} is {word}"
         + (f", and {len(names) - 1} more" if len(names) > 1 else "")

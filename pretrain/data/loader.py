@@ -7,6 +7,7 @@ are seen.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,26 +53,37 @@ class MultiStageViews(Dataset):
         return {**batch, "views": batch["views"].movedim(-1, -3)}
 
 
+@dataclass(frozen=True)
+class LocalBatch:
+    """Which slice of each global batch a process takes, and in how many micro-batches. By default, all of it
+    at once."""
+
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_size: int | None = None  # None: the whole local batch
+
+    def slices(self, batch_size: int) -> list[slice]:
+        """Of a global batch of ``batch_size`` images, one slice for each micro-batch."""
+        local = batch_size // self.world_size
+        size = self.micro_batch_size or local
+        begin = self.rank * local
+        return [slice(first, first + size) for first in range(begin, begin + local, size)]
+
+
 class StepBatches(Sampler):
-    """This rank's part of the global batches, as lists of (epoch, index).
+    """The micro-batches of one process, as lists of (epoch, index), for each step of ``steps``.
 
-    The steps are ``start`` ... ``total`` - 1, counted from 0. A part that is larger than
-    ``micro_batch`` comes in several lists, one after the other.
-
-    An epoch is a permutation of the data set drawn from (seed, epoch), cut to whole global
-    batches. Raises InputError where there are fewer images than that.
+    Steps count from 0. An epoch is a permutation of the data set drawn from (seed, epoch), cut to
+    whole global batches. Raises InputError where there are fewer images than ``batch_size``.
     """
 
     def __init__(
         self,
         num_images: int,
         batch_size: int,
-        total: int,
+        steps: range,
         seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch: int | None = None,
+        local: LocalBatch = LocalBatch(),
     ):
         if num_images < batch_size:
             raise InputError(
@@ -79,21 +91,15 @@ class StepBatches(Sampler):
                 "lower it with --batch-size"
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.total = start, total
-        local = batch_size // world_size
-        micro_batch = micro_batch or local
-        self.slices = [
-            slice(first, first + micro_batch)
-            for first in range(rank * local, (rank + 1) * local, micro_batch)
-        ]
+        self.steps, self.slices = steps, local.slices(batch_size)
 
     def __len__(self) -> int:
-        return (self.total - self.start) * len(self.slices)
+        return len(self.steps) * len(self.slices)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_images // self.batch_size
         epoch, order = None, None
-        for step in range(self.start, self.total):
+        for step in self.steps:
             if epoch != step // steps_per_epoch:
                 epoch = step // steps_per_epoch
                 order = np.random.default_rng((self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)

@@ -1,4 +1,4 @@
-"""Whether the pixels of a data set are what decoding takes them for, before anything is trained on them."""
+"""A look at the pixels of a data set before training: does decoding lose bands, frames or gray levels?"""
 
 import io
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ from rsa_detectron2.pretrain.data.images import (
 from rsa_detectron2.pretrain.data.source import Source
 
 SAMPLES = 16  # images that are looked at, evenly spaced
-LEAST = 0.25  # of the range of a format: below, fewer than 64 of 256 gray levels are left
+LEAST = 0.25  # of a format's range must be used: below, fewer than 64 of 256 gray levels would be left
 
 
 def check_pixels(images: Source, option: str = 'DATA.RANGE "({}, {})"') -> list[str]:
-    """Look at some images of a source, as they are read by its ``value_range``.
+    """Look at some images of a source, as they are read with its ``value_range``.
 
-    Returns a line for each kind of thing that is assumed or left out. Raises InputError for bands that would
-    get lost, and for values so small that few gray levels would be left. ``option`` is how the user gives the
-    range, with places for two numbers.
+    Returns a line for each thing that is assumed, such as a range, or left out, such as an alpha band. Raises
+    InputError for bands that would get lost, and for values so small that few gray levels would be left.
+    ``option`` is how the user gives the range, with places for two numbers.
     """
     if not hasattr(images, "encoded"):  # RGB of 8 bits in memory
         return []
@@ -60,7 +60,7 @@ def check_pixels(images: Source, option: str = 'DATA.RANGE "({}, {})"') -> list[
 
 
 def of_header(data: bytes, name: str) -> Iterator[tuple[str, str]]:
-    """(kind, line) for what is left out by the header of a file. Raises UnreadableImage."""
+    """(kind, line) for each thing that is left out of a file, by its header. Raises UnreadableImage."""
     tiff = tiff_tags(data)
     if tiff:
         check_bands(tiff, name)
@@ -71,13 +71,20 @@ def of_header(data: bytes, name: str) -> Iterator[tuple[str, str]]:
             )
     try:
         with Image.open(io.BytesIO(data)) as image:
-            size, frames = image.size, getattr(image, "n_frames", 1)
-            if frames > 1:
-                image.seek(1)
-                if image.size == size:  # otherwise the same once more, smaller
-                    yield "frames", f"{name} has {frames} frames or pages: the first is read"
-    except Exception:  # damaged, which is for the training to find
+            frames = count_frames(image)
+    except Exception:  # the file is damaged, which training will find
         return
+    if frames > 1:
+        yield "frames", f"{name} has {frames} frames or pages: the first is read"
+
+
+def count_frames(image: Image.Image) -> int:
+    """Frames or pages of an image. Pages of another size are the first once more, smaller: they do not
+    count."""
+    size, frames = image.size, getattr(image, "n_frames", 1)
+    if frames > 1:
+        image.seek(1)
+    return frames if image.size == size else 1
 
 
 def is_deep(data: bytes) -> bool:
@@ -90,12 +97,12 @@ def is_deep(data: bytes) -> bool:
 
 
 def share_used(pixels: Pixels) -> float:
-    """The greatest value of an image, relative to the greatest that its format has."""
+    """The greatest value of an image as a part of the greatest that its format has."""
     return float(pixels.values.max()) / (255 if pixels.values.dtype == torch.uint8 else pixels.limits[1])
 
 
 def few_levels(pixels: Pixels, name: str, option: str) -> str:
-    """What is wrong with a data set whose brightest image is this one, and the fix."""
+    """The message for a data set whose brightest image is this one: what is wrong, and the fix."""
     greatest = int(pixels.values.max())
     if pixels.values.dtype == torch.uint8:
         brightest = 2 ** greatest.bit_length() * 256 - 1
@@ -107,7 +114,7 @@ def few_levels(pixels: Pixels, name: str, option: str) -> str:
     full, brightest = int(pixels.limits[1]), 2 ** greatest.bit_length() - 1
     levels = 256 * greatest // (full + 1) + 1
     return (
-        f"{name} holds values up to {greatest} of {full}, and no other image looked at greater ones: they "
-        f"would become {levels} of 256 gray levels. Give the values that become black and white: "
+        f"{name} holds values up to {greatest} of {full}, and no other image that was looked at has greater "
+        f"ones: they would become {levels} of 256 gray levels. Give the values that become black and white: "
         f"{option.format(0, brightest)}, or {option.format(0, full)} to keep them dark"
     )

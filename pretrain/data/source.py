@@ -1,4 +1,4 @@
-"""What all sources of images have in common; they are in folders.py, parquet.py and datasets.py."""
+"""What all sources of images have in common. The sources are in folders.py, parquet.py and datasets.py."""
 
 import functools
 import mmap
@@ -12,24 +12,22 @@ from tqdm import tqdm
 from rsa_detectron2.common import distributed
 from rsa_detectron2.pretrain.data.images import decode
 
-STANDIN = "STANDIN"  # a file in the folder of a data set that was drawn (standins.py)
+STANDIN = "STANDIN"  # a file in the folder of a drawn data set (standins.py)
 
 
 class Source:
     """``len(source)`` images, which are known by their index.
 
-    ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, of those
-    that hold files: the bytes, and the name for a message. ``name(index)``: text that names one
-    image. ``labels``: int64 [N], -1 where unlabeled. ``classes``: their names. ``root``: the
-    folder. ``own_val``: whether the path that ``root`` was found at holds the validation images
-    as well, which else lie in a folder beside ``root``.
+    ``read(index)``: uint8 RGB [3, H, W]; raises UnreadableImage. ``encoded(index)``, where images are
+    encoded: their bytes, and the name for a message. ``name(index)``: text that names one image.
+    ``labels``: int64 [N], -1 where unlabeled. ``classes``: the names of the labels. ``root``: the folder.
 
-    Sources hold arrays, not long lists: a million strings would be copied into every worker as
-    soon as their reference counts are touched.
+    Sources hold arrays, not long lists: a million strings would be copied into every worker as soon as
+    their reference counts are touched.
     """
 
-    own_val = False
-    files = ()  # that hold the images, where they have none of their own
+    own_val = False  # whether the validation images lie in the same data set, not in a folder beside ``root``
+    files = ()  # that hold many images each; () where each image is a file
     value_range = ()  # DATA.RANGE
 
     def __len__(self) -> int:
@@ -39,18 +37,18 @@ class Source:
         return decode(*self.encoded(index), self.value_range)
 
     def id(self, index: int) -> str:
-        """Names an image like ``name``, but the same wherever the data set lies."""
+        """A name of an image that stays the same when the data set is moved."""
         return self.name(index)
 
     def indices(self, ids: Collection[str]) -> list[int]:
-        """Those of the images that have one of these ids, ascending."""
+        """The indices of the images that have one of these ids, ascending."""
         return [index for index in range(len(self)) if self.id(index) in ids] if ids else []
 
     @functools.cached_property
     def bad(self) -> mmap.mmap:
         """A byte for each image, 1 where it is known to be unreadable.
 
-        Workers that are forked after the first use share it.
+        It is made on first use. Workers that are forked later share it.
         """
         return mmap.mmap(-1, max(1, len(self)))
 
@@ -100,6 +98,6 @@ class SampleOfFiles(Sample):
 
 @functools.cache  # the same folder may be opened several times
 def say(line: str) -> None:
-    """Print a line about a data set to stderr, once."""
+    """Print a line about a data set to stderr, once. Only the first process prints."""
     if distributed.is_first_process():
         tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one

@@ -1,10 +1,11 @@
 """Drawn data sets in the formats of the real ones, to rehearse with on a machine that has none of them.
 
-A stand-in has a file :data:`STANDIN` in its folder: data/datasets.py then does not compare the check sums
-of the real files, and the record of a run names the data set as a stand-in.
+A stand-in has a file :data:`STANDIN` in its folder. datasets.py then does not compare the checksums of the
+real files, and the record of a run names the data set as a stand-in.
 """
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ IMAGENET100 = CONFIGS / "pretrain" / "imagenet100_classes.txt"
 
 
 def draw(kind: str, folder: str | Path, num_images: int, seed: int = 0) -> Path:
-    """Draw a data set of ``kind`` (one of :data:`KINDS`) into ``folder``, with ``num_images`` to train on
-    and a quarter of that to validate on; where classes are folders, at least one image of each. Returns
-    what tools/pretrain.py takes as --data."""
+    """Draw a data set of ``kind``, one of :data:`KINDS`, into ``folder``.
+
+    It has ``num_images`` to train on and a quarter of that to validate on; where classes are folders, at
+    least one image of each. Returns the path for --data of tools/pretrain.py.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     place = KINDS[kind](folder, num_images, max(1, num_images // 4), np.random.default_rng(seed))
@@ -35,45 +38,47 @@ def pixels(rng: np.random.Generator, labels: np.ndarray, size: int) -> np.ndarra
     return (colors[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)
 
 
-def cifar(
-    folder: Path,
-    base: str,
-    files: dict[str, int],
-    label_key: str,
-    names_key: str,
-    classes: int,
-    rng: np.random.Generator,
-) -> Path:
+@dataclass(frozen=True)
+class CifarFormat:
+    """The names in a release of CIFAR: its folder and the file of class names; keys of their dicts."""
+
+    folder: str
+    meta: str
+    label_key: str
+    names_key: str
+    num_classes: int
+
+
+CIFAR10 = CifarFormat("cifar-10-batches-py", "batches.meta", "labels", "label_names", 10)
+CIFAR100 = CifarFormat("cifar-100-python", "meta", "fine_labels", "fine_label_names", 100)
+
+
+def cifar(folder: Path, form: CifarFormat, files: dict[str, int], rng: np.random.Generator) -> Path:
     """CIFAR's Python pickles: rows of 3,072 bytes, red first; ``files``: {name: number of images}."""
-    (folder / base).mkdir(exist_ok=True)
+    base = folder / form.folder
+    base.mkdir(exist_ok=True)
     for name, count in files.items():
-        labels = rng.permutation(np.arange(count) % classes)
+        labels = rng.permutation(np.arange(count) % form.num_classes)
         data = pixels(rng, labels, 32).transpose(0, 3, 1, 2).reshape(count, -1)
-        (folder / base / name).write_bytes(
-            pickle.dumps({"data": data, label_key: labels.tolist()}, protocol=2)
-        )
-    meta = "batches.meta" if classes == 10 else "meta"
-    names = [f"class {i}" for i in range(classes)]
-    (folder / base / meta).write_bytes(pickle.dumps({names_key: names}, protocol=2))
+        batch = {"data": data, form.label_key: labels.tolist()}
+        (base / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = [f"class {i}" for i in range(form.num_classes)]
+    (base / form.meta).write_bytes(pickle.dumps({form.names_key: names}, protocol=2))
     return folder
 
 
 def cifar10(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
-    files = {
-        f"data_batch_{i + 1}": len(part) for i, part in enumerate(np.array_split(np.arange(num_images), 5))
-    }
-    return cifar(
-        folder, "cifar-10-batches-py", files | {"test_batch": num_val}, "labels", "label_names", 10, rng
-    )
+    parts = np.array_split(np.arange(num_images), 5)
+    files = {f"data_batch_{i + 1}": len(part) for i, part in enumerate(parts)}
+    return cifar(folder, CIFAR10, files | {"test_batch": num_val}, rng)
 
 
 def cifar100(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
-    files = {"train": num_images, "test": num_val}
-    return cifar(folder, "cifar-100-python", files, "fine_labels", "fine_label_names", 100, rng)
+    return cifar(folder, CIFAR100, {"train": num_images, "test": num_val}, rng)
 
 
 def stl10(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
-    """STL-10's binaries: planes of 96 x 96 bytes, column by column, labels from 1; a quarter of the
+    """STL-10's binaries: planes of 96 x 96 bytes, column by column; labels count from 1. A quarter of the
     images is labeled."""
     place, labeled = folder / "stl10_binary", max(1, num_images // 4)
     place.mkdir(exist_ok=True)
@@ -88,8 +93,8 @@ def stl10(folder: Path, num_images: int, num_val: int, rng: np.random.Generator)
 
 
 def tinyimagenet(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
-    """Tiny ImageNet's folders: images/ in each class of train/, one folder for validation with a table of
-    labels."""
+    """Tiny ImageNet's folders: images/ in each class folder of train/; one folder of validation images,
+    with a table of their labels."""
     names = [f"n{i:08d}" for i in range(10)]
     (folder / "wnids.txt").write_text("\n".join(names) + "\n")
     labels = np.arange(max(num_images, len(names))) % len(names)
@@ -104,7 +109,7 @@ def tinyimagenet(folder: Path, num_images: int, num_val: int, rng: np.random.Gen
 
 
 def imagenet(folder: Path, num_images: int, num_val: int, rng: np.random.Generator) -> Path:
-    """Class folders of ImageNet-100's classes, which serve for ImageNet-1K as well."""
+    """Folders of ImageNet-100's classes. They stand in for ImageNet-1K as well."""
     names = [
         line.split()[0] for line in IMAGENET100.read_text().splitlines() if line.strip() and line[0] != "#"
     ]

@@ -17,7 +17,7 @@ from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.bad_images import BadImages
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.images import printable
-from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
+from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
 from rsa_detectron2.pretrain.engine.guards import Alarms, Stopped, StopSignals, assert_finite
@@ -182,16 +182,9 @@ class Trainer:
         self.start = self.saved["step"] if self.saved else 0
         self.steps_per_epoch = len(self.images) // cfg.SOLVER.BATCH_SIZE
         self.num_steps = cfg.SOLVER.EPOCHS * self.steps_per_epoch
-        order = StepBatches(
-            len(self.images),
-            cfg.SOLVER.BATCH_SIZE,
-            self.num_steps,
-            cfg.SEED,
-            self.start,
-            distributed.rank(),
-            self.num_processes,
-            self.micro_batch_size,
-        )
+        steps = range(self.start, self.num_steps)
+        local = LocalBatch(distributed.rank(), self.num_processes, self.micro_batch_size)
+        order = StepBatches(len(self.images), cfg.SOLVER.BATCH_SIZE, steps, cfg.SEED, local)
         views = MultiStageViews(self.images, cfg.DATA.IMAGE_SIZE, cfg.SEED)
         self.loader = build_loader(views, order, cfg.DATA.NUM_WORKERS)
         self.bad_images.start()

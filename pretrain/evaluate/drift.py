@@ -1,9 +1,8 @@
 """The semantic shift: how far an aggressive view moves from its weak view in a backbone's features.
 
-Features are the backbone's, in eval mode, not a projector's: every checkpoint has them, and
-they are what is transferred. The drift of a pair is 1 - cos of its two feature vectors. A pair
-is that of the training itself: the views and ``params`` that MultiStageViews draws from (seed,
-epoch 0, index).
+Features are the backbone's in eval mode, because every checkpoint has a backbone and it is what is
+transferred. The drift of a pair is 1 - cos of its two feature vectors. The pairs are those of a training's
+first epoch: the views and ``params`` that MultiStageViews draws from (seed, 0, index).
 """
 
 import csv
@@ -31,14 +30,15 @@ from rsa_detectron2.pretrain.method.augment import (
 )
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
-# Each operation is measured alone: its (operations of the jitter, grayscale, blur) always apply.
+# Each is measured alone and always applied: (operations of the jitter, grayscale, blur).
 OPERATIONS = {
     **{name: ((i,), 0, 0) for i, name in enumerate(JITTER)},
     "jitter": (range(4), 0, 0),
     "grayscale": ((), 1, 0),
     "blur": ((), 0, 1),
 }
-STRENGTH_STREAM = 2  # beside the loader's
+STRENGTH_STREAM = 2  # first word of a seed; 0 and 1 are the loader's
+BATCH_SIZE = 32
 
 
 def choose(count: int, limit: int) -> np.ndarray:
@@ -47,11 +47,14 @@ def choose(count: int, limit: int) -> np.ndarray:
 
 
 def load_views(
-    images: Source, size: int, seed: int, indices: Iterable[int], num_workers: int, batch_size: int = 32
+    images: Source, size: int, seed: int, indices: Iterable[int], num_workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """MultiStageViews of epoch 0 at ``indices``, in batches; ``index`` is that of the image that was read."""
+    """The MultiStageViews of epoch 0 at ``indices``, in batches.
+
+    ``index`` is that of the image that was read, which differs where an image cannot be decoded.
+    """
     keys = [(0, int(index)) for index in indices]
-    batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+    batches = [keys[first : first + BATCH_SIZE] for first in range(0, len(keys), BATCH_SIZE)]
     for batch in build_loader(MultiStageViews(images, size, seed), batches, num_workers):
         batch["index"] = (batch["index"] + batch["skipped"]) % len(images)
         yield batch
@@ -59,10 +62,10 @@ def load_views(
 
 @torch.no_grad()
 def measure_pairs(features: Features, images: Source, seed: int, limit: int) -> dict[str, np.ndarray]:
-    """The drift of both pairs of at most ``limit`` images, most drifted first.
+    """The agreement of both pairs of at most ``limit`` images, most drifted first.
 
-    Returns {"index", "view" int64 [N], "params" float32 [N, P], "cosine" float32 [N]}, with the
-    cosine of each aggressive view and its weak view.
+    Returns {"index", "view" int64 [N], "params" float32 [N, P], "cosine" float32 [N]}. ``cosine`` is that of
+    an aggressive view and its weak view.
     """
     found = {"index": [], "view": [], "params": [], "cosine": []}
     indices = choose(len(images), limit)
@@ -85,9 +88,9 @@ def measure_pairs(features: Features, images: Source, seed: int, limit: int) -> 
 def measure_operations(features: Features, images: Source, seed: int, limit: int) -> dict[str, np.ndarray]:
     """Drifts of the first weak view of at most ``limit`` images: {name: float32 [N]}.
 
-    Each of OPERATIONS is applied alone and always, at the strengths of the training. Besides:
-    "as drawn" is the training's own aggressive view. "another crop", the other weak view, and
-    "another image", the weak view of the next image, give the scale.
+    Each of OPERATIONS is applied alone and always, at the strengths of the training. "as drawn" is the
+    training's own aggressive view. Two more set the scale: "another crop" is the other weak view, "another
+    image" the weak view of the next image.
     """
     drifts, weaks = {name: [] for name in (*OPERATIONS, "as drawn", "another crop")}, []
     indices = choose(len(images), limit)
@@ -119,9 +122,7 @@ def measure_operations(features: Features, images: Source, seed: int, limit: int
 
 
 def draw_strengths(rng: np.random.Generator) -> torch.Tensor:
-    """``params`` float32 [P] with every operation applied, at a strength and in an order drawn
-    as in the training.
-    """
+    """``params`` float32 [P] that apply every operation; strengths and order are drawn as in the training."""
     params = draw_params(rng)
     params[ORDER] = torch.from_numpy(rng.permutation(4)).to(params.dtype)
     params[GRAY] = 1
@@ -130,7 +131,7 @@ def draw_strengths(rng: np.random.Generator) -> torch.Tensor:
 
 
 def only(operation: str, params: torch.Tensor) -> torch.Tensor:
-    """``params`` [..., P] of which nothing but one of OPERATIONS is left."""
+    """``params`` [..., P] that apply ``operation`` only, a key of OPERATIONS."""
     jitter, gray, blur = OPERATIONS[operation]
     params = params.clone()
     kept = torch.isin(params[..., ORDER], torch.tensor(list(jitter), dtype=params.dtype))
@@ -141,8 +142,8 @@ def only(operation: str, params: torch.Tensor) -> torch.Tensor:
 
 
 def describe(params: torch.Tensor | np.ndarray) -> dict[str, str | float]:
-    """What was drawn, as words: {"order": "hue contrast ...", "brightness": factor, ..., "grayscale": 0 or 1,
-    "blur": sigma in pixels}; the jitter's are absent where it was not applied. Hue in degrees."""
+    """``params`` [P] -> {"order": "hue contrast ...", "brightness": factor, ..., "hue": degrees,
+    "grayscale": 0 or 1, "blur": sigma in pixels}. What the jitter did not apply is absent."""
     params = np.asarray(params)
     words = {}
     order = [JITTER[int(i)] for i in params[ORDER] if i >= 0]
@@ -157,17 +158,21 @@ def describe(params: torch.Tensor | np.ndarray) -> dict[str, str | float]:
 
 
 def caption(params: torch.Tensor | np.ndarray) -> str:
-    """The same on one short line, without what was not applied."""
+    """:func:`describe` on one short line, without what was not applied."""
     words = describe(params)
     signs = {"brightness": "b×{:.1f}", "contrast": "c×{:.1f}", "saturation": "s×{:.1f}", "hue": "h{:+.0f}°"}
     parts = [sign.format(words[name]) for name, sign in signs.items() if name in words]
-    parts += ["gray"] * words["grayscale"] + [f"blur {words['blur']:.1f}"] * (words["blur"] > 0)
+    if words["grayscale"]:
+        parts.append("gray")
+    if words["blur"]:
+        parts.append(f"blur {words['blur']:.1f}")
     return " ".join(parts).replace("-", "−") or "nothing drawn"
 
 
 def write_pairs(path: str | Path, pairs: dict[str, np.ndarray], images: Source, seed: int) -> None:
-    """Pairs of :func:`measure_pairs` -> CSV, a row each, in their order: rank, index, file,
-    seed, view (0 or 1), cosine, and what was drawn, as :func:`describe` says.
+    """Write the pairs of :func:`measure_pairs` as CSV, a row each, in their order.
+
+    Columns: rank, index, file, seed, view (0 or 1), cosine, and those of :func:`describe`.
     """
     drawn = ("order", *JITTER, "grayscale", "blur")
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -194,8 +199,9 @@ def write_pairs(path: str | Path, pairs: dict[str, np.ndarray], images: Source, 
 
 
 def write_operations(path: str | Path, drifts: dict[str, np.ndarray]) -> None:
-    """Drifts of :func:`measure_operations` -> CSV: operation, images, mean, standard error,
-    median, 90th percentile.
+    """Write the drifts of :func:`measure_operations` as CSV, a row for each operation.
+
+    Columns: operation, images, mean, standard error, median, 90th percentile.
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

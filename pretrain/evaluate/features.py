@@ -1,7 +1,7 @@
 """Features of a frozen backbone. kNN on them is in knn.py, linear evaluation in linear.py."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,13 @@ def label_of(images: Source, index: int) -> int:
     return int(images.labels[index % len(images)])
 
 
+class Labeled(NamedTuple):
+    """Features of images, and their labels."""
+
+    features: torch.Tensor  # float32 [N, D]
+    labels: torch.Tensor  # int64 [N]
+
+
 class Features:
     """A frozen backbone: uint8 images [B, 3, S, S] -> float32 features [B, D].
 
@@ -96,8 +103,8 @@ class Features:
 
     def of(
         self, images: Source, description: str, limit: int | None = None, replace: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Center-crop features float32 [N, D] and labels int64 [N] of a source.
+    ) -> Labeled:
+        """Center-crop features and labels of a source.
 
         At most ``limit`` images, evenly spaced; None or 0: all. ``replace`` as in CenterCrops;
         ``description`` is the title of the progress bar.
@@ -105,7 +112,7 @@ class Features:
         count = min(len(images), limit or len(images))
         key = {"features": count, "replace": replace, **self.describe(images)} if self.cache else None
         if cached := self.cache and self.cache.get(key):
-            return tuple(torch.from_numpy(cached[name]).to(device()) for name in ("features", "labels"))
+            return Labeled(*(torch.from_numpy(cached[name]).to(device()) for name in Labeled._fields))
         features, labels, done = None, torch.empty(count, dtype=torch.long, device=device()), 0
         indices = np.arange(count) * len(images) // count
         for batch, batch_labels in self.batches(images, indices, description, replace):
@@ -121,7 +128,7 @@ class Features:
             )
         if self.cache:
             self.cache.put(key, features=features.cpu().numpy(), labels=labels.cpu().numpy())
-        return features, labels
+        return Labeled(features, labels)
 
     def statistics(self, images: Source) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance, float32 [D] each, of the l2-normalized center-crop features.

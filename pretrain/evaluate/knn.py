@@ -12,34 +12,28 @@ from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.folders import find_folders, part_of, rank
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.source import Source
-from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 
 SIMILARITIES = 2**27  # held at once: half a GB
 
 
-def knn_top1(
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    queries: torch.Tensor,
-    query_labels: torch.Tensor,
-    k: int = 200,
-    temperature: float = 0.1,
-) -> float:
-    """Weighted kNN (Wu et al. 2018): the k nearest by cosine vote with exp(cos / T).
+def knn_top1(bank: Labeled, queries: Labeled, k: int = 200, temperature: float = 0.1) -> float:
+    """Top-1 in percent of ``queries`` by weighted kNN (Wu et al. 2018): the k nearest by cosine vote with
+    exp(cos / T).
 
-    Features float [N, D] and [M, D], labels int64 [N] and [M] -> top-1 in percent. k is cut to
-    the size of the bank.
+    k is cut to the size of the bank.
     """
     # The similarities are scaled, not the bank: a copy of it may not fit in memory.
-    lengths = bank.norm(dim=1).clamp(min=1e-12)
-    queries, correct = F.normalize(queries, dim=1), 0
-    size = max(1, min(1024, SIMILARITIES // len(bank)))
-    for features, labels in zip(queries.split(size), query_labels.split(size)):
-        similarity, nearest = (features @ bank.T).div_(lengths).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(features), int(bank_labels.max()) + 1, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+    known, known_labels = bank
+    lengths = known.norm(dim=1).clamp(min=1e-12)
+    directions, correct = F.normalize(queries.features, dim=1), 0
+    size = max(1, min(1024, SIMILARITIES // len(known)))
+    for features, labels in zip(directions.split(size), queries.labels.split(size)):
+        similarity, nearest = (features @ known.T).div_(lengths).topk(min(k, len(known)), dim=1)
+        votes = torch.zeros(len(features), int(known_labels.max()) + 1, device=known.device)
+        votes.scatter_add_(1, known_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == labels).sum().item()
-    return 100 * correct / len(queries)
+    return 100 * correct / len(directions)
 
 
 def evaluate_knn(
@@ -53,8 +47,8 @@ def evaluate_knn(
     """
     check_labeled(train, val)
     return knn_top1(
-        *features.of(train, "kNN bank", bank_size, replace=True),
-        *features.of(val, "kNN queries", replace=replace),
+        features.of(train, "kNN bank", bank_size, replace=True),
+        features.of(val, "kNN queries", replace=replace),
     )
 
 

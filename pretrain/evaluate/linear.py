@@ -14,7 +14,7 @@ from rsa_detectron2.common.distributed import device
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.source import Source
-from rsa_detectron2.pretrain.evaluate.features import Features, label_of
+from rsa_detectron2.pretrain.evaluate.features import Features, Labeled, label_of
 from rsa_detectron2.pretrain.evaluate.knn import check_labeled
 from rsa_detectron2.pretrain.method.augment import weak_view
 
@@ -38,6 +38,15 @@ LINEAR = {
         epochs=40, lr=0.01, weight_decay=1e-4, milestones=(15, 30), nesterov=False, standardize=True
     ),
 }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a protocol's classifier."""
+
+    seed: int = 0
+    batch_size: int = 256  # at most; a smaller training set is one batch
+    train_bn: bool = False  # the backbone's BatchNorm in train mode while the classifier learns
 
 
 def shorten(protocol: LinearProtocol, epochs: int | None) -> LinearProtocol:
@@ -138,29 +147,23 @@ def standardize(features: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -
 
 
 def evaluate_linear(
-    features: Features,
-    train: Source,
-    val: Source,
-    protocol: LinearProtocol,
-    seed: int = 0,
-    batch_size: int = 256,
-    train_bn: bool = False,
+    features: Features, train: Source, val: Source, protocol: LinearProtocol, trial: Trial = Trial()
 ) -> list[float]:
     """Train a linear classifier on features of random crops; val top-1 of each epoch in percent.
 
-    With ``train_bn``, BatchNorm is in train mode while the classifier learns, as in the authors'
-    code on the small data sets. Its running statistics, which the val images are evaluated with,
-    then move too; only those of a copy, ``features`` stay as they are. With a cache in
-    ``features``, a call that was stopped goes on from its last whole epoch.
+    ``trial.train_bn`` is what the authors' code does on the small data sets. The running statistics of
+    BatchNorm, which the val images are evaluated with, then move too. They are those of a copy: ``features``
+    stay as they are. With a cache in ``features``, a call that was stopped goes on from its last whole epoch.
+    Raises InputError as :func:`check_labeled` does.
     """
     check_labeled(train, val)
-    batch_size = min(batch_size, len(train))
+    seed, train_bn, batch_size = trial.seed, trial.train_bn, min(trial.batch_size, len(train))
     moving = Features(copy.deepcopy(features.backbone), features.data, features.amp) if train_bn else features
     moved = moving.backbone.named_buffers() if train_bn else ()
     buffers = {f"backbone {name}": buffer for name, buffer in moved}
-    val_features, val_labels = features.of(val, "validation features")
+    val_crops = features.of(val, "validation features")
     statistics = features.statistics(train) if protocol.standardize else None
-    classifier = LinearClassifier(val_features.shape[1], len(train.classes), protocol, seed, statistics)
+    classifier = LinearClassifier(val_crops.features.shape[1], len(train.classes), protocol, seed, statistics)
     what = features.cache and {
         "linear": asdict(protocol),
         "seed": seed,
@@ -178,7 +181,7 @@ def evaluate_linear(
 
     steps_per_epoch = len(train) // batch_size
     done, total = len(top1) * steps_per_epoch, protocol.epochs * steps_per_epoch
-    batches = StepBatches(len(train), batch_size, total, seed, done)
+    batches = StepBatches(len(train), batch_size, range(done, total), seed)
     crops = RandomCrops(train, features.data.IMAGE_SIZE, seed)
     loader = build_loader(crops, batches, features.data.NUM_WORKERS)
     progress = tqdm(loader, "linear evaluation", total=total, initial=done, dynamic_ncols=True)
@@ -186,8 +189,8 @@ def evaluate_linear(
         classifier.step(moving(images, train_bn), labels.to(device(), non_blocking=True), len(top1))
         if step % steps_per_epoch == 0:
             if train_bn:
-                val_features, val_labels = moving.of(val, "validation features")
-            top1.append(classifier.top1(val_features, val_labels))
+                val_crops = moving.of(val, "validation features")
+            top1.append(classifier.top1(*val_crops))
             progress.set_postfix(epoch=len(top1), top1=f"{top1[-1]:.2f}")
             if features.cache:
                 features.cache.put(
@@ -200,28 +203,25 @@ def evaluate_linear(
 
 
 def evaluate_linear_on(
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    queries: torch.Tensor,
-    query_labels: torch.Tensor,
-    protocol: LinearProtocol,
-    seed: int = 0,
-    batch_size: int = 256,
+    bank: Labeled, queries: Labeled, protocol: LinearProtocol, trial: Trial = Trial()
 ) -> list[float]:
-    """The same on given features [N, D] and [M, D], without random crops: faster, but lower."""
-    batch_size = min(batch_size, len(bank))
-    steps_per_epoch = len(bank) // batch_size
+    """Train a linear classifier on the features of ``bank``; top-1 of ``queries`` of each epoch in percent.
+
+    Without random crops it is faster than :func:`evaluate_linear`, but the top-1 is lower.
+    """
+    features, labels = bank
+    batch_size = min(trial.batch_size, len(features))
+    steps_per_epoch = len(features) // batch_size
     statistics = None
     if protocol.standardize:
-        statistics = torch.var_mean(F.normalize(bank, dim=1), dim=0)[::-1]
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    classifier = LinearClassifier(bank.shape[1], num_classes, protocol, seed, statistics)
+        statistics = torch.var_mean(F.normalize(features, dim=1), dim=0)[::-1]
+    num_classes = int(max(labels.max(), queries.labels.max())) + 1
+    classifier = LinearClassifier(features.shape[1], num_classes, protocol, trial.seed, statistics)
+    batches = StepBatches(len(features), batch_size, range(protocol.epochs * steps_per_epoch), trial.seed)
     top1 = []
-    for step, batch in enumerate(
-        StepBatches(len(bank), batch_size, protocol.epochs * steps_per_epoch, seed), start=1
-    ):
-        indices = torch.tensor([index for _, index in batch], device=bank.device)
-        classifier.step(bank[indices], bank_labels[indices], len(top1))
+    for step, batch in enumerate(batches, start=1):
+        indices = torch.tensor([index for _, index in batch], device=features.device)
+        classifier.step(features[indices], labels[indices], len(top1))
         if step % steps_per_epoch == 0:
-            top1.append(classifier.top1(queries, query_labels))
+            top1.append(classifier.top1(*queries))
     return top1

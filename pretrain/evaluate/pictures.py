@@ -1,6 +1,4 @@
-"""Pictures of what the aggressive augmentation does to images, and of how far a backbone's
-features move with it.
-"""
+"""Pictures of what the aggressive augmentation does to images, and of how far features move with it."""
 
 from pathlib import Path
 
@@ -20,8 +18,8 @@ LEGEND = "b, c, s: factors of brightness, contrast, saturation; h: turn of the h
 
 
 def draw_views(images: Source, size: int, seed: int, count: int, path: Path) -> Path:
-    """A row for each of ``count`` images (Figure 1): the original, then the weak and the
-    aggressive view of both crops, with what was drawn below.
+    """A row for each of ``count`` images: the original, then the weak and the aggressive view of both crops,
+    each with what was drawn. Returns ``path``.
     """
     rows = []
     for batch in load_views(images, size, seed, choose(len(images), count), 0):
@@ -49,10 +47,10 @@ def draw_views(images: Source, size: int, seed: int, count: int, path: Path) -> 
 
 
 def draw_noisy(panels: dict[str, tuple[Source, int]], seed: int, path: Path, limit: int = 400) -> Path:
-    """Figure 1: for each of ``panels``, {title: (source, size in pixels of its views)}, the
-    squared originals above their aggressive views of the images that these change most: three
-    of the color jitter, too bright or too dark, one each of grayscale and of blur; out of at
-    most ``limit`` images.
+    """Figure 1: the images that augmentation changes most, squared, above their aggressive views.
+
+    ``panels``: {title: (source, size in pixels of its views)}. Each shows five of at most ``limit`` images,
+    see :func:`noisiest`. Returns ``path``.
     """
     figure = Figure(figsize=(9, 3.9 * len(panels)), dpi=130, layout="constrained")
     parts = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
@@ -69,9 +67,10 @@ def draw_noisy(panels: dict[str, tuple[Source, int]], seed: int, path: Path, lim
 
 
 def noisiest(images: Source, size: int, seed: int, limit: int) -> list[tuple[int, torch.Tensor, str]]:
-    """Five (index, aggressive view uint8 [3, S, S], words): by mean brightness two of the
-    jitter, the darkest and the brightest, then the one whose mean color moves most; of
-    grayscale the most colorful image; the strongest blur.
+    """The five views that changed most: (index, aggressive view uint8 [3, S, S], what was drawn).
+
+    Of those with jitter alone: the brightest, the darkest, and the one whose mean color moves most. Of those
+    in grayscale: the one from the most colorful image. Of the others: the strongest blur.
     """
     found = []
     for batch in load_views(images, size, seed, choose(len(images), limit), 0):
@@ -110,11 +109,12 @@ def noisiest(images: Source, size: int, seed: int, limit: int) -> list[tuple[int
     return [view["sample"] for view in chosen]
 
 
-def draw_pairs(
-    pairs: dict[str, np.ndarray], images: Source, size: int, seed: int, count: int, path: Path
-) -> Path:
-    """The ``count`` pairs of :func:`measure_pairs` that drifted most and, below, the eight that
-    drifted least: weak and aggressive view side by side, with their cosine and what was drawn.
+def draw_pairs(pairs: dict[str, np.ndarray], dataset: MultiStageViews, count: int, path: Path) -> Path:
+    """The ``count`` pairs of :func:`measure_pairs` that drifted most and, below, the eight that drifted
+    least.
+
+    Weak and aggressive view stand side by side, with their cosine and what was drawn. ``dataset`` draws the
+    views again; its images, size and seed are those that ``pairs`` were measured with. Returns ``path``.
     """
     columns = 4
     total = len(pairs["cosine"])
@@ -129,7 +129,6 @@ def draw_pairs(
     figure = Figure(
         figsize=(3.1 * columns, 1.85 * sum(heights) + 0.4 * len(blocks)), dpi=130, layout="constrained"
     )
-    dataset = MultiStageViews(images, size, seed)
     parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=[1.85 * n + 0.4 for n in heights])[
         :, 0
     ]
@@ -143,7 +142,7 @@ def draw_pairs(
             view = pairs["view"][rank]
             weak, params = sample["views"][view], sample["params"][view]
             strong = to_uint8(aggressive(weak[None, None], params[None, None]))[0, 0]
-            gap = np.full((size, max(1, size // 40), 3), 255, dtype=np.uint8)
+            gap = np.full((dataset.size, max(1, dataset.size // 40), 3), 255, dtype=np.uint8)
             both = np.concatenate([to_array(weak), gap, to_array(strong)], 1)
             show(ax, both, f"cos {pairs['cosine'][rank]:.2f}   {caption(params)}")
     parts[-1].supxlabel(LEGEND, fontsize=7)
@@ -152,14 +151,15 @@ def draw_pairs(
 
 
 def plot_operations(drifts: dict[str, np.ndarray], path: Path) -> Path:
-    """Drifts of :func:`measure_operations`, a box for each operation: the middle half of the
-    images, their median and mean (dot), whiskers from the 5th to the 95th percentile; the pairs
-    that set the scale in gray.
+    """The drifts of :func:`measure_operations`, a box for each operation.
+
+    A box holds the middle half of the images, with their median and mean (dot); whiskers reach from the 5th
+    to the 95th percentile. The pairs that set the scale are gray. Returns ``path``.
     """
     single = sorted(OPERATIONS, key=lambda name: drifts[name].mean())
     names = [*single, "as drawn", "another crop", "another image"]
     labels = {name: f"{name} alone" for name in single} | {"as drawn": "aggressive view, as drawn"}
-    colors = [STRONG if name in single else WEAK if name == "as drawn" else NEUTRAL for name in names]
+    colors = [*(STRONG for _ in single), WEAK, NEUTRAL, NEUTRAL]
     figure = Figure(figsize=(7.5, 0.36 * len(names) + 1.1), dpi=150, layout="constrained")
     ax = figure.subplots()
     boxes = ax.boxplot(
@@ -196,7 +196,7 @@ def to_array(image: torch.Tensor) -> np.ndarray:
 
 
 def square(image: torch.Tensor, side: int = 224) -> np.ndarray:
-    """The whole image uint8 [3, H, W] on a white square [side, side, 3], small ones enlarged."""
+    """A whole image, uint8 [3, H, W], scaled to fit a white square, uint8 [side, side, 3]."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import timm
@@ -144,36 +143,25 @@ class KeyQueue(nn.Module):
 
 
 class Networks(nn.Module):
-    """The online network (backbone, projector, predictor), target and queue of a method.
+    """The networks of ``method``: online (backbone, projector, predictor), target and queue.
 
-    The target (backbone, projector) follows slowly; the queue holds ``queue`` keys. Either is
-    None where the method has none.
+    The target (backbone, projector) follows the online network slowly; the queue holds keys of earlier
+    steps. Either is None where the method has none. ``model``: the MODEL section of a configuration.
 
-    ``objective(networks, weak, aggressive, beta)`` is one of objectives.py; it runs inside
-    ``forward`` so that DistributedDataParallel sees one forward for each backward. Each view
-    goes through on its own, so BatchNorm statistics are per view. The target stays in train
-    mode; the EMA copies parameters, not buffers.
+    The method's ``objective(networks, weak, aggressive, beta)`` runs inside ``forward``, so that
+    DistributedDataParallel sees one forward for each backward. Each view goes through on its own, so
+    BatchNorm statistics are per view. The target stays in train mode; the EMA copies parameters, not buffers.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        hidden_dim: int,
-        out_dim: int,
-        objective: Callable[..., dict[str, Tensor]],
-        heads: Callable[[int, int, int], tuple[nn.Module, nn.Module]] = byol_heads,
-        target: bool = True,
-        queue: int = 0,
-        temperature: float | None = None,
-    ):
+    def __init__(self, backbone: nn.Module, method: Method, model: CfgNode):
         super().__init__()
-        projector, predictor = heads(backbone.num_features, hidden_dim, out_dim)
+        projector, predictor = method.heads(backbone.num_features, model.HIDDEN_DIM, model.OUT_DIM)
         self.online = Branch(backbone, projector)
         self.predictor = predictor
-        self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
-        self.queue = KeyQueue(queue, out_dim) if queue else None
-        self.objective = objective
-        self.temperature = temperature
+        self.target = copy.deepcopy(self.online).requires_grad_(False) if method.target else None
+        self.queue = KeyQueue(model.QUEUE, model.OUT_DIM) if method.queue else None
+        self.objective = method.objective
+        self.temperature = model.TEMPERATURE
 
     def forward(self, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
         return self.objective(self, weak, aggressive, beta)
@@ -219,19 +207,9 @@ class Networks(nn.Module):
 
 
 def build_networks(cfg: CfgNode, method: Method) -> Networks:
-    """Networks of a configuration for one of ``objectives.METHODS``, in channels_last.
+    """The networks of a configuration for one of ``objectives.METHODS``, in channels_last.
 
-    They are initialized from torch's current seed.
+    They are initialized from torch's random state. Raises InputError as :func:`build_backbone` does.
     """
     backbone = build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
-    networks = Networks(
-        backbone,
-        cfg.MODEL.HIDDEN_DIM,
-        cfg.MODEL.OUT_DIM,
-        method.objective,
-        method.heads,
-        method.target,
-        cfg.MODEL.QUEUE if method.queue else 0,
-        cfg.MODEL.TEMPERATURE,
-    )
-    return networks.to(memory_format=torch.channels_last)
+    return Networks(backbone, method, cfg.MODEL).to(memory_format=torch.channels_last)

@@ -77,7 +77,7 @@ def with_loader(
     turns = {timer: [] for timer in timers}
     for seed in range(args.repeats):
         for timer in timers:
-            order = StepBatches(num_images, batch_size, ready + args.steps, seed)
+            order = StepBatches(num_images, batch_size, range(ready + args.steps), seed)
             batches = prefetch(build_loader(views, order, workers), device())
             timer.run(batches, ready)
             turns[timer].append(timer.run(batches, args.steps))

@@ -400,8 +400,8 @@ def test_few_gray_levels_are_refused_until_a_range_is_given(tmp_path, kind):
     with pytest.raises(InputError) as error:
         check_pixels(source)
     assert str(error.value) == (
-        f"{tmp_path}/b.{kind} holds values up to 4000 of 65535, and no other image looked at greater ones: "
-        "they would become 16 of 256 gray levels. Give the values that become black and white: "
+        f"{tmp_path}/b.{kind} holds values up to 4000 of 65535, and no other image that was looked at has "
+        "greater ones: they would become 16 of 256 gray levels. Give the values that become black and white: "
         'DATA.RANGE "(0, 4095)", or DATA.RANGE "(0, 65535)" to keep them dark'
     )
     for value_range in ((0, 4095), (0, 65535)):

@@ -5,13 +5,15 @@ import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import ImageFolder
-from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
+from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.engine.step import prefetch
 
+WHOLE = LocalBatch()
 
-def batches(image_folder, num_workers=0, seed=3, **slices):
+
+def batches(image_folder, num_workers=0, seed=3, start=0, local=WHOLE):
     dataset = MultiStageViews(ImageFolder(image_folder), 32, seed)
-    return list(build_loader(dataset, StepBatches(24, 8, 5, seed, **slices), num_workers))
+    return list(build_loader(dataset, StepBatches(24, 8, range(start, 5), seed, local), num_workers))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_resumed_batches_are_the_same(image_folder, whole):
 
 
 def test_ranks_share_the_global_batch(image_folder, whole):
-    parts = [batches(image_folder, rank=rank, world_size=2) for rank in (0, 1)]
+    parts = [batches(image_folder, local=LocalBatch(rank, 2)) for rank in (0, 1)]
     for one, two, both in zip(*parts, whole):
         assert same({name: torch.cat([one[name], two[name]]) for name in one}, both)
 
@@ -71,4 +73,4 @@ def test_another_seed_is_another_run(image_folder, whole):
 
 def test_batches_that_do_not_fit():
     with pytest.raises(InputError, match="--batch-size"):
-        StepBatches(24, 25, 5, 0)
+        StepBatches(24, 25, range(5), 0)

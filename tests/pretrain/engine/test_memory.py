@@ -8,9 +8,8 @@ from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.engine import memory
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.engine.checkpoint import LAST
-from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
-from rsa_detectron2.pretrain.method.objectives import rsa
-from tests.conftest import tiny_cfg
+from rsa_detectron2.pretrain.method.networks import build_backbone
+from tests.conftest import rsa_networks, tiny_cfg
 
 
 def test_share_of_a_process():
@@ -37,8 +36,9 @@ def test_given_size_must_divide():
 
 
 def test_activations_of_a_known_network():
-    """Float32 convolutions, BatchNorm and ReLU save their inputs, whose size grows only with the batch."""
-    networks = Networks(build_backbone("resnet18"), 64, 16, rsa)
+    """Float32 convolutions save their inputs, BatchNorm and ReLU theirs: all images' worth grows
+    with the batch alone."""
+    networks = rsa_networks(build_backbone("resnet18"), 64, 16)
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
     small, large = (memory.activations(networks, size, None) for size in (64, 128))
     assert large == pytest.approx(4 * small, rel=0.02)  # the heads do not grow with the image

@@ -17,8 +17,8 @@ from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.method.augment import FACTORS, GRAY, ORDER, SIGMA, aggressive, to_float
-from rsa_detectron2.pretrain.method.networks import Networks, build_backbone
-from rsa_detectron2.pretrain.method.objectives import rsa
+from rsa_detectron2.pretrain.method.networks import build_backbone
+from tests.conftest import rsa_networks
 
 SIZE = 32
 
@@ -170,7 +170,7 @@ def shown(monkeypatch):
 
 def test_pictures_show_the_noisiest_and_the_closest(images, features, tmp_path, shown):
     pairs = drift.measure_pairs(features, images, seed=0, limit=100)
-    pictures.draw_pairs(pairs, images, SIZE, 0, 6, tmp_path / "pairs.png")
+    pictures.draw_pairs(pairs, MultiStageViews(images, SIZE, 0), 6, tmp_path / "pairs.png")
     assert len(shown) == 6 + 8
     cosines = [
         by_hand(
@@ -184,7 +184,7 @@ def test_pictures_show_the_noisiest_and_the_closest(images, features, tmp_path, 
     expected = [*pairs["cosine"][:6], *pairs["cosine"][:-9:-1]]
     np.testing.assert_allclose(cosines, expected, atol=1e-2)  # rounded to 8 bits
     few = {name: values[:4] for name, values in pairs.items()}
-    pictures.draw_pairs(few, images, SIZE, 0, 24, tmp_path / "few.png")
+    pictures.draw_pairs(few, MultiStageViews(images, SIZE, 0), 24, tmp_path / "few.png")
     assert len(shown) == 6 + 8 + 4  # none twice
 
 
@@ -224,7 +224,7 @@ def checkpoint(tmp_path_factory):
         ]
     )
     torch.manual_seed(0)
-    networks = Networks(build_backbone("test_resnet"), 16, 8, rsa)
+    networks = rsa_networks(build_backbone("test_resnet"), 16, 8)
     path = tmp_path_factory.mktemp("checkpoint") / "model_final.pth"
     torch.save(
         {

@@ -14,12 +14,13 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import ImageFolder, Source
 from rsa_detectron2.pretrain.evaluate import knn
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
-from rsa_detectron2.pretrain.evaluate.features import LONGEST, CenterCrops, Features, center_crop
+from rsa_detectron2.pretrain.evaluate.features import LONGEST, CenterCrops, Features, Labeled, center_crop
 from rsa_detectron2.pretrain.evaluate.knn import knn_top1
 from rsa_detectron2.pretrain.evaluate.linear import (
     LINEAR,
     LinearClassifier,
     RandomCrops,
+    Trial,
     evaluate_linear,
     evaluate_linear_on,
     shorten,
@@ -41,20 +42,20 @@ def test_knn_equals_a_loop():
         correct += votes.argmax() == label
     tensors = (torch.tensor(x) for x in (bank, bank_labels, queries, labels))
     bank, bank_labels, queries, labels = tensors
-    assert knn_top1(bank.float(), bank_labels, queries.float(), labels, k=7) == pytest.approx(
-        100 * correct / 25
-    )
+    found = knn_top1(Labeled(bank.float(), bank_labels), Labeled(queries.float(), labels), k=7)
+    assert found == pytest.approx(100 * correct / 25)
 
 
 def test_knn_in_small_parts(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(count, 8, generator=generator) for count in (300, 50))
+    features = [torch.randn(count, 8, generator=generator) for count in (300, 50)]
     labels = [torch.randint(4, (count,), generator=generator) for count in (300, 50)]
-    before = bank.clone()
-    whole = knn_top1(bank, labels[0], queries, labels[1], k=20)
+    bank, queries = map(Labeled, features, labels)
+    before = bank.features.clone()
+    whole = knn_top1(bank, queries, k=20)
     monkeypatch.setattr(knn, "SIMILARITIES", 700)  # two queries at a time
-    assert knn_top1(bank, labels[0], queries, labels[1], k=20) == whole
-    assert torch.equal(bank, before)
+    assert knn_top1(bank, queries, k=20) == whole
+    assert torch.equal(bank.features, before)
 
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0)])
@@ -75,8 +76,9 @@ def test_knn_equals_scikit_learns(k, temperature):
         .fit(bank, bank_labels)
         .score(queries, labels)
     )
-    assert 0.3 < reference < 0.95  # otherwise agreement would prove little
-    found = knn_top1(*map(torch.from_numpy, (bank, bank_labels, queries, labels)), k, temperature)
+    assert 0.3 < reference < 0.95  # else they would agree on too little
+    pairs = (bank, bank_labels), (queries, labels)
+    found = knn_top1(*(Labeled(*map(torch.from_numpy, pair)) for pair in pairs), k, temperature)
     assert found == pytest.approx(100 * reference, abs=0.01)
 
 
@@ -122,7 +124,7 @@ def test_linear_separates_what_is_separable(name, tmp_path):
     features.backbone.train()  # as the training loop leaves it
     before = {name: tensor.clone() for name, tensor in features.backbone.state_dict().items()}
     train, val = Images(64, tmp_path), Images(32, tmp_path)
-    top1 = evaluate_linear(features, train, val, shorten(LINEAR[name], 8), batch_size=16)
+    top1 = evaluate_linear(features, train, val, shorten(LINEAR[name], 8), Trial(batch_size=16))
     assert len(top1) == 8 and top1[-1] == 100
     assert all(torch.equal(tensor, before[name]) for name, tensor in features.backbone.state_dict().items())
     assert not any(module.training for module in features.backbone.modules())
@@ -141,7 +143,7 @@ def test_linear_with_batchnorm_in_train_mode_is_a_plain_loop(tmp_path):
     )
     features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64))
     before = {name: tensor.clone() for name, tensor in features.backbone.state_dict().items()}
-    found = evaluate_linear(features, train, val, protocol, seed=5, batch_size=16, train_bn=True)
+    found = evaluate_linear(features, train, val, protocol, Trial(5, 16, train_bn=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in features.backbone.state_dict().items())
 
     backbone, crops = make_features().backbone, RandomCrops(train, 8, 5)
@@ -189,11 +191,13 @@ def test_linear_on_features(name):
     labels = torch.from_numpy(rng.integers(0, 10, 3000))
     features = normals[labels] * 3 + torch.from_numpy(rng.uniform(-0.5, 0.5, (3000, 32))).float()
     bank, queries = slice(0, 1000), slice(1000, 3000)
-    top1 = evaluate_linear_on(features[bank], labels[bank], features[queries], labels[queries], LINEAR[name])
+    parts = (Labeled(features[part], labels[part]) for part in (bank, queries))
+    top1 = evaluate_linear_on(*parts, LINEAR[name])
     assert len(top1) == LINEAR[name].epochs and top1[-1] == 100
     noise = torch.from_numpy(rng.permutation(3000))
     labels = labels[noise]
-    top1 = evaluate_linear_on(features[bank], labels[bank], features[queries], labels[queries], LINEAR[name])
+    parts = (Labeled(features[part], labels[part]) for part in (bank, queries))
+    top1 = evaluate_linear_on(*parts, LINEAR[name])
     assert abs(top1[-1] - 10) < 4 * 100 * math.sqrt(0.1 * 0.9 / 2000)
 
 
@@ -214,8 +218,8 @@ def test_rates_of_the_protocols(name, rates, monkeypatch):
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    features, labels = torch.randn(256, 4, generator=torch.manual_seed(0)), torch.arange(256) % 2
-    evaluate_linear_on(features, labels, features, labels, LINEAR[name])
+    images = Labeled(torch.randn(256, 4, generator=torch.manual_seed(0)), torch.arange(256) % 2)
+    evaluate_linear_on(images, images, LINEAR[name])
     assert len(told) == {"small": 100, "large": 40}[name]  # one batch of 256 each
     assert {epoch: told[epoch]["lr"] for epoch in rates} == pytest.approx(rates)
     assert {group["weight_decay"] for group in told} == {{"small": 0, "large": 1e-4}[name]}
@@ -378,8 +382,9 @@ def test_a_folder_that_takes_nothing_costs_a_line(tmp_path, capsys):
 @pytest.mark.parametrize("name, train_bn", [("small", False), ("small", True), ("large", False)])
 def test_linear_evaluation_goes_on_bit_for_bit(name, train_bn, tmp_path, counted, monkeypatch):
     train, val, protocol = Images(48, tmp_path), Images(32, tmp_path, shuffle=0), shorten(LINEAR[name], 6)
+    trial = Trial(batch_size=16, train_bn=train_bn)
     features = make_features(FeatureCache(tmp_path / "a.pth", "0" * 64))
-    whole = evaluate_linear(features, train, val, protocol, batch_size=16, train_bn=train_bn)
+    whole = evaluate_linear(features, train, val, protocol, trial)
     stopped = FeatureCache(tmp_path / "b.pth", "1" * 64)
     put = stopped.put
 
@@ -390,16 +395,12 @@ def test_linear_evaluation_goes_on_bit_for_bit(name, train_bn, tmp_path, counted
 
     stopped.put = stop
     with pytest.raises(KeyboardInterrupt):
-        evaluate_linear(make_features(stopped), train, val, protocol, batch_size=16, train_bn=train_bn)
+        evaluate_linear(make_features(stopped), train, val, protocol, trial)
     counted["random"] = 0
     again = FeatureCache(tmp_path / "b.pth", "1" * 64)
-    assert (
-        evaluate_linear(make_features(again), train, val, protocol, batch_size=16, train_bn=train_bn) == whole
-    )
+    assert evaluate_linear(make_features(again), train, val, protocol, trial) == whole
     assert counted["random"] == 2 * 48
-    assert (
-        evaluate_linear(make_features(again), train, val, protocol, batch_size=16, train_bn=train_bn) == whole
-    )
+    assert evaluate_linear(make_features(again), train, val, protocol, trial) == whole
     assert counted["random"] == 2 * 48
 
     def last(name):

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from rsa_detectron2.pretrain import config
 from rsa_detectron2.pretrain.method.networks import (
     KeyQueue,
-    Networks,
     build_backbone,
     build_networks,
     check_backbone,
@@ -229,12 +228,6 @@ def test_two_processes_equal_one(tmp_path):
             assert torch.equal(first["gradients"][n], second["gradients"][n])
     assert torch.equal(first["queue"], second["queue"])
     torch.testing.assert_close(first["queue"].sort(0).values, whole["queue"].sort(0).values)
-
-
-def test_networks_by_hand_are_byols():
-    """With the constructor's defaults, a backbone, two widths and an objective make RSA's networks."""
-    networks = Networks(build_backbone("resnet18"), 16, 8, METHODS["rsa"].objective)
-    assert list(networks.state_dict()) == list(networks_of("rsa").state_dict())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.engine.step import TrainState, train_step
 from rsa_detectron2.pretrain.method import schedules
-from rsa_detectron2.pretrain.method.networks import KeyQueue, Networks, build_backbone
+from rsa_detectron2.pretrain.method.networks import KeyQueue, build_backbone
 from rsa_detectron2.pretrain.method.objectives import (
     METHODS,
     byol,
@@ -23,6 +23,7 @@ from rsa_detectron2.pretrain.method.objectives import (
     simsiam_rsa,
 )
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
+from tests.conftest import rsa_networks
 
 
 class Lookup:
@@ -295,7 +296,7 @@ def straight_line_run(networks, batches, K, lr, momentum, decay, beta_base, tau_
 def test_five_steps_equal_algorithm_1():
     torch.manual_seed(0)
     K, lr = 5, 0.05
-    networks = Networks(build_backbone("resnet18", small_stem=True), 32, 8, rsa).double()
+    networks = rsa_networks(build_backbone("resnet18", small_stem=True), 32, 8).double()
     with torch.no_grad():  # zero-initialized residual branches would hide half of the backbone
         for name, parameter in networks.named_parameters():
             if name.endswith("bn2.weight"):
@@ -331,7 +332,7 @@ def solver(name, decay):
 
 def test_step_that_overflows_leaves_weights_and_target():
     torch.manual_seed(0)
-    networks = Networks(build_backbone("resnet18", small_stem=True), 32, 8, rsa)
+    networks = rsa_networks(build_backbone("resnet18", small_stem=True), 32, 8)
     networks.predictor[3].weight.register_hook(lambda gradient: gradient * math.inf)
     optimizer = build_optimizer(networks, solver("sgd", 5e-4))
     set_lr(optimizer, 0.1, None)
@@ -356,7 +357,7 @@ def test_step_that_overflows_leaves_weights_and_target():
 )
 def test_lars_equals_a_straight_line_derivation(decay, norm):
     torch.manual_seed(0)
-    networks = Networks(build_backbone("resnet18"), 32, 8, rsa).double()
+    networks = rsa_networks(build_backbone("resnet18"), 32, 8).double()
     optimizer = build_optimizer(networks, solver("lars", decay))
     decayed, plain = (
         [p for group in optimizer.param_groups if group["always_adapt"] == decays for p in group["params"]]

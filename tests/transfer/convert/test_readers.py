@@ -25,6 +25,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.method import networks as own
+from rsa_detectron2.pretrain.method.objectives import Method
 from rsa_detectron2.transfer.convert import architectures
 from rsa_detectron2.transfer.convert.formats import OURS
 from rsa_detectron2.transfer.convert.inspect import inspect
@@ -168,7 +169,10 @@ def vissl_trunk(network):
 def ours(heads, queue=0, target=True, config=""):
     """The networks of pretrain/method/networks.py, as pretrain/engine/trainer.py saves them."""
     backbone = timm.create_model("resnet50", num_classes=0, base_width=8)
-    model = own.Networks(randomize(backbone, 3), 8, 4, None, heads, target=target, queue=queue)
+    cfg = get_cfg().MODEL
+    cfg.HIDDEN_DIM, cfg.OUT_DIM, cfg.QUEUE = 8, 4, queue
+    method = Method(None, heads, target, queue=queue > 0)
+    model = own.Networks(randomize(backbone, 3), method, cfg)
     backbones = {"online": model.online.backbone}
     if target:
         backbones["target"] = randomize(model.target.backbone, 4)
