@@ -18,7 +18,7 @@ from rsa_detectron2.common.record import flatten
 METHODS = ("rsa", "byol", "byol_aw", "simsiam", "simsiam_rsa", "simclr", "moco")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# A rule takes a value and returns what is wrong with it, or "".
+# A rule takes a value and returns what is wrong with it; "" where it is right.
 Rule = Callable[[Any], str]
 
 
@@ -66,8 +66,8 @@ def utf8(path: str) -> str:
 class Key:
     """A key of the configuration.
 
-    ``free``: it changes how fast or where a run goes, not what it computes, and may differ when
-    the run is resumed.
+    ``free``: it may differ when a run is resumed, because it changes how fast or where the run computes,
+    not what.
     """
 
     name: str
@@ -87,11 +87,11 @@ KEYS = (
     Key("DATA.PATH", "datasets/imagenet/train"),
     # File with the class folders to keep, one per line. "": all.
     Key("DATA.CLASSES", ""),
-    # Most images to use of each source, evenly spaced. 0: all.
+    # At most so many images of each source, evenly spaced. 0: all.
     Key("DATA.LIMIT", 0, at_least(0)),
     # Labeled folder for kNN top-1. "": look for val/ or test/ beside DATA.PATH.
     Key("DATA.VAL", "", free=True),
-    # In pixels. The blur reflects 6 pixels at the border.
+    # In pixels. At least 7, because the blur reflects 6 pixels at the border.
     Key("DATA.IMAGE_SIZE", 224, at_least(7)),
     # Short side in pixels before the center crop of evaluation; at least IMAGE_SIZE.
     Key("DATA.EVAL_RESIZE", 256),
@@ -108,11 +108,11 @@ KEYS = (
     Key("MODEL.BACKBONE", "resnet50"),
     # 3x3 stride-1 stem without max-pool, for images of 32 or 64 pixels.
     Key("MODEL.SMALL_STEM", False),
-    # Of projector and predictor.
+    # Width of the hidden layers of projector and predictor.
     Key("MODEL.HIDDEN_DIM", 4096, at_least(1)),
-    # Of the projection.
+    # Width of the projection.
     Key("MODEL.OUT_DIM", 256, at_least(2)),
-    # With more than one GPU.
+    # Synchronize BatchNorm over the GPUs, where there are several.
     Key("MODEL.SYNC_BN", True),
     # beta_base, the weight of the aggressive-aggressive part; rsa and simsiam_rsa.
     Key("MODEL.BETA", 0.4, fraction),
@@ -122,9 +122,9 @@ KEYS = (
     Key("MODEL.TAU", 0.99, fraction),
     # cosine: from TAU up to 1. fixed: TAU throughout, as in MoCo.
     Key("MODEL.TAU_SCHEDULE", "cosine", one_of("cosine", "fixed")),
-    # Of the softmax over positives and negatives; simclr and moco.
+    # Temperature of the softmax over positives and negatives; simclr and moco.
     Key("MODEL.TEMPERATURE", 0.2, positive),
-    # Keys of earlier steps that serve as negatives; moco. They must hold those of a step.
+    # Number of keys of earlier steps that serve as negatives; moco. At least the keys of one step.
     Key("MODEL.QUEUE", 65536),
     #
     Key("SOLVER.OPTIMIZER", "lars", one_of("lars", "sgd")),
@@ -135,13 +135,13 @@ KEYS = (
     Key("SOLVER.TRUST_COEFFICIENT", 0.001, positive),
     # Over all processes.
     Key("SOLVER.BATCH_SIZE", 2048, at_least(1)),
-    # Images of a process that go through at once. 0: as many as fit its free memory.
-    # It moves BatchNorm's statistics, but must follow the GPUs at hand: the trainer warns of it.
+    # Images of a process that go through the networks at once. 0: as many as fit its free memory.
+    # It changes BatchNorm's statistics, but must fit the GPUs at hand: the trainer warns where it differs.
     Key("SOLVER.MICRO_BATCH", 0, at_least(0), free=True),
     Key("SOLVER.EPOCHS", 200, at_least(1)),
     # Fewer than EPOCHS.
     Key("SOLVER.WARMUP_EPOCHS", 10, at_least(0)),
-    # On CPU fp16 becomes bf16.
+    # On a CPU fp16 becomes bf16.
     Key("SOLVER.AMP", "fp16", one_of("fp16", "bf16", "off")),
     # torch.compile the backbones.
     Key("SOLVER.COMPILE", False),
@@ -153,21 +153,21 @@ KEYS = (
     # Epochs between two checkpoint_<step>.pth. 0: none.
     Key("CHECKPOINT.KEEP_PERIOD", 50, at_least(0), free=True),
     #
-    # What stops a run that has failed, with its last good checkpoint kept: so many steps in a row
-    # with a loss of NaN or infinity, or
+    # A run stops as failed, and keeps its last good checkpoint, after so many steps in a row with a loss of
+    # NaN or infinity, ...
     Key("ALARM.NONFINITE_STEPS", 5, free=True),
-    # features that vary less than this (1: evenly spread)
+    # ... or where feature_std (1: evenly spread, 0: collapsed) stays below this ...
     Key("ALARM.FEATURE_STD", 0.02, free=True),
-    # for so many steps in a row.
+    # ... for so many steps in a row.
     Key("ALARM.COLLAPSE_STEPS", 1000, free=True),
     #
     # Epochs between two kNN evaluations. There is always one before the first step and at the end.
     Key("KNN.PERIOD", 10, at_least(0), free=True),
-    # Most training images in the bank, evenly spaced. 0: all.
+    # At most so many training images in the bank, evenly spaced. 0: all.
     Key("KNN.BANK", 100_000, at_least(0), free=True),
 )
 FREE_KEYS = tuple(key.name for key in KEYS if key.free)
-DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # free too where identity.py knows the images
+DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # free as well where the checkpoint tells the images (identity.py)
 
 
 def get_cfg() -> CN:
@@ -185,7 +185,7 @@ def get_cfg() -> CN:
 
 
 def expand_paths(cfg: CN) -> None:
-    """Write the home folder for ``~`` in the keys that hold paths."""
+    """Replace ``~`` by the home folder in the keys that hold paths."""
     for section, key in ((cfg.DATA, "PATH"), (cfg.DATA, "VAL"), (cfg.DATA, "CLASSES"), (cfg, "OUTPUT_DIR")):
         section[key] = os.path.expanduser(section[key])
 
@@ -222,9 +222,9 @@ def differences(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare ``cfg`` with a saved configuration, the YAML text of ``source``.
 
-    Returns the saved one as {key: value}, and the keys that differ, as ``KEY: saved -> now``.
-    Keys that it lacks had their default; those of ``free`` may differ. Raises InputError where
-    the text is no configuration.
+    Returns the saved one as {key: value}, and the keys that differ, as ``KEY: saved -> now``. A key that it
+    lacks counts as its default; the keys of ``free`` may differ. Raises InputError where the text is no
+    configuration.
     """
     try:
         saved = {**flatten(get_cfg()), **flatten(yaml.safe_load(saved_yaml))}

@@ -1,7 +1,7 @@
 """One encoded image -> uint8 RGB.
 
-:func:`decode` gives the same pixels whichever library reads them: the first frame or page, turned as EXIF
-says, without alpha. Channels of more than 8 bits are mapped to 0-255 by a stated range.
+:func:`decode` gives the same pixels whichever library reads the file: the first frame or page, turned as EXIF
+says, without alpha. Channels of more than 8 bits are mapped to 0-255 by a range that the user may state.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rsa_detectron2.common.errors import InputError
 
 MAX_PIXELS = 500_000_000  # decoding takes seven bytes for each
-Image.MAX_IMAGE_PIXELS = (
-    None  # Pillow's limit, 179 megapixels, is one for uploads; slides and satellite scenes exceed it
-)
-# What Pillow finds odd in a file that it reads nevertheless. Its warnings do not say which file.
+# Pillow's limit of 179 megapixels protects servers from uploads. Slides and satellite scenes exceed it.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow warns of oddities in files that it reads nevertheless, without saying which file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # The bands that a TIFF of each PhotometricInterpretation has.
@@ -36,14 +35,15 @@ class UnreadableImage(InputError):
 
 @dataclasses.dataclass
 class Pixels:
-    """What a file holds: ``values``, uint8 RGB [3, H, W], or others, [H, W] or [3, H, W].
+    """The pixels of a file."""
 
-    ``bits`` of a channel; ``limits``, the least and greatest value of the format, where it has such.
-    """
-
-    values: torch.Tensor | np.ndarray
-    bits: int = 8
-    limits: tuple[float, float] | None = None
+    values: (
+        torch.Tensor | np.ndarray
+    )  # a tensor: uint8 RGB [3, H, W]; an array: other values, [H, W] or [3, H, W]
+    bits: int = 8  # of a channel, in the file
+    limits: tuple[float, float] | None = (
+        None  # least and greatest value of the format; None where it has none
+    )
 
 
 def read_image(path: str | Path, value_range: tuple = ()) -> torch.Tensor:
@@ -71,8 +71,8 @@ def printable(name: str | bytes | os.PathLike) -> str:
 def decode(data: bytes, name: str, value_range: tuple = ()) -> torch.Tensor:
     """An encoded image -> uint8 RGB [3, H, W]. Raises UnreadableImage with ``name``.
 
-    ``value_range``, (low, high), says which values of channels with more than 8 bits become 0 and 255.
-    Without it 16 bits are scaled by the range of their format, others (float, 32 bits) from the least to the
+    ``value_range``, (low, high): which values of channels with more than 8 bits become 0 and 255. Without
+    it, 16 bits are scaled by the range of their format, and others (float, 32 bits) from the least to the
     greatest value of the image.
     """
     pixels = read_pixels(data, name)
@@ -94,8 +94,8 @@ def decode(data: bytes, name: str, value_range: tuple = ()) -> torch.Tensor:
 
 
 def to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values of any type to uint8, such that ``low`` becomes 0 and ``high`` 255."""
-    if values.dtype == np.uint16:  # a table is faster, and takes less memory
+    """Scale values of any type to uint8, such that ``low`` becomes 0 and ``high`` 255."""
+    if values.dtype == np.uint16:  # a table is faster and takes less memory
         return to_uint8(np.arange(65536.0), low, high)[values]
     return np.clip((values - low) * 255.0 / max(high - low, 1e-12), 0, 255).astype(np.uint8)
 
@@ -144,7 +144,7 @@ def by_torchcodec() -> Decoder:
 
 
 def by_torchvision() -> Decoder:
-    """The same of torchvision, which deprecates it from 0.29 on."""
+    """torchvision's decoder, deprecated from 0.29 on: as :func:`by_torchcodec`."""
     from torchvision.io import ImageReadMode, decode_image
 
     _ = torch.ops.image.decode_image  # torchvision may have been built without it
@@ -165,7 +165,7 @@ native_name, native = choose_native()
 
 
 def suits_native(data: bytes) -> bool:
-    """Whether the decoders of tensors read such a file as Pillow does."""
+    """Whether torchcodec and torchvision give the same pixels of such a file as Pillow does."""
     if data.startswith(b"\xff\xd8\xff"):
         return has_end(data)  # torchvision before 0.29 leaks the memory of an image that ends too early
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -187,7 +187,7 @@ def has_end(data: bytes) -> bool:
 
 
 def by_pillow(data: bytes, name: str) -> Pixels:
-    """The pixels of any format that Pillow knows; raises UnreadableImage, and what Pillow raises."""
+    """The pixels of any format that Pillow knows. Raises UnreadableImage, and whatever Pillow raises."""
     tiff = tiff_tags(data)
     if tiff:
         check_bands(tiff, name)
@@ -211,7 +211,7 @@ def by_pillow(data: bytes, name: str) -> Pixels:
 
 
 def stated_bits(data: bytes, tiff: "Tiff | None", image: Image.Image) -> int:
-    """Bits of a channel in the file, of which Pillow may have cut the lower ones."""
+    """Bits of a channel in the file. Pillow may have cut the lower ones."""
     if tiff:
         return max(tiff.bits)
     if image.format == "PNG":
@@ -220,10 +220,10 @@ def stated_bits(data: bytes, tiff: "Tiff | None", image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF says to show it."""
+    """The image turned as its EXIF says."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF, which is no reason to leave out the image
+    except Exception:  # damaged EXIF is no reason to leave out the image
         return image
 
 
@@ -238,7 +238,7 @@ class Tiff:
 
 
 def tiff_tags(data: bytes) -> Tiff | None:
-    """Those of the first page; None of another format, and of a file that is too damaged."""
+    """The tags of the first page; None for another format, or a file that is too damaged."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:

@@ -1,9 +1,8 @@
 """Global batches as a pure function of (seed, step).
 
-The batch of step s is a slice of its epoch's permutation; the crops, flips and ``params`` of a
-sample are drawn from (seed, epoch, index). So a run can stop anywhere and go on bit for bit,
-and neither the number of workers, nor that of ranks or accumulation steps, changes which pixels
-are seen.
+The batch of step s is a slice of its epoch's permutation. The crops, flips and ``params`` of a sample are
+drawn from (seed, epoch, index). So a run can stop anywhere and go on bit for bit, and the numbers of workers,
+ranks and accumulation steps do not change which pixels are seen.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,16 +18,15 @@ from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.method.augment import draw_params, weak_view
 
-# First words of the seeds, so that the order of an epoch and the samples in it are drawn apart.
+# First words of seeds: the order of an epoch and the samples in it are drawn independently.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
 
 
 class MultiStageViews(Dataset):
     """The weak views of an image: (epoch, index) -> {"views", "params", "index", "skipped"}.
 
-    ``views`` is uint8 [2, 3, S, S]; ``params`` float32 [2, P] is for their aggressive stage.
-    ``skipped`` counts the images from ``index`` on that cannot be decoded; the next one stands
-    in for them.
+    ``views`` is uint8 [2, 3, S, S]; ``params``, float32 [2, P], is what their aggressive stage applies.
+    ``skipped`` counts the images from ``index`` on that cannot be decoded; the next one stands in for them.
     """
 
     def __init__(self, images: Source, size: int, seed: int):
@@ -48,7 +46,8 @@ class MultiStageViews(Dataset):
 
     @staticmethod
     def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
-        """A batch with views in channels-last memory, as in the samples; the device moves them."""
+        """A batch whose views have the channels last in memory, as the samples have. The device, which is
+        faster at it, moves them to the front."""
         batch = default_collate([{**sample, "views": sample["views"].movedim(-3, -1)} for sample in samples])
         return {**batch, "views": batch["views"].movedim(-1, -3)}
 
@@ -110,14 +109,14 @@ class StepBatches(Sampler):
 
 
 def build_loader(dataset: Dataset, batches: Iterable[list], num_workers: int) -> workers.Loader:
-    """An iterable of ``batches`` (lists of keys) of a map-style ``dataset``, collated into tensors."""
+    """A loader of ``batches``, lists of keys of a map-style ``dataset``; it collates each into tensors."""
     return workers.load(
         dataset, batches, resolve_workers(num_workers), "--workers", getattr(dataset, "collate", None)
     )
 
 
 def resolve_workers(num_workers: int) -> int:
-    """-1: this process's share of the cores, 16 at most."""
+    """The number of workers: for -1, the cores of this process, 16 at most."""
     if num_workers >= 0:
         return num_workers
     return min(16, distributed.cores())

@@ -18,8 +18,7 @@ from rsa_detectron2.pretrain.data.source import Source, say
 if TYPE_CHECKING:  # an extra, which need not be installed
     import pyarrow
 
-# Names of columns, the preferred one first; case does not count. They are for files without the
-# hub's metadata.
+# Names of columns in files without the hub's metadata, the preferred one first. Case does not count.
 IMAGE_COLUMNS = (
     "image",
     "img",
@@ -48,13 +47,12 @@ FULL, CLOSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.E
 
 
 def find_shards(path: Path, split: str) -> tuple[list[Path], bool]:
-    """(files, whole): the Parquet files at ``path`` of a part of the data set ("val", else the
-    training part), and whether ``path`` has the other parts as well.
+    """(files, whole): the Parquet files of a split at ``path`` ("val", else the training images), and
+    whether ``path`` has the other splits as well.
 
-    The files lie in ``path`` or in folders below: train.parquet,
-    data/train-00000-of-00002.parquet, plain_text/train-*.parquet, default/train/0000.parquet.
-    Where nothing names a part, ``path`` is one itself. Raises InputError for several
-    configurations and for an incomplete part.
+    The files lie in ``path`` or in folders below it: train.parquet, data/train-00000-of-00002.parquet,
+    plain_text/train-*.parquet, default/train/0000.parquet. Where no name is that of a part, ``path`` is a
+    part itself. Raises InputError for several configurations and for missing shards.
     """
     configs = defaultdict(lambda: defaultdict(list))  # folder of a configuration -> part -> files
     for folder, folders, names in os.walk(path):
@@ -89,9 +87,8 @@ def find_shards(path: Path, split: str) -> tuple[list[Path], bool]:
 
 
 def place_of(file: Path) -> tuple[str, str]:
-    """(configuration, part): the folders of a relative path but for ``data``; the name of the
-    file, or of its folder where that names a part.
-    """
+    """(configuration, part) of a relative path: its folders, without ``data``; the name of the file, or of
+    its folder where only that names a part."""
     name, folders = re.sub(r"-\d+-of-\d+.*|\.parquet$", "", file.name), list(file.parts[:-1])
     if not part_of(name) and folders and part_of(folders[-1]):
         name = folders.pop()
@@ -99,19 +96,17 @@ def place_of(file: Path) -> tuple[str, str]:
 
 
 def of_how_many(file: Path) -> int:
-    """Of how many shards a file is one, by its name; 0 where it does not say."""
+    """The number of shards that a file is one of, by its name; 0 where the name does not say."""
     found = re.search(r"-\d+-of-(\d+)", file.name)
     return int(found[1]) if found else 0
 
 
 class HuggingFace(Source):
-    """What ``save_to_disk`` of the ``datasets`` library wrote to ``root``, or Parquet
-    ``shards``, whose images the library first copies to its cache (HF_HOME) in a form that can
-    be read in any order.
+    """A Hugging Face data set: what ``save_to_disk`` of the ``datasets`` library wrote to ``root``, or
+    Parquet ``shards``.
 
-    The images are those of the first column of type Image; else of a column that holds encoded
-    images, or structs of ``bytes`` and ``path``, by IMAGE_COLUMNS. Labels are numbers or
-    strings. Raises InputError.
+    The library first copies the images of shards to its cache (HF_HOME), in a form that can be read in any
+    order. :func:`choose_columns` finds images and labels; labels are numbers or strings. Raises InputError.
     """
 
     def __init__(self, root: Path, shards: Sequence[Path] = (), own_val: bool = False):
@@ -128,7 +123,7 @@ class HuggingFace(Source):
         try:
             if shards:
                 metadata = [ParquetFile(shard) for shard in shards]
-                # The first row of each shard.
+                # The number of each shard's first row.
                 self.starts = np.cumsum([0, *(file.metadata.num_rows for file in metadata[:-1])])
                 self.column, label, self.classes = choose_columns(metadata[0].schema_arrow, root)
                 values = [
@@ -172,10 +167,10 @@ class HuggingFace(Source):
 
 
 def choose_columns(schema: "pyarrow.Schema", root: Path) -> tuple[str, str | None, list[str]]:
-    """(column of images, column of labels or None, names of the classes or []) of an Arrow
-    schema.
+    """(column of images, column of labels or None, names of the classes or []) of an Arrow schema.
 
-    Raises InputError.
+    The images are the first column of type Image, else a column of encoded images, by IMAGE_COLUMNS. Raises
+    InputError where there is no such column.
     """
     from datasets import ClassLabel, Features, Image
 
@@ -196,7 +191,7 @@ def choose_columns(schema: "pyarrow.Schema", root: Path) -> tuple[str, str | Non
 
 
 def by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column of the first of the names that there is, or None."""
+    """The column with the first of ``names`` that a column has, or None."""
     known = {column.lower(): column for column in columns}
     return next((known[name] for name in names if name in known), None)
 
@@ -225,7 +220,8 @@ def holds_labels(kind: "pyarrow.DataType") -> bool:
 
 
 def refusal(root: Path, error: BaseException, cache: str | Path) -> InputError:
-    """The InputError for what reading a table raised, by the first of its causes."""
+    """The InputError for an ``error`` in reading a table: a cache that cannot be written, or a damaged
+    table."""
     cause = error
     while True:
         number, place = getattr(cause, "errno", None), str(getattr(cause, "filename", None) or "")

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, checked when read, with the one before kept."""
+"""Checkpoints: checked when they are read; the newest whole one is found, and compared with the command."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,15 @@ FORMAT = "rsa-pretraining"
 
 
 class Damaged(InputError):
-    """A file whose bytes are not those that were written."""
+    """A file's bytes are not those that were written."""
 
 
 def load(path: str | Path) -> dict:
-    """Load on the CPU without running any code of the file. Raises Damaged when its bytes are not
-    those written, and InputError when it is no checkpoint of this project."""
+    """Load a checkpoint to the CPU, without running any code of the file.
+
+    Raises Damaged when its bytes are not those that were written, InputError when it is no checkpoint of this
+    project, and FileNotFoundError.
+    """
     try:
         check_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -40,9 +43,8 @@ def load(path: str | Path) -> dict:
 def newest(folder: Path) -> str | None:
     """Path of the newest whole checkpoint in ``folder`` to go on from, or None where no run has saved one.
 
-    A damaged one is put aside and named, and the one before is taken: a run that resumes bit for
-    bit only repeats some steps. Raises InputError when there are checkpoints, but none that can be
-    read.
+    A damaged one is put aside and named, and the one before it is taken: the run only repeats some steps.
+    Raises InputError when there are checkpoints, but none that can be read.
     """
     kept = sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
     problems = []
@@ -59,7 +61,7 @@ def newest(folder: Path) -> str | None:
                 f"warning: {problem}; it is put aside as *.damaged, "
                 f"and the run goes on from {path}, step {step}"
             )
-        if problems and (folder / LAST).is_file():  # else the next save would move it over the good one
+        if problems and (folder / LAST).is_file():  # or the next save would move it over the whole one
             os.replace(folder / LAST, folder / (LAST + ".damaged"))
         return str(path)
     if problems:
@@ -81,15 +83,19 @@ def finished(folder: Path) -> dict | None:
 def compare_run(cfg: CfgNode, saved: dict | None) -> tuple[int, bool]:
     """Compare ``cfg`` with the run in the output folder: with its checkpoint ``saved``, or config.yaml.
 
-    Returns the run's micro-batch, 0 if it chose none, and whether its data set has the same path.
-    Raises InputError that names each difference when that run saved something under another
-    configuration: the result would be neither the one run's nor the other's.
+    Returns the run's micro-batch, 0 if it chose none, and whether its data set has the same path. Raises
+    InputError that names each difference from the configuration of the checkpoint: a run under two
+    configurations would be a result of neither.
     """
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG
-    text = saved["config"] if saved else config.read_text() if config.is_file() else get_cfg().dump()
-    known_images = saved is None or "data" in saved
-    own, changed = differences(text, cfg, config, FREE_KEYS + DATA_KEYS * known_images)
+    if saved:
+        text = saved["config"]
+    else:
+        text = config.read_text() if config.is_file() else get_cfg().dump()
+    images_known = saved is None or "data" in saved
+    free = FREE_KEYS + DATA_KEYS if images_known else FREE_KEYS
+    own, changed = differences(text, cfg, config, free)
     if changed and saved:
         raise InputError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}): "
@@ -99,7 +105,8 @@ def compare_run(cfg: CfgNode, saved: dict | None) -> tuple[int, bool]:
 
 
 def write_config(cfg: CfgNode) -> None:
-    """Leave the configuration beside the checkpoints, with what was chosen at the start."""
+    """Write the configuration beside the checkpoints, with the micro-batch that was chosen. Raises
+    InputError."""
     try:
         write_atomically(Path(cfg.OUTPUT_DIR) / CONFIG, lambda file: file.write(cfg.dump().encode()))
     except OSError as error:

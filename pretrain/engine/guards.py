@@ -14,16 +14,19 @@ from rsa_detectron2.common.signals import stop_signals
 
 
 class Stopped(BaseException):
-    """A signal came before the first step. Not an Exception: code that reads files takes any of those
-    for a damaged file."""
+    """A signal came before the first step.
+
+    It is no Exception, because code that reads files takes any Exception for a damaged file.
+    """
 
 
 class StopSignals:
-    """A context in which the stop signals (common/signals.py) set ``asked``; the loop ends after its step.
+    """A context in which the stop signals (common/signals.py) set ``asked``, so that the loop ends after
+    its step.
 
-    Before ``stepping`` there is nothing to save. A single process then stops at once, with Stopped. Of
-    several processes, some may be in the first step already, so all finish it. A second SIGINT kills,
-    except under a launcher, which passes one Ctrl-C on twice.
+    Until ``stepping`` is set there is nothing to save, and a single process stops at once: Stopped is
+    raised. Of several processes, some may be in the first step already, so all finish it. A second SIGINT
+    kills, but not under a launcher, which passes one Ctrl-C on twice.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,7 @@ class StopSignals:
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        # Before anything is raised: Python drops exceptions that are raised in a finalizer or a fork.
+        # Set it before anything is raised: Python drops exceptions that are raised in a finalizer or a fork.
         again, self.asked = self.asked, True
         if not self.stepping and distributed.world_size() == 1:
             raise Stopped(
@@ -53,14 +56,14 @@ class StopSignals:
 
 
 class Alarms:
-    """Stop a run that has failed before it burns days. The thresholds are the configuration's ALARM."""
+    """Stop a run that has failed before it burns days. ``thresholds``: ALARM of a configuration."""
 
     def __init__(self, thresholds: CfgNode):
         self.thresholds = thresholds
         self.collapsed = 0  # steps in a row
 
     def check(self, step: int, row: dict, steps: int) -> None:
-        """``row``: of :meth:`Meter.read`, over ``steps`` steps. Raises InputError where it shows
+        """Check a ``row`` of :meth:`Meter.read` over ``steps`` steps. Raises InputError where it shows
         divergence or collapse."""
         if row["nonfinite_steps"] >= self.thresholds.NONFINITE_STEPS:
             raise InputError(
@@ -80,8 +83,8 @@ DIVERGED = "lower SOLVER.BASE_LR, or try --amp bf16 or off; the last checkpoint 
 
 
 def assert_finite(networks: nn.Module, step: int) -> None:
-    """Raises InputError when a weight or a running statistic is NaN or infinite, before it is saved
-    over a good checkpoint."""
+    """Raises InputError when a weight or a running statistic is NaN or infinite. Call it before each save, so
+    that a good checkpoint is not replaced."""
     sums = torch.stack([tensor.float().sum() for tensor in networks.state_dict().values()])
     if not math.isfinite(sums.sum()):
         raise InputError(f"weights are not finite at step {step}: {DIVERGED}")

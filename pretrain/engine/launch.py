@@ -23,13 +23,15 @@ from rsa_detectron2.common.progress import close_bars
 from rsa_detectron2.common.signals import stop_signals
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
-PATIENCE = 10  # seconds that a process whose peer is lost waits before it says so
-HANDED_ON = InputError, Interrupted  # raised in a process: the launcher raises it again
+PATIENCE = 10  # seconds that a process waits before it reports a lost peer
+HANDED_ON = InputError, Interrupted  # the launcher raises them again when a process did
 
 
 def num_processes(wanted: int | None = None) -> int:
-    """How many processes to start here: one per GPU of this machine, ``wanted`` of them if given;
-    without a GPU, one or ``wanted`` on the CPU."""
+    """How many processes to start on this machine: ``wanted``, else one per GPU, or one on the CPU.
+
+    Raises InputError where ``wanted`` is less than 1, or more than there are GPUs.
+    """
     available = torch.cuda.device_count()
     if wanted is not None and (wanted < 1 or available and wanted > available):
         raise InputError(
@@ -40,9 +42,9 @@ def num_processes(wanted: int | None = None) -> int:
 
 
 def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str:
-    """Run ``train(cfg)`` in that many processes of this machine; returns what rank 0's returned.
+    """Run ``train(cfg)`` in that many processes of this machine; returns what it returned on rank 0.
 
-    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes are there already, and
+    Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes have been started already, and
     this one only joins them. Raises InputError or Interrupted when a process did.
     """
     if distributed.launched() or processes == 1:
@@ -58,14 +60,14 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
         max_restarts=0,
         local_addr="localhost",
     )
-    # What elastic hands on to the processes. Recent versions of torch take it from the config,
-    # earlier ones from the environment.
+    # The signals that elastic passes on to the processes. Recent versions of torch take them from the
+    # config, earlier ones from the environment.
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(
         n.name for n in handlers
     )
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
-    # It would say that it ends the other processes.
+    # It would log that it ends the other processes.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         return elastic_launch(config, join_and_run)(train, cfg)[0]
@@ -74,10 +76,11 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode < 0:
+            killed = first.exitcode == -signal.SIGKILL
+            cause = ", most likely because memory ran out" if killed else ""
             raise InputError(
-                f"process {rank} of {processes} died of {signal.Signals(-first.exitcode).name}"
-                + ", most likely because memory ran out" * (first.exitcode == -signal.SIGKILL)
-                + ": the same command goes on from the last checkpoint"
+                f"process {rank} of {processes} died of {signal.Signals(-first.exitcode).name}{cause}: "
+                "the same command goes on from the last checkpoint"
             ) from None
         message = first.message
         name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
@@ -85,14 +88,15 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
             if name == kind.__name__:
                 raise kind(text) from None
         raise
-    finally:  # elastic leaves its own, unless another thread than the main one has called
+    finally:  # elastic leaves its own handlers behind; only the main thread can have them
         for number, handler in handlers.items():
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(number, handler)
 
 
 def is_a_crash(record: logging.LogRecord) -> bool:
-    """False for signals that are passed on, and for InputError and Interrupted: the tool prints those."""
+    """A filter of elastic's log. InputError and Interrupted are left out, since the tool prints them; so are
+    signals that are passed on."""
     error = str(record.exc_info[1]) if record.exc_info else ""
     return not record.msg.startswith("Closing process") and not any(
         f"{kind.__module__}.{kind.__name__}: " in error for kind in HANDED_ON
@@ -102,8 +106,8 @@ def is_a_crash(record: logging.LogRecord) -> bool:
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """Describe a task of srun in torchrun's words, so that ``srun tools/pretrain.py`` needs no launcher.
 
-    SLURM_STEP_NUM_TASKS is set by srun alone: a batch script or a salloc shell that calls the tool
-    directly is a single process, whatever the size of its allocation.
+    Only srun sets SLURM_STEP_NUM_TASKS. A batch script or a salloc shell that calls the tool directly is a
+    single process, whatever the size of its allocation.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environment or tasks == 1:
@@ -134,23 +138,23 @@ def join_and_run(train: Callable[[CfgNode], str], cfg: CfgNode) -> str:
         torch.set_num_threads(distributed.cores())
     # gloo beside NCCL: what the processes agree on between steps then costs the GPU no synchronization.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    # The group is taken down only where all have come to the end: a process that leaves early, with
-    # an error, must not wait for the others in its shutdown.
+    # Take the group down only where all processes have come to the end: one that leaves early, with an
+    # error, must not wait for the others.
     try:
         result = train(cfg)
     except Interrupted as interruption:  # all leave at the same step
-        # DistributedDataParallel goes first, with the frames that hold it. As the last to hold the
-        # group it would take the group's threads down without letting go of Python's lock, which
-        # one of them may be waiting for.
+        # Free DistributedDataParallel first, with the frames that hold it. If it were the last to hold
+        # the group, it would end the group's threads while it holds Python's lock, for which one of
+        # them may be waiting.
         traceback.clear_frames(interruption.__traceback__)
         dist.destroy_process_group()
         raise
-    except (InputError, OSError, MemoryError) as error:  # as the one that the launcher knows by its name
+    except (InputError, OSError, MemoryError) as error:  # the launcher knows InputError by its name
         close_bars()
         raise InputError(one_line(error)) from None
     except RuntimeError:
         # Most often a lost peer. The launcher reports only the first error, so wait for the peer's own.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the wait
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the wait with it
         time.sleep(PATIENCE)
         raise
     dist.destroy_process_group()

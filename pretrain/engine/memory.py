@@ -10,13 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.errors import InputError
 
-# Of the free memory, what the estimate may fill: it does not know the kernels' workspaces nor fragmentation.
+# The part of the free memory that the estimate may fill: it ignores kernels' workspaces and fragmentation.
 FILL = 0.8
 
 
 def per_process(batch_size: int, world_size: int) -> int:
-    """The local batch size. Raises InputError where the global one does not divide, with the nearest
-    that do."""
+    """The local batch size. Raises InputError, with the nearest sizes that divide, where ``batch_size`` does
+    not."""
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
         near = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -28,11 +28,10 @@ def per_process(batch_size: int, world_size: int) -> int:
 
 
 def resolve(wanted: int, images: int, memory: Callable[[], int]) -> int:
-    """The micro-batch of a process with a local batch of ``images``: ``wanted``, if not 0.
+    """The micro-batch of a process with a local batch of ``images``.
 
-    Else the largest divisor of ``images`` that is at most ``memory()``.
-
-    Raises InputError, with the nearest ones that divide, when ``wanted`` does not.
+    It is ``wanted``; where that is 0, the largest divisor of ``images`` that is at most ``memory()``. Raises
+    InputError, with the nearest sizes that divide, where ``wanted`` does not.
     """
     divisors = [n for n in range(1, images + 1) if images % n == 0]
     if not wanted:
@@ -48,9 +47,10 @@ def resolve(wanted: int, images: int, memory: Callable[[], int]) -> int:
 
 
 def max_batch_size(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
-    """How many ``size`` x ``size`` images fit on the device in a training step, at least 1.
+    """How many ``size`` x ``size`` images fit on the device in a training step: at least 1, and the same
+    number in all processes.
 
-    The smallest number of all processes. ``networks`` are on the CPU, as they were built.
+    ``networks`` are on the CPU, as they were built.
     """
     held, image = costs(networks, size, amp)
     return max(1, distributed.least(int((FILL * free_memory() - held) / image)))
@@ -63,38 +63,47 @@ def needed(networks: nn.Module, size: int, amp: torch.dtype | None, count: int) 
 
 
 def costs(networks: nn.Module, size: int, amp: torch.dtype | None) -> tuple[int, float]:
-    """Bytes of a training step: whatever its number of images, and for each of them."""
+    """Bytes of a training step: (those that do not depend on its images, those of each image)."""
     weights = sum(t.nbytes for t in networks.state_dict().values())
     gradients = sum(p.nbytes for p in networks.parameters() if p.requires_grad)
     views = 4 * 3 * size * size * torch.float32.itemsize  # two weak, two aggressive
-    # Three times: the gradients, DDP's buckets of them, the momentum. Twice the views, for the
-    # augmentation; a quarter more than is saved, for the gradients of what is alive.
+    # Three times the gradients: themselves, DDP's buckets, the momentum. Twice the views, for the
+    # augmentation. A quarter more activations than are saved, for the gradients of those in use.
     return weights + 3 * gradients, 2 * views + 1.25 * activations(networks, size, amp)
 
 
 def activations(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
     """Bytes that the forward pass of one image leaves for the backward pass, counted on the CPU.
 
-    Between a pass of three images and one of two, so that what does not grow with the batch drops out.
+    It is the difference of a pass of three images and one of two, so that what does not grow with the batch
+    drops out.
     """
-    networks = copy.deepcopy(networks).train()  # the passes move BatchNorm's statistics
+    networks = copy.deepcopy(networks).train()  # the passes change BatchNorm's statistics
+    return _saved_bytes(networks, size, amp, 3) - _saved_bytes(networks, size, amp, 2)
 
-    def saved(count: int) -> int:
-        storages = {}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+def _saved_bytes(networks, size, amp, count):
+    """Bytes that the forward pass of ``count`` images saves; tensors that share a storage count once."""
+    saved = SavedStorages()
+    views = torch.zeros(count, 2, 3, size, size)
+    with (
+        saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+        torch.autocast("cpu", amp and torch.bfloat16, enabled=amp is not None),
+    ):
+        networks(views, views, 0.5)
+    return sum(saved.sizes.values())
 
-        views = torch.zeros(count, 2, 3, size, size)
-        with (
-            saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", amp and torch.bfloat16, enabled=amp is not None),
-        ):
-            networks(views, views, 0.5)
-        return sum(storages.values())
 
-    return saved(3) - saved(2)
+class SavedStorages:
+    """Notes the storages of the tensors that autograd saves: ``sizes`` {address: bytes}."""
+
+    def __init__(self) -> None:
+        self.sizes = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
 
 def free_memory() -> int:

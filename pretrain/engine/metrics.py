@@ -1,4 +1,4 @@
-"""What a run shows of itself, and when it must stop: figures, alarms, signals."""
+"""The figures of a run: averaged over steps, logged, and shown on a progress bar."""
 
 import json
 import math
@@ -16,13 +16,15 @@ from rsa_detectron2.pretrain.engine import checkpoint
 
 
 class Meter:
-    """Sums the figures of the steps since its last reading. They stay on the device until then, which
-    saves a synchronization in each step."""
+    """Sums the figures of the steps since the last :meth:`read`.
+
+    They stay on the device until then, which saves a synchronization in each step.
+    """
 
     def __init__(self, batch_size: int, seconds: float = 0.0):
         self.batch_size = batch_size  # global
         self.total = seconds  # of training, with its loader, but without kNN evaluations
-        # steps in a row without a finite loss, up to now
+        # steps without a finite loss, in a row up to now
         self.streak = torch.zeros((), device=distributed.device())
         self.reset()
 
@@ -32,11 +34,11 @@ class Meter:
         self.longest = self.streak
 
     def seconds(self) -> float:
-        """Of training until now."""
+        """Seconds of training until now."""
         return self.total + time.perf_counter() - self.since
 
     def pause(self) -> None:
-        """What comes until :meth:`reset` is not training."""
+        """Stop the clock: the time until :meth:`reset` does not count as training."""
         self.total, self.since = self.seconds(), time.perf_counter()
 
     def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
@@ -48,7 +50,7 @@ class Meter:
             before = time.perf_counter()
 
     def add(self, figures: dict[str, torch.Tensor]) -> None:
-        """A step's figures {name: 0-dim tensor}."""
+        """Add the figures of a step, {name: 0-dim tensor}; "loss" is one of them."""
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.streak = torch.where(figures["loss"].isfinite(), 0, self.streak + 1)
@@ -56,7 +58,11 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means over the steps and the ranks, with ``nonfinite_steps``, the longest streak; starts anew."""
+        """Means over the steps and the ranks, then start anew.
+
+        Besides: ``nonfinite_steps``, the most steps in a row without a finite loss; ``images_per_s``;
+        ``data_wait``, the part of the time spent on waiting for the loader.
+        """
         means = distributed.mean(torch.stack(list(self.sums.values())).float() / self.steps)
         row = dict(zip(self.sums, means.tolist()))
         row["nonfinite_steps"] = -distributed.least(-int(self.longest))
@@ -110,7 +116,7 @@ class Log:
         )
 
     def row(self, row: dict[str, float]) -> None:
-        """One row {"step": k, name: number}."""
+        """Write a row {"step": k, name: number}."""
         try:
             self.file.write(json.dumps(row) + "\n")
             for name, value in row.items():
@@ -130,10 +136,10 @@ class Log:
         )
         if "knn_top1" in row:
             self.say(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
-            self.progress.unpause()  # the time left is that of the steps
+            self.progress.unpause()  # kNN's time must not count in the speed of the steps
 
     def say(self, line: str) -> None:
-        """A line that the progress bar does not overwrite."""
+        """Print a line to stderr, above the progress bar."""
         self.progress.write(line, file=sys.stderr)
 
     def close(self) -> None:
@@ -142,7 +148,7 @@ class Log:
             try:
                 writer.close()
             except OSError:
-                pass  # said by row()
+                pass  # row() has warned
 
 
 def _step(row):

@@ -1,4 +1,4 @@
-"""The networks of a run with several processes."""
+"""The networks of a run with several processes: gradients are exchanged, BatchNorm may be synchronized."""
 
 import torch
 from torch import nn
@@ -28,14 +28,14 @@ def wrap(networks: Networks) -> nn.Module:
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Give the gradient buckets their final layout before the first step.
 
-    DistributedDataParallel lays its buckets out anew after the first backward pass, in the order in
-    which gradients arrived. A gradient's place in a bucket decides in which order all-reduce adds the
-    processes' parts. From three processes on, the first step of a resumed run would therefore round
-    differently from that step of an uninterrupted run.
+    DistributedDataParallel lays its buckets out anew after the first backward pass, in the order in which
+    gradients arrived. A gradient's place in a bucket decides in which order all-reduce adds the processes'
+    parts. From three processes on, the first step of a resumed run would therefore round differently from
+    that step of an uninterrupted run.
 
-    So the first backward pass is this one. Every parameter gets a gradient of zero, the last parameter
-    first, much as in a real pass. It uses neither the network nor the random state.
-    ``find_unused_parameters=True`` would keep the first layout, but walks the graph in each step.
+    So this is the first backward pass. Every parameter gets a gradient of zero, the last parameter first,
+    much as in a real pass. It uses neither the network nor the random state.
+    ``find_unused_parameters=True`` would keep the first layout, but it walks the graph in each step.
     """
     networks = model.module
     networks.forward = lambda _: sum(p.sum() * 0 for p in networks.parameters() if p.requires_grad)
@@ -45,7 +45,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def convert_batch_norm(networks: Networks, wanted: bool) -> tuple[Networks, int]:
-    """With SyncBatchNorm if ``wanted`` and possible.
+    """Replace BatchNorm by SyncBatchNorm, if it is ``wanted`` and possible.
 
     Returns the networks, and how many processes share BatchNorm's statistics.
     """

@@ -28,10 +28,10 @@ class TrainState:
 def train_step(
     state: TrainState, micro_batches: Iterable, count: int, beta: float, tau: float
 ) -> dict[str, torch.Tensor]:
-    """One optimizer step on ``count`` ``micro_batches``; returns the objective's figures, averaged over them.
+    """One optimizer step on ``count`` micro-batches; returns the objective's figures, averaged over them.
 
-    A micro-batch is a pair of normalized views, float32 [B, 2, 3, S, S] each. Processes exchange
-    gradients after the last one only. A step that the scaler skips because a gradient overflowed
+    A micro-batch is (weak, aggressive): normalized views, float32 [B, 2, 3, S, S] each. Processes exchange
+    gradients after the last micro-batch only. A step that the scaler skips, because a gradient overflowed,
     leaves the target untouched as well.
     """
     networks, model, optimizer, scaler = state.networks, state.model, state.optimizer, state.scaler
@@ -56,9 +56,10 @@ def train_step(
 
 
 def normalized_views(batch: dict, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weak and the aggressive views of a micro-batch, float32 [B, 2, 3, S, S] each, on its device.
+    """The weak and the aggressive views of a micro-batch, float32 [B, 2, 3, S, S] each, on the device that
+    its ``views`` are on.
 
-    ``mean`` and ``std``, float32 [3], lie there too, which saves a synchronization.
+    ``mean`` and ``std``, float32 [3], are on that device too, which saves a synchronization.
     """
     weak = augment.to_float(batch["views"])
     aggressive = augment.aggressive(batch["views"], batch["params"])
@@ -68,26 +69,27 @@ def normalized_views(batch: dict, mean: torch.Tensor, std: torch.Tensor) -> tupl
 def prefetch(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
     """The loader's batches, with contiguous ``views`` on the device.
 
-    On a GPU, a side stream copies the next batch while the current step runs.
+    On a GPU, a side stream copies the next batch while a step runs.
     """
     if device.type == "cpu":
         yield from ({**batch, "views": batch["views"].contiguous()} for batch in loader)
         return
     stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
     batches = iter(loader)
-
-    def copy_next() -> dict | None:
-        batch = next(batches, None)
-        if batch:
-            with torch.cuda.stream(stream):
-                batch["views"] = batch["views"].to(device, non_blocking=True).contiguous()
-        return batch
-
-    batch = copy_next()
+    batch = _copy_next(batches, device, stream)
     while batch:
         compute.wait_stream(stream)
         # Its memory belongs to the side stream, which must not reuse it while the step still reads it.
         batch["views"].record_stream(compute)
-        following = copy_next()
+        following = _copy_next(batches, device, stream)
         yield batch
         batch = following
+
+
+def _copy_next(batches, device, stream):
+    """The next batch, whose views ``stream`` copies to the device; None after the last one."""
+    batch = next(batches, None)
+    if batch:
+        with torch.cuda.stream(stream):
+            batch["views"] = batch["views"].to(device, non_blocking=True).contiguous()
+    return batch

@@ -34,11 +34,11 @@ REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command ag
 
 
 def train(cfg: CfgNode, origin: record.Origin = record.Origin()) -> str:
-    """Pre-train as ``cfg`` says; ``origin`` tells where it came from.
+    """Pre-train as ``cfg`` says; ``origin`` is where ``cfg`` came from.
 
     Goes on from the last checkpoint in ``cfg.OUTPUT_DIR``, if there is one. Leaves ``model_final.pth``
-    there and returns its path. Raises InputError. Raises Interrupted after one of the stop signals
-    (common/signals.py), once the state is saved if there is any yet.
+    there and returns its path. Raises InputError. After one of the stop signals (common/signals.py) it saves
+    the state, if there is any yet, and raises Interrupted.
     """
     first = distributed.rank() == 0
     lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if first else contextlib.nullcontext()
@@ -70,14 +70,15 @@ class Past:
     """What the output folder holds of the run so far."""
 
     saved: dict | None  # the newest checkpoint
-    known: dict | None  # the same, or model_final.pth
+    known: dict | None  # the newest checkpoint or, without one, model_final.pth
     complete: bool  # whether model_final.pth is there
     micro_batch_size: int  # 0 if none was chosen
-    same_path: bool  # whether the data set lies where it lay
+    same_path: bool  # whether DATA.PATH is the same
 
 
 def find_past(cfg: CfgNode) -> Past:
-    """Raises InputError when the folder holds a run of another configuration, or a damaged one."""
+    """What ``cfg.OUTPUT_DIR`` holds. Raises InputError for a run of another configuration, or a damaged
+    one."""
     folder = Path(cfg.OUTPUT_DIR)
     path = distributed.from_first(checkpoint.newest(folder) if distributed.rank() == 0 else None)
     saved = checkpoint.load(path) if path else None
@@ -118,16 +119,16 @@ class Trainer:
         self.build_loader()
         self.peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
         self.features = Features(self.networks.online.backbone, cfg.DATA, self.state.amp)
-        # An older version's checkpoint has no record.
+        # A checkpoint of an early version has no record.
         seconds = (past.saved or {}).get("run", {}).get("seconds", 0.0)
         self.meter, self.alarms = Meter(cfg.SOLVER.BATCH_SIZE, seconds), Alarms(cfg.ALARM)
-        self.log = None  # of the first process, once it trains
+        self.log = None  # the first process has one, once it trains
         self.about = self.describe(origin)
 
     # ---- what a run consists of ----
 
     def find_validation(self) -> None:
-        """The labeled images of kNN, or None."""
+        """Set ``bank`` and ``val``, the labeled images of kNN; None where there are none."""
         self.bank = self.val = None
         try:
             self.bank, self.val = find_labeled(self.cfg, self.images)
@@ -136,10 +137,10 @@ class Trainer:
                 print(f"kNN top-1 is left out: {reason}")
 
     def build_networks(self, kept: int) -> None:
-        """The networks, and the micro-batch that fits. Raises InputError.
+        """Build the networks, and choose the micro-batch. Raises InputError.
 
-        SOLVER.MICRO_BATCH becomes its size: as given, else ``kept``, which the run had before, else by
-        the free memory.
+        SOLVER.MICRO_BATCH becomes its size: the one that was given, else ``kept``, which the run had
+        before, else what fits the free memory.
         """
         cfg = self.cfg
         torch.manual_seed(cfg.SEED)
@@ -166,14 +167,14 @@ class Trainer:
             self.networks.compile_backbones()
 
     def build_state(self) -> None:
-        """Optimizer, scaler and DistributedDataParallel, all as in the checkpoint if there is one."""
+        """Optimizer, scaler and DistributedDataParallel, with the state of the checkpoint if there is one."""
         amp, method = distributed.amp_dtype(self.cfg.SOLVER.AMP), METHODS[self.cfg.METHOD]
         optimizer = build_optimizer(self.networks, self.cfg.SOLVER, method.fix_predictor_lr)
         scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         if self.saved:
             self.networks.load_state_dict(self.saved["model"])
             optimizer.load_state_dict(self.saved["optimizer"])
-            if self.saved["scaler"]:  # empty after a part of the run without fp16, on a CPU
+            if self.saved["scaler"]:  # empty where the run was without fp16 until now, on a CPU
                 scaler.load_state_dict(self.saved["scaler"])
         self.state = TrainState(parallel.wrap(self.networks), optimizer, scaler, amp)
 
@@ -230,7 +231,7 @@ class Trainer:
         return str(self.folder / checkpoint.FINAL)
 
     def open(self) -> None:
-        """Say what comes, and begin its records. kNN of the untrained network is the first row."""
+        """Announce the run, and begin its files. kNN of the untrained network is the first row."""
         self.announce()
         self.log = Log(self.folder, self.num_steps, self.start)
         if self.val and not self.start:
@@ -239,7 +240,8 @@ class Trainer:
         record.write(self.folder, self.record(self.start))
 
     def prepare(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The views of a batch. Raises InputError when too many images cannot be decoded."""
+        """The weak and aggressive views of a batch. Lists the images that could not be decoded; raises
+        InputError when they are too many."""
         if batch["skipped"].any():
             self.bad_images.add(
                 [
@@ -279,10 +281,13 @@ class Trainer:
             self.alarms.check(step, row, steps)
 
     def end_epoch(self, step: int, stopping: bool) -> None:
-        """Save, then evaluate: a launcher grants seconds after a signal, and kNN may take minutes."""
+        """Save, then evaluate by kNN.
+
+        In that order, because a launcher grants seconds after a signal, and kNN may take minutes.
+        """
         epoch, last = step // self.steps_per_epoch, step == self.num_steps
         keep_period, knn_period = self.cfg.CHECKPOINT.KEEP_PERIOD, self.cfg.KNN.PERIOD
-        # Collapsed features may recover. Until then they must not replace the checkpoint from before.
+        # Collapsed features may recover. Until they do, they must not replace the good checkpoint.
         collapsed = self.alarms.collapsed
         if last or epoch % self.cfg.CHECKPOINT.PERIOD == 0 and not collapsed and not stopping:
             self.save_last(step)
@@ -296,7 +301,7 @@ class Trainer:
         written = self.is_first and self.save_last(step)
         if self.is_first:
             self.log.close()
-        # All wait for the first: the launcher takes one process that leaves for the end of all.
+        # All wait for the first process: when one leaves, the launcher ends the others.
         if distributed.any_rank(written):
             outcome = "saved"
         else:
@@ -316,10 +321,10 @@ class Trainer:
         if not written:
             raise InputError(f"{final} could not be written: make room, and run the same command again")
 
-    # ---- what it leaves ----
+    # ---- what a run leaves ----
 
     def evaluate_knn(self, step: int) -> None:
-        """A row with kNN top-1. Its time does not count as training."""
+        """Log a row with kNN top-1. The time that it takes does not count as training."""
         self.meter.pause()
         assert_finite(self.networks, step)
         top1 = evaluate_knn(self.features, self.bank, self.val, self.cfg.KNN.BANK, replace=True)
@@ -337,8 +342,8 @@ class Trainer:
     def save(self, path: Path, step: int, whole: bool = True, previous: Path | None = None) -> bool:
         """Write a checkpoint, or the final weights where not ``whole``; returns whether it was written.
 
-        A full disk is no error: the run goes on, and tries again at the next interval. Raises
-        InputError when a weight is not finite.
+        A full disk is no error: the run goes on, and the next save tries again. Raises InputError when a
+        weight is not finite.
         """
         assert_finite(self.networks, step)
         content = {
@@ -388,7 +393,7 @@ class Trainer:
             print(f"warning: {warning}")
 
     def warnings(self) -> Iterator[str]:
-        """What may surprise: unusual pixels, and how the run differs from its part before."""
+        """What may surprise: unusual pixels, and what has changed since the run was stopped."""
         yield from self.pixel_notes
         saved, processes = self.saved, self.num_processes
         inexact = "the run goes on with the same samples, but not bit for bit"

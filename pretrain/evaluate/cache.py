@@ -1,4 +1,4 @@
-"""What was computed from a checkpoint and is kept beside it: features, statistics, classifiers."""
+"""A cache beside a checkpoint of what was computed from it: features, statistics, classifiers."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from rsa_detectron2.pretrain.data.source import Source
 class FeatureCache:
     """Arrays by description, in the folder ``<checkpoint>.features``.
 
-    A file serves the checkpoint of one sha256 and one description only; both are in it and
-    compared when it is read. Files of another sha256 are removed: they belong to what the
-    checkpoint held before. A damaged file (numpy's archive has a CRC-32 of each array) counts
-    as absent, with a line on stderr; so does a folder that cannot be written.
+    A file holds the checkpoint's sha256 and the description, and both are compared when it is read. Files
+    of another sha256 are removed: the checkpoint has been written anew. A damaged file (numpy's archive has
+    a CRC-32 of each array) counts as absent, and a line on stderr says so, as it does where the folder
+    cannot be written.
     """
 
     def __init__(self, checkpoint: str | Path, sha256: str):
@@ -66,7 +66,7 @@ class FeatureCache:
 
 
 def fingerprint(images: Source) -> str:
-    """Hexadecimal digest of a source: its folder, and the names, labels, sizes and times of files."""
+    """Hexadecimal sha256 over a source: its folder, and the names, labels, sizes and times of its files."""
     digest = hashlib.sha256(os.fsencode(f"{images.root.resolve()}\n{images.classes}\n"))
     digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     for name in (*images.files, *map(images.name, range(len(images)))):
@@ -75,5 +75,5 @@ def fingerprint(images: Source) -> str:
             status = os.stat(name)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         except OSError:
-            pass  # not a file of its own: a row of a table or of an array
+            pass  # a row of a table or of an array has no file
     return digest.hexdigest()

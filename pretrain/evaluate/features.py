@@ -1,4 +1,4 @@
-"""Features of a frozen backbone. kNN on them is in knn.py, linear evaluation in linear.py."""
+"""Features of a frozen backbone. knn.py and linear.py classify them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,15 +19,15 @@ from rsa_detectron2.pretrain.data.source import Source, say
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache, fingerprint
 from rsa_detectron2.pretrain.method.augment import normalize, to_float
 
-LONGEST = 4  # longest side that the center crop may need, in short sides, its filter included
+LONGEST = 4  # in short sides: pixels farther out matter neither to the center crop nor to its filter
 
 
 class CenterCrops(Dataset):
     """The validation transform: index -> (uint8 [3, size, size], label).
 
-    The short side becomes ``resize`` pixels, then the center is cropped. With ``replace``, the
-    next image stands in for one that cannot be decoded. Without, UnreadableImage is raised: a
-    published figure must be of all images.
+    The short side becomes ``resize`` pixels, then the center is cropped. With ``replace``, the next image
+    stands in for one that cannot be decoded. Without, UnreadableImage is raised, because a published figure
+    must be of all images.
     """
 
     def __init__(self, images: Source, indices: Sequence[int], resize: int, size: int, replace: bool = False):
@@ -58,7 +58,7 @@ def center_crop(image: torch.Tensor, resize: int, size: int) -> torch.Tensor:
 
 
 def label_of(images: Source, index: int) -> int:
-    """The label of an image; indices past the end go round."""
+    """The label of an image; after the last index comes the first."""
     return int(images.labels[index % len(images)])
 
 
@@ -72,9 +72,9 @@ class Labeled(NamedTuple):
 class Features:
     """A frozen backbone: uint8 images [B, 3, S, S] -> float32 features [B, D].
 
-    It runs in eval mode unless asked otherwise. ``data`` is the DATA of a configuration, ``amp``
-    a dtype or None. ``cache`` belongs to the checkpoint that the backbone is from: with it, what
-    depends on center crops alone is computed once.
+    It runs in eval mode unless asked otherwise. ``data`` is the DATA of a configuration, ``amp`` a dtype or
+    None. ``cache`` is that of the checkpoint which holds the backbone: features of center crops are kept
+    there.
     """
 
     def __init__(

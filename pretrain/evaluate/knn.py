@@ -1,4 +1,4 @@
-"""kNN on the features of a frozen backbone, and the labeled images that it takes."""
+"""kNN on the features of a frozen backbone, and the labeled images for it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 
-SIMILARITIES = 2**27  # held at once: half a GB
+SIMILARITIES = 2**27  # numbers in memory at once: half a GB
 
 
 def knn_top1(bank: Labeled, queries: Labeled, k: int = 200, temperature: float = 0.1) -> float:
@@ -57,7 +57,7 @@ class NoValidation(InputError):
 
 
 def unlabeled(images: Source) -> str:
-    """Why the images of a source cannot be told apart by class; "" if they can."""
+    """What the labels of a source lack for classification; "" if nothing."""
     root, missing = printable(images.root), np.flatnonzero(np.asarray(images.labels) < 0)
     if not images.classes:
         return f"{root} has no labels (class folders)"

@@ -50,7 +50,7 @@ class Trial:
 
 
 def shorten(protocol: LinearProtocol, epochs: int | None) -> LinearProtocol:
-    """The protocol over another number of epochs (None: its own); milestones in proportion."""
+    """The protocol with another number of epochs, None for its own; the milestones move in proportion."""
     if epochs is None:
         return protocol
     milestones = tuple(round(m * epochs / protocol.epochs) for m in protocol.milestones)
@@ -121,7 +121,7 @@ class LinearClassifier:
         return 100 * (self(features).argmax(1) == labels).float().mean().item()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """{name: array} of what training goes on from."""
+        """{name: array} of the state that training goes on from."""
         arrays = {name: p.detach().cpu().numpy() for name, p in self.layer.named_parameters()}
         return arrays | {
             f"{name} momentum": self.optimizer.state[p]["momentum_buffer"].cpu().numpy()
@@ -137,7 +137,7 @@ class LinearClassifier:
 
 
 def learning_rate(protocol: LinearProtocol, epoch: int) -> float:
-    """Of an epoch, counted from 0: a tenth from each milestone on."""
+    """The learning rate of an epoch, counted from 0: each milestone divides it by ten."""
     return protocol.lr * 0.1 ** sum(epoch >= milestone for milestone in protocol.milestones)
 
 

@@ -1,9 +1,9 @@
 """Multi-stage augmentation (paper, eq. 3): weak view v_w = t_w(x), aggressive view v_a = t_a(v_w).
 
-t_w (random resized crop, flip) runs in the loader's workers on uint8. t_a (color jitter,
-grayscale, Gaussian blur) runs batched on the device, from ``params`` that the workers drew, so
-that four views cost the transfer of two and every aggressive view shares the crop of its weak
-view. Drawing and applying are apart: both stages are pure functions.
+t_w (random resized crop, flip) runs in the loader's workers on uint8. t_a (color jitter, grayscale, Gaussian
+blur) runs on whole batches on the device, with ``params`` that the workers drew. So every aggressive view has
+the crop of its weak view, and four views cost the transfer of two. Drawing is separate from applying: both
+stages are pure functions.
 """
 
 import math
@@ -52,7 +52,7 @@ def weak_view(
 ) -> torch.Tensor:
     """t_w: uint8 [3, H, W] -> uint8 [3, size, size], channels last in memory."""
     top, left, height, width = crop_box(rng, *image.shape[-2:], scale)
-    # Copied out first: resizing the strided crop takes half as long again, to the same bits.
+    # Copy the crop first: resizing the strided crop takes 1.5 times as long, for the same bits.
     crop = image[None, :, top : top + height, left : left + width].contiguous(
         memory_format=torch.channels_last
     )
@@ -88,12 +88,11 @@ def to_float(views: torch.Tensor) -> torch.Tensor:
 def aggressive(views: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """t_a on a batch: uint8 [B, V, 3, H, W] on any device -> float32 [B, V, 3, H, W] in [0, 1].
 
-    ``params`` is float32 [B, V, P] on the CPU.
-    ``params`` stays on the CPU because it decides which samples an operation takes; choosing
-    them there spares the device a synchronization per operation.
+    ``params`` is float32 [B, V, P] on the CPU. There it is known, without a synchronization for each
+    operation, which views the operation takes.
     """
     images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
-    # which samples each of 18 operations takes
+    # Row: one of 18 operations. Column: whether a view takes it.
     taken = torch.stack(
         [
             *(slot == operation for slot in params[:, ORDER].unbind(1) for operation in range(4)),
@@ -149,7 +148,7 @@ def adjust_hue(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         value == r, (g - b) / divisor, torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     )
     hue = sector / 6 + factor[:, 0]
-    # Each channel is the value less what its distance from the hue takes away of the chroma.
+    # The farther a channel is from the hue, the more of the chroma is taken from the value.
     channels = []
     for offset in (5, 3, 1):
         k = (offset + 6 * hue) % 6
@@ -161,9 +160,8 @@ ADJUST = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue  # in
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Separable Gaussian, each image with its sigma: [N, 3, H, W], sigma [N] in pixels; the
-    border is reflected.
-    """
+    """Separable Gaussian, each image with its own sigma: [N, 3, H, W], sigma [N] in pixels. The border is
+    reflected."""
     count, channels, height, width = images.shape
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)

@@ -1,4 +1,4 @@
-"""Online and target networks: backbone f, projector g, predictor q (paper, 4.1), heads by method."""
+"""Online and target networks: backbone f, and each method's projector g and predictor q (paper, 4.1)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ FAMILIES = (
 def build_backbone(name: str, small_stem: bool = False) -> nn.Module:
     """A timm ResNet without classifier: [B, 3, H, W] -> [B, D].
 
-    The state dict of a plain ResNet has torchvision's names.
-    ``small_stem``: a 3x3 stride-1 convolution and no max-pool, for images of 32 or 64 pixels.
-    Raises InputError for a name that is no ResNet of timm's, that asks for pretrained weights,
-    or whose stem cannot be replaced.
+    The state dict of a plain ResNet has torchvision's names. ``small_stem``: a 3x3 stride-1 convolution and
+    no max-pool, for images of 32 or 64 pixels. Raises InputError for a name that is no ResNet of timm's,
+    that asks for pretrained weights, or whose stem cannot be replaced.
     """
     plain, dot, tag = name.partition(".")
     if not timm.models.is_model_in_modules(plain, RESNET_MODULES):
@@ -79,9 +78,8 @@ def byol_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, n
 
 
 def simsiam_heads(in_dim: int, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
-    """SimSiam's (Chen and He 2021, section 3): three layers, each with BatchNorm; a predictor
-    with a bottleneck.
-    """
+    """SimSiam's (Chen and He 2021, section 3): a projector of three layers, each with BatchNorm; a
+    predictor with a bottleneck."""
     projector = nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
         nn.BatchNorm1d(hidden_dim),
@@ -118,12 +116,10 @@ class Branch(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """MoCo's queue: ``keys`` float32 [size, dim], unit vectors, in a ring that starts at
-    random.
+    """MoCo's queue: ``keys``, float32 [size, dim], unit vectors in a ring, random at first.
 
-    ``pending`` gathers the keys of a step, [B, dim] of each micro-batch; they enter at its end,
-    so that every negative comes from an earlier step and a checkpoint between steps holds all
-    there is.
+    ``pending`` gathers the keys of a step, [B, dim] of each micro-batch. They enter the queue at the end of
+    the step, so that every negative comes from an earlier step, and checkpoints need not hold ``pending``.
     """
 
     def __init__(self, size: int, dim: int):
@@ -133,7 +129,7 @@ class KeyQueue(nn.Module):
         self.pending = []
 
     def end_step(self, skipped: bool) -> None:
-        """Replace the oldest keys by the pending ones, at most ``size``; a skipped step's are dropped."""
+        """Replace the oldest keys by the pending ones, or drop these after a skipped step."""
         if not skipped:
             keys = torch.cat(self.pending)
             slots = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.keys)
@@ -174,20 +170,20 @@ class Networks(nn.Module):
     def project_target(self, view: Tensor) -> Tensor:
         """Projection under stop-gradient: [B, 3, H, W] -> [B, out_dim].
 
-        By the target network, or by the online network where a method has no target.
+        The target network gives it, or the online network where a method has no target.
         """
         return (self.target or self.online)(view)
 
     def compile_backbones(self) -> None:
-        """torch.compile, in place: the names of the tensors, and so the checkpoints, stay."""
+        """torch.compile the backbones in place, which keeps the names of the tensors in checkpoints."""
         for branch in filter(None, (self.online, self.target)):
             branch.backbone.compile()
 
     def end_step(self, tau: float, skipped: bool = False) -> None:
-        """Once after each optimizer step: the target follows, the queue takes the step's keys.
+        """Call it after each optimizer step: the target follows, and the queue takes the step's keys.
 
-        A skipped step changes neither. If its overflow has reached the running statistics of
-        a BatchNorm, they are reset: they would never recover.
+        A skipped step changes neither. If its overflow has reached the running statistics of a BatchNorm,
+        they are reset, because they would never recover.
         """
         if skipped:
             for layer in self.modules():

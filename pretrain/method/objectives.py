@@ -1,11 +1,10 @@
 """The objectives: RSA (paper, eq. 2, 4-6) and the methods that it is compared with.
 
-Each is a function of the networks, the views and beta, which only rsa and simsiam_rsa use.
-``weak`` and ``aggressive`` are float [B, 2, 3, H, W]. It returns ``loss``, a scalar to minimize,
-float32 at least, and detached metrics: the parts of the loss, the mean cosines of the pairs, and
-``feature_std``, the standard deviation of the l2-normalized online outputs over the batch times
-sqrt(dim): about 1 when healthy, 0 when collapsed. A trailing underscore marks the other view of
-the two.
+Each is a function of the networks, the views and beta, which only rsa and simsiam_rsa use. ``weak`` and
+``aggressive`` are float [B, 2, 3, H, W]. It returns ``loss``, a scalar to minimize, in float32 at least,
+and detached metrics: the parts of the loss, the mean cosines of the pairs, and ``feature_std``. That is the
+standard deviation over the batch of the l2-normalized online outputs, times sqrt(dim): about 1 when
+healthy, 0 when collapsed. A trailing underscore marks the other one of two views.
 """
 
 from collections.abc import Callable
@@ -94,8 +93,8 @@ def simsiam_rsa(networks: Networks, weak: Tensor, aggressive: Tensor, beta: floa
 
     SimSiam has no target network: the online network under stop-gradient takes its place.
     """
-    # Predict first: autocast caches the cast weights, and copies made under stop-gradient would
-    # have no gradient.
+    # Predict first: autocast caches its casts of the weights, and those made under stop-gradient would have
+    # no gradient.
     p, p_ = networks.predict(aggressive[:, 0]), networks.predict(aggressive[:, 1])
     z, z_ = networks.project_target(weak[:, 0]), networks.project_target(weak[:, 1])
     loss_aw = -0.5 * (cosine(p, z_) + cosine(p_, z)).mean()
@@ -109,7 +108,7 @@ def simsiam_rsa(networks: Networks, weak: Tensor, aggressive: Tensor, beta: floa
 def simclr(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
     """SimCLR's NT-Xent (Chen et al. 2020, eq. 1) on two aggressive views.
 
-    Each picks the other out of all views that go through at once on all ranks.
+    Each view picks the other one of its image out of all views of a micro-batch on all ranks.
     """
     z, z_ = (unit(networks.predict(aggressive[:, i])) for i in (0, 1))
     views = torch.stack([z, z_], 1).flatten(0, 1)  # rows 2i and 2i + 1 are the views of image i
@@ -143,10 +142,12 @@ def info_nce(q: Tensor, k: Tensor, networks: Networks) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
+    """What makes a method: its objective, and the networks that it needs."""
+
     objective: Callable
-    heads: Callable  # of networks.py
+    heads: Callable  # one of networks.py
     target: bool = False  # a target network that follows the online one
-    queue: bool = False  # of earlier steps' keys
+    queue: bool = False  # a queue of earlier steps' keys
     fix_predictor_lr: bool = False  # the predictor's learning rate does not decay (Chen and He 2021, 4.2)
 
 
@@ -163,7 +164,7 @@ METHODS = {
 
 
 def similarities(q: Tensor, keys: Tensor) -> Tensor:
-    """Cosines of unit rows, [B, D] and [N, D] -> [B, N], at their own precision under autocast too."""
+    """Cosines of unit rows, [B, D] and [N, D] -> [B, N], in the precision of the rows under autocast too."""
     with torch.autocast(q.device.type, enabled=False):
         return q @ keys.T
 
@@ -174,10 +175,10 @@ def gather(x: Tensor) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """[B, D] of each rank -> [ranks · B, D] on every rank.
+    """[B, D] of each rank -> [world size * B, D] on every rank.
 
-    Backward sums a row's gradient over the ranks; the mean that DistributedDataParallel then
-    takes makes it the gradient of the mean of their losses.
+    Backward sums a row's gradient over the ranks. DistributedDataParallel then takes the mean over the
+    ranks, and the result is the gradient of the mean of their losses.
     """
 
     @staticmethod

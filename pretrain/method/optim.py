@@ -14,8 +14,8 @@ def build_optimizer(
 
     :func:`set_lr` sets the learning rate of each step.
 
-    LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling;
-    timm's Lars leaves a group unscaled when its weight decay is 0, unless told to adapt always.
+    LARS: 1-D parameters (biases, BatchNorm) get neither weight decay nor layer-wise scaling. timm's Lars does
+    not scale a group whose weight decay is 0, unless ``always_adapt`` is set.
     SGD: weight decay on everything, as in the authors' small recipes.
     """
     groups = []
@@ -42,6 +42,6 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, peak: float) -> None:
-    """Set the learning rate of a step; ``peak`` for parameters whose rate is fixed."""
+    """Set the learning rate of a step: ``lr``, or ``peak`` for parameters whose rate is fixed."""
     for group in optimizer.param_groups:
         group["lr"] = peak if group["fixed"] else lr

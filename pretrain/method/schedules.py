@@ -1,4 +1,4 @@
-"""beta, tau and the learning rate, as pure functions of the step k = 1 ... K: no state to resume."""
+"""beta, tau and the learning rate as pure functions of the step k = 1 ... K, with no state to resume."""
 
 from math import cos, pi
 
