@@ -59,9 +59,9 @@ def convert_backbone(
 
     Returns the provenance: source, sha256, method, step, branch, architecture, pixel statistics.
     """
-    from rsa_detectron2.transfer.convert.writers import convert
+    from rsa_detectron2.transfer.convert.writers import ReadOptions, convert
 
-    return convert(str(checkpoint), output, to, branch)[1]
+    return convert(str(checkpoint), output, to, ReadOptions(branch))[1]
 
 
 def extract_features(

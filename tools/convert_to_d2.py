@@ -13,7 +13,7 @@ from rsa_detectron2.transfer.convert.architectures import ARCHITECTURES, tensor_
 from rsa_detectron2.transfer.convert.inspect import inspect
 from rsa_detectron2.transfer.convert.metadata import parse_pixels
 from rsa_detectron2.transfer.convert.provenance import BRANCHES, method_of, remarks
-from rsa_detectron2.transfer.convert.writers import DEFAULT_INPUT, SUFFIXES, convert
+from rsa_detectron2.transfer.convert.writers import DEFAULT_INPUT, SUFFIXES, ReadOptions, convert
 
 
 def main() -> None:
@@ -22,11 +22,10 @@ def main() -> None:
     if args.inspect:
         print("\n".join(inspect(args.input, args.branch, pixels)))
         return
-    output, provenance = convert(
-        args.input, args.output, args.to, args.branch, pixels, args.overwrite, args.method
-    )
+    options = ReadOptions(args.branch, pixels, args.method)
+    output, provenance = convert(args.input, args.output, args.to, options, args.overwrite)
     network = provenance["architecture"]
-    step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
+    step = f" at step {provenance['step']}" if provenance["step"] >= 0 else ""
     print(
         f"{output}: {len(tensor_shapes(network))} tensors of a {ARCHITECTURES[network].label} for {args.to}, "
         f"{provenance['branch']} branch of {method_of(provenance)}{step}, from {args.input} "

@@ -9,7 +9,7 @@ from PIL import Image
 from rsa_detectron2.pretrain.method.networks import build_backbone
 from rsa_detectron2.tools import _rehearsal
 from rsa_detectron2.tools._rehearsal import Rehearsal
-from rsa_detectron2.transfer.convert.writers import convert, load_weights
+from rsa_detectron2.transfer.convert.writers import ReadOptions, convert, load_weights
 from rsa_detectron2.transfer.data.annotations import locate_dataset
 from rsa_detectron2.transfer.report import paper
 from tests.tools.test_report_top1 import CIFAR, cell_of
@@ -87,7 +87,9 @@ def test_the_users_data_are_taken_where_they_are(rehearsal, tmp_path):
 
 @pytest.mark.parametrize("method", [*_rehearsal.LAYOUTS, "BYOL", "mine"])
 def test_checkpoints_of_the_methods_authors(rehearsal, tmp_path, method):
-    path, provenance = convert(rehearsal.weights(method), tmp_path / "w.pkl", method=method)
+    path, provenance = convert(
+        rehearsal.weights(method), tmp_path / "w.pkl", options=ReadOptions(method=method)
+    )
     assert provenance["method"] == method and len(load_weights(path)[0]) == 265
     if method in _rehearsal.LAYOUTS:
         assert provenance["format"] in ("InstDis, PIRL, InfoMin (PyContrast)", "MoCo v1, v2")

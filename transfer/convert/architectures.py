@@ -65,9 +65,9 @@ def of_config(resnets: dict) -> str:
     given = ", ".join(
         f"{key} {resnets[key]}" for key in ("NUM_GROUPS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS")
     )
+    fix = f": give {choices}" if deep else ""
     raise InputError(
-        f"MODEL.RESNETS.DEPTH {resnets['DEPTH']} with {given} is no network that this engine knows"
-        + f": give {choices}" * bool(deep)
+        f"MODEL.RESNETS.DEPTH {resnets['DEPTH']} with {given} is no network that this engine knows{fix}"
     )
 
 
@@ -87,19 +87,17 @@ def tensor_shapes(name: str = "resnet50") -> dict[str, torch.Size]:
 def nearest(found: dict[str, Any]) -> str:
     """The name of the architecture that ``found``, {torchvision name: stored value}, is most like.
 
-    First by the names, then, of architectures with the same names, by the shapes.
+    Names count first. Shapes decide between architectures with the same names.
     """
     apart = {name: len(tensor_shapes(name).keys() ^ found.keys()) for name in ARCHITECTURES}
     alike = [name for name in apart if apart[name] == min(apart.values())]
+    return min(alike, key=lambda name: _misshapen(found, name)) if len(alike) > 1 else alike[0]
 
-    def misshapen(name: str) -> int:
-        return sum(
-            not _has_shape(found[tensor], shape)
-            for tensor, shape in tensor_shapes(name).items()
-            if tensor in found
-        )
 
-    return min(alike, key=misshapen) if len(alike) > 1 else alike[0]
+def _misshapen(found, name):
+    """How many of the ``found`` tensors have another shape than in the architecture ``name``."""
+    shapes = tensor_shapes(name)
+    return sum(not _has_shape(found[tensor], shapes[tensor]) for tensor in shapes if tensor in found)
 
 
 def _has_shape(value, shape):

@@ -1,6 +1,6 @@
 """Opening files as inert data: torch.save's archives, their legacy form, pickles, safetensors.
 
-No file can run code, see pickles.py. What is wrong with a file is one line that names it.
+No file can run code, see pickles.py. Whatever is wrong with a file, the error is one line that names it.
 """
 
 import io
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.convert.pickles import read_pickle
@@ -24,7 +23,7 @@ from rsa_detectron2.transfer.convert.stored import Tensor
 # First pickle of a file of torch.save before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-# First bytes of what is often downloaded in place of a checkpoint, and what it is.
+# {first bytes of a file that was downloaded in place of a checkpoint: what it is}
 OTHER_FILES = {
     b"version h": "a pointer of Git LFS: fetch the file itself with git lfs pull",
     b"<": "a web page, not a file of weights",
@@ -35,8 +34,7 @@ OTHER_FILES = {
 def local_file(path: str | Path, absent: str) -> str:
     """``path`` with ~ expanded.
 
-    Raises InputError for a URL or a folder, and with the message ``absent`` where there
-    is no file.
+    Raises InputError for a URL or a folder, and with the message ``absent`` where there is no file.
     """
     if "://" in str(path):
         raise InputError(
@@ -55,8 +53,8 @@ def local_file(path: str | Path, absent: str) -> str:
 def open_checkpoint(path: str | Path) -> Iterator[Any]:
     """Context manager: the content of a checkpoint file as inert data.
 
-    Tensors are :class:`Tensor`, to be read inside the context. Raises InputError, one line
-    that names the file, whatever is wrong with it.
+    Tensors are :class:`Tensor`, to be read inside the context. Raises InputError, one line that names the
+    file, whatever is wrong with it.
     """
     try:
         with ExitStack() as stack:
@@ -75,7 +73,7 @@ def _read(path, stack):
     start, size = file.read(9), os.fstat(file.fileno()).st_size
     if start[:4] == b"PK\x03\x04":
         return _read_zip(stack.enter_context(zipfile.ZipFile(file)))
-    # Before pickle: the length of a header of 640 bytes begins like a pickle.
+    # Test this before pickle: a safetensors header of 640 bytes begins with the byte of a pickle.
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
         return _read_safetensors(stack.enter_context(safetensors.safe_open(path, "pt")))
     if start[:1] == b"\x80":
@@ -102,16 +100,19 @@ def _read_zip(archive):
     if root + "byteorder" in archive.namelist() and _member(archive, root + "byteorder") != b"little":
         raise ValueError("written on a big-endian machine")
 
-    def load(key: str, dtype: torch.dtype) -> bytes:
-        return _member(archive, f"{root}data/{key}")
-
+    load = partial(_read_storage, archive, root)
     return read_pickle(io.BytesIO(_member(archive, root + "data.pkl")), load)
+
+
+def _read_storage(archive, root, key, dtype):
+    """Bytes of the storage ``key``, of whichever ``dtype``."""
+    return _member(archive, f"{root}data/{key}")
 
 
 def _member(archive, name):
     """Bytes of one member; zipfile compares its checksum.
 
-    torch.save does not compress, so no member can be larger than the file.
+    Raises ValueError where it would take more memory than the file: torch.save does not compress.
     """
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > Path(archive.filename).stat().st_size:
@@ -122,21 +123,16 @@ def _member(archive, name):
 def _read_pickles(file):
     """Content of a file of one pickle, or of torch.save before PyTorch 1.6.
 
-    That one has five pickles, then the length and bytes of each storage.
+    The latter has five pickles, then the length and bytes of each storage.
     """
-    offsets, dtypes = {}, {}
-
-    def load(key: str, dtype: torch.dtype) -> bytes:
-        start, count = offsets[key]
-        return file[start : start + count * dtype.itemsize]
-
+    offsets, dtypes = {}, {}  # of each storage: (start, number of elements), dtype
     first = read_pickle(file)
     if first != LEGACY_MAGIC:
         return first
     read_pickle(file)  # version of the protocol
     if read_pickle(file).get("little_endian") is not True:
         raise ValueError("written on a big-endian machine")
-    contents = read_pickle(file, load, dtypes)
+    contents = read_pickle(file, partial(_read_legacy_storage, file, offsets), dtypes)
     for key in read_pickle(file):
         if type(key) is not str:
             raise ValueError("a storage whose key is no string")
@@ -145,8 +141,14 @@ def _read_pickles(file):
     return contents
 
 
+def _read_legacy_storage(file, offsets, key, dtype):
+    start, count = offsets[key]
+    return file[start : start + count * dtype.itemsize]
+
+
 def _read_safetensors(file):
-    """{name: Tensor}; in a file of tools/convert_to_d2.py beside what its header says."""
+    """{name: Tensor}; of a file of tools/convert_to_d2.py, {"state_dict": that, ...} with what its header
+    says."""
     tensors = {
         name: Tensor(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
         for name in file.keys()

@@ -10,22 +10,21 @@ Pixels = Sequence[Sequence[float]]  # mean and std of RGB in [0, 1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNSCALED = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
-# State dicts are looked for under these keys of a file; "" is the file itself, where it has none of the
-# others.
+# Keys of a file under which state dicts are looked for. "": the file itself, where it has none of the others.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network", "module", "")
-# Moving averages of a network beside it: the target of a row that names no other.
+# Keys of the moving average of a network. It is the target of a row that names no target.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-# What wrappers put before every name: DataParallel, torch.compile, LightningModules (learner:
-# byol-pytorch's), FSDP, Fabric, and the classes of timm and Hugging Face that hold a network.
+# Prefixes that wrappers put before every name: DataParallel, torch.compile, LightningModules (learner: that
+# of byol-pytorch), FSDP, Fabric, and the classes of timm and Hugging Face that hold a network.
 WRAPPERS = (
     "module. _orig_mod. model. learner. _fsdp_wrapped_module. _forward_module. timm_model. _backbone.".split()
 )
-# What torch.compile, FSDP and activation checkpointing put before the names of a part that they wrap.
+# Prefixes that torch.compile, FSDP and activation checkpointing put before the names of a part.
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 IGNORED = ("n_averaged",)  # torch.optim.swa_utils.AveragedModel's counter
 
 # Where a file says what it holds: keys of dicts, and attributes of pickled objects such as argparse's
-# Namespace. "hub" is Hugging Face's config.json beside the file.
+# Namespace. "hub": the config.json of Hugging Face beside the file.
 SAID = {
     "network": (
         "arch args.arch args.model args.backbone opt.arch opt.model opt.backbone config.arch "
@@ -39,7 +38,7 @@ SAID = {
     "std": "lightly_train.normalize_args.std hub.pretrained_cfg.std".split(),
 }
 
-# (pattern, replacement), each applied once: other names of a ResNet's tensors -> torchvision's.
+# (pattern, replacement), each applied once: the names of a ResNet's tensors elsewhere -> torchvision's.
 SEQUENTIAL = (  # nn.Sequential(*resnet.children())
     (r"^0\.", "conv1."),
     (r"^1\.", "bn1."),
@@ -67,21 +66,25 @@ HUGGING_FACE = (
     (r"\.shortcut\.normalization\.", ".downsample.1."),
 )
 
-# pixels of layouts whose files come from anywhere: ImageNet's, or to be stated
-ASSUMED, ASK = ("assumed", "ask")
+# The pixels of a layout that does not tell them: assume ImageNet's, or ask the user to state them.
+ASSUMED, ASK = "assumed", "ask"
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout, named by who is best known for it: which method a file holds, the layout does not say.
+    """A layout of checkpoints, named by the best-known project that uses it.
 
-    Several names in one text are separated by spaces. ``online``, ``target``: where the backbone's names
-    begin, "prefix" or "key/key/prefix" below those keys; more than one where a family has several spellings.
-    ``drops``: how all other names of the state dict begin; the longest prefix that fits a name decides.
-    ``must``: beginnings of names without which a state dict is another family's; "a|b" asks for either.
-    ``rename``: (pattern, replacement) pairs that give torchvision's names. ``pixels``: mean and std of the
-    RGB input in [0, 1] that the family trains on, or :data:`ASSUMED` or :data:`ASK`. ``note``: what to tell
-    who converts the online branch. All are convolutions with torchvision's stride, in the 3x3.
+    A file in the layout may be of another method. Several names in one text are separated by spaces.
+
+    online, target: prefixes of the backbone's names: "prefix", or "key/key/prefix" below those keys of the
+        file. A family with several spellings has several.
+    drops: prefixes of all other names in the state dict. The longest prefix that fits a name decides.
+    must: prefixes without which a state dict is another family's; "a|b" asks for either.
+    rename: (pattern, replacement) pairs that give torchvision's names.
+    pixels: (mean, std) of RGB in [0, 1] that the family trains on, or :data:`ASSUMED` or :data:`ASK`.
+    note: what to tell users who convert the online branch.
+
+    All layouts hold ResNets with torchvision's stride, in the 3x3 convolution.
     """
 
     name: str
@@ -94,14 +97,14 @@ class Format:
     note: str = ""
 
 
-OWN_FILE = "rsa-pretraining"  # what a checkpoint of this project has under "format"
+OWN_FILE = "rsa-pretraining"  # the "format" of this project's checkpoints
 OURS = "this project's pre-training"
 SOLO_HEADS = (
     "classifier.weight classifier.bias momentum_classifier. projector. momentum_projector. predictor. "
     "predictor2. head. momentum_head. dino_loss_func. prototypes. queue local_memory_ transformer_encoder. "
     "whitening."
 )
-# timm's class keeps its fc.
+# The wrapped model keeps its fc.
 LIGHTLY_TRAIN_HEADS = (
     "student_projection_head teacher_projection_head projection_head prediction_head key_encoder. "
     "query_encoder.local_projection_head. query_encoder.global_projection_head. memory_bank. teacher_queue "
@@ -118,8 +121,8 @@ LIGHTLY_TRAIN_HEADS = (
     )
 )
 
-# The first row that accounts for every name is taken: of rows with the same prefixes, the one with fewer
-# drops first. A row that others' files could fit as well has a name that it must have.
+# The first row that accounts for every name of a file is taken, so of rows with the same prefixes the one
+# with fewer drops comes first. A row that files of another family could fit has ``must``.
 FORMATS = (
     Format(
         OURS,
@@ -127,8 +130,8 @@ FORMATS = (
         "model/target.backbone.",
         drops="online.projector. target.projector. predictor. queue.",
     ),
-    # torchvision and timm also write fc. Extracted backbones are bare: Barlow Twins' resnet50.pth,
-    # SwAV's, OpenSelfSup's, OBoW's student, and lightly-train's exports, which are the teacher of DINO.
+    # torchvision and timm write fc as well. Bare are the extracted backbones of Barlow Twins (resnet50.pth),
+    # SwAV, OpenSelfSup and OBoW (the student), and lightly-train's exports (the teacher of DINO).
     Format("torchvision, timm", "", drops="fc.", pixels=ASSUMED),
     Format(
         "nn.Sequential of a ResNet's children",
@@ -157,7 +160,7 @@ FORMATS = (
         rename=HUGGING_FACE,
         pixels=ASSUMED,
     ),
-    # Detectron2's names, as the converters of MoCo, DenseCL, ReSim and of Detectron2 itself write them.
+    # As the converters of MoCo, DenseCL, ReSim and of Detectron2 itself write it.
     Format(
         "Detectron2",
         "model/",
@@ -183,7 +186,7 @@ FORMATS = (
         drops="backbone.fpn. rpn. roi_heads. head.",
         pixels=ASK,
     ),
-    # RSA is a subclass of BYOL there: a file does not say which of them it holds, nor on which data.
+    # Their RSA is a subclass of BYOL: a file says neither which of them it holds, nor the data.
     Format(
         "the authors' RSA or BYOL",
         "encoder_q.",
@@ -191,7 +194,7 @@ FORMATS = (
         drops="encoder_q_head. encoder_k_head. pred.",
         must="encoder_q_head.",
     ),
-    # PCL's and MoCo-EMAN's names are the same.
+    # PCL and MoCo-EMAN use the same names.
     Format("MoCo v1, v2", "encoder_q.", "encoder_k.", drops="encoder_q.fc. encoder_k.fc. queue"),
     Format(
         "MoCo of lightning-bolts",
@@ -229,7 +232,7 @@ FORMATS = (
         "momentum_encoder.",
         drops="base_encoder.fc. momentum_encoder.fc. predictor.",
     ),
-    # backbone and neck are the online branch's own modules under a second name.
+    # backbone and neck are second names of the online branch's modules.
     Format(
         "DenseCL, OpenSelfSup, MMSelfSup 0.x",
         "encoder_q.0. online_net.0. base_encoder.0. encoder.0.",
@@ -269,7 +272,7 @@ FORMATS = (
         must="projection.model.",
         pixels=ASSUMED,
     ),
-    # Its projector has no biases, and its images are not normalized.
+    # Its projector has no biases, and it does not normalize images.
     Format(
         "SimCLR (Spijkervet/SimCLR)",
         "encoder.",
@@ -314,7 +317,7 @@ FORMATS = (
         must="online_network.projector.",
         pixels=ASSUMED,
     ),
-    # net is the online encoder's under a second name.
+    # net is a second name of the online encoder's network.
     Format(
         "BYOL (lucidrains/byol-pytorch)",
         "online_encoder.net.",
@@ -344,7 +347,7 @@ FORMATS = (
         must="backbone.fc.0. backbone.fc.2.",
         pixels=UNSCALED,
     ),
-    # encoder is backbone and projector under a second name.
+    # encoder is a second name of backbone and projector.
     Format(
         "SimSiam, BYOL, SimCLR (PatrickHua/SimSiam)",
         "backbone.",
@@ -407,7 +410,7 @@ FORMATS = (
         ),
         rename=SEQUENTIAL,
     ),
-    # The teacher of its benchmark has the plain names.
+    # In its benchmark, the teacher has the names without a prefix.
     Format(
         "lightly's DINO",
         "student_backbone.",
@@ -468,13 +471,13 @@ FORMATS = (
     ),
 )
 
-# What OpenMMLab's configuration says of a ResNet with the same names: pattern, what it does.
+# (pattern in OpenMMLab's configuration, how that ResNet differs although its names are the same).
 OTHER_STRIDES = (
     (r"style['\"]?\s*[=:]\s*['\"]caffe", "strides in the 1x1 convolution"),
     (r"dilations['\"]?\s*[=:]\s*[(\[]1,\s*1,\s*[124],\s*[24]", "is dilated"),
 )
 
-# Other networks, by a name that each is known by: looked for where no ResNet of the table was found.
+# (pattern of a tensor's name, the network that has it), for files in which no row finds a ResNet.
 OTHER_NETWORKS = (
     (
         r"res2_0_branch2a|res_conv1_bn_s",

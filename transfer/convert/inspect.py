@@ -13,7 +13,8 @@ from rsa_detectron2.transfer.convert.survey import grouped, networks, some, stat
 
 
 def inspect(path: str | Path, branch: str | None = None, pixels: Pixels | None = None) -> list[str]:
-    """Lines: what lies where in the file, then each branch that can be converted, or why it cannot.
+    """Lines on what lies where in the file, then on each branch: what it holds, or why it cannot be
+    converted.
 
     Raises InputError for a file that cannot be opened.
     """
@@ -37,7 +38,7 @@ def inspect(path: str | Path, branch: str | None = None, pixels: Pixels | None =
             lines.append(f"{wanted}: {str(error).removeprefix(path).lstrip(': ')}")
             continue
         network = provenance["architecture"]
-        step = f" at step {provenance['step']}" * (provenance["step"] >= 0)
+        step = f" at step {provenance['step']}" if provenance["step"] >= 0 else ""
         lines.append(
             f"{wanted}: a whole {ARCHITECTURES[network].label}, {len(tensor_shapes(network))} tensors, of "
             f"{method_of(provenance)}{step}; pixels: mean {provenance['pixel_mean']}, std "

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside its tensors: network, method, step and pixel statistics."""
+"""What a checkpoint says besides its tensors: network, method, step and pixel statistics."""
 
 import json
 import math
@@ -35,7 +35,10 @@ def peek(contents: Any, keys: str) -> Any:
 
 
 def beside(path: str | Path, most: int = 1 << 20) -> dict:
-    """What Hugging Face's config.json beside a file says, as {"hub": dict}; {} where there is none."""
+    """{"hub": content} of the config.json of Hugging Face beside a file; {} where there is none.
+
+    Raises InputError where it cannot be read.
+    """
     config = Path(path).with_name("config.json")
     if (
         Path(path).name not in ("model.safetensors", "pytorch_model.bin")
@@ -71,8 +74,10 @@ def is_rgb(values: object) -> bool:
 
 
 def parse_pixels(text: str) -> Pixels:
-    """ "imagenet", "unscaled" or "R,G,B/R,G,B" -> (mean, std) in [0, 1]; values above 1 are taken as 0-255.
-    Raises InputError."""
+    """ "imagenet", "unscaled" or "R,G,B/R,G,B" -> (mean, std) in [0, 1].
+
+    Where a value is above 1, all are taken as 0-255. Raises InputError.
+    """
     if text in NAMED_PIXELS:
         return NAMED_PIXELS[text]
     try:
@@ -124,8 +129,10 @@ def check_own_network(contents: dict, path: str | Path) -> None:
 
 
 def check_network(contents: dict, architecture: str, path: str | Path) -> None:
-    """Raises InputError where the file names another network than ``architecture``: names and shapes of some
-    networks are a ResNet's, but their strides or their pooling are not."""
+    """Raises InputError where the file says that its network is not ``architecture``.
+
+    Some networks have a ResNet's names and shapes, but other strides or another pooling.
+    """
     name = said(contents, "network")
     if peek(contents, "hub.downsample_in_bottleneck") is True:
         raise InputError(
@@ -147,9 +154,11 @@ def check_network(contents: dict, architecture: str, path: str | Path) -> None:
 
 
 def is_other_network(name: str, architecture: str) -> bool:
-    """Whether a name such as "resnetblur50" means a network other than ``architecture``. Words before it,
-    such as "tv_resnet50", do not count, but for those that dilate it; a name without a ResNet in it is a
-    method's, say."""
+    """Whether a name such as "resnetblur50" means a network other than ``architecture``.
+
+    Words before the network do not count ("tv_resnet50"), except those of networks that dilate it. A name
+    without a ResNet in it may be anything, such as a method's, and does not count either.
+    """
     plain = name.rpartition("/")[2].partition(".")[0].lower().replace("-", "").removesuffix("_v1b")
     network = re.search(r"(?:^|_)((?:wide_)?resne.*)", plain)
     if "resne" not in plain:

@@ -1,4 +1,4 @@
-"""What converted weights need of the configuration that fine-tunes them."""
+"""Whether a configuration suits the converted weights that it fine-tunes."""
 
 from fvcore.common.config import CfgNode
 
@@ -16,11 +16,11 @@ INPUT_KEYS = {
 
 
 def check_weights(cfg: CfgNode, provenance: dict | None) -> None:
-    """Check that a config builds the network of its weights and treats it as they need.
+    """Check that a config builds the network of its weights, with their pixels and stride.
 
-    provenance: of the converted file, with :data:`RGB_IMAGENET` for what it lacks;
-    None stands for random initialization, which fits every config.
-    Raises InputError for another network, other pixels or stride, or frozen BatchNorm.
+    provenance: that of the converted file, with :data:`RGB_IMAGENET` for what it lacks; None stands for
+    random initialization, which fits every config. Raises InputError for another network, other pixels or
+    stride, or frozen BatchNorm.
     """
     if provenance is None:
         return

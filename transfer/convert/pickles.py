@@ -1,16 +1,14 @@
 """Pickles as inert data: dicts, lists, strings, numbers, and tensors that are read on demand.
 
-A pickle is a program for a small stack machine. The machine here takes its steps from the
-standard library's disassembler and only builds containers: a class or function that the
-file names stays a :class:`Name`, and a call that it asks for becomes a :class:`Call`, a
-record. Nothing that a file names is imported, called or given state, so reading a file
-never runs its code. Neither the sizes that it claims nor its nesting cost memory beyond a
-multiple of its length.
+A pickle is a program for a small stack machine. The machine here takes its steps from the standard
+library's disassembler and only builds containers: a class or function that the file names stays a
+:class:`Name`, and a call that it asks for becomes a :class:`Call`, a record. Nothing that a file names is
+imported, called or given state, so reading a file never runs its code. Memory stays within a multiple of
+the file's length, whatever sizes the file claims and however deeply it nests.
 
-torch.load(weights_only=True) is not enough for untrusted files: it calls ``bytearray(n)``
-for a file of 355 bytes (n bytes of memory), overflows the C stack on a nested tuple as a
-key, does not compare the archive's checksums, and refuses old files that hold foreign
-objects beside their tensors.
+torch.load(weights_only=True) is not enough for untrusted files. It calls ``bytearray(n)`` for a file of 355
+bytes, which takes n bytes of memory. It overflows the C stack on a nested tuple as a key. It does not
+compare the archive's checksums, and it refuses old files that hold foreign objects beside their tensors.
 """
 
 import pickletools
@@ -23,9 +21,9 @@ from rsa_detectron2.transfer.convert.stored import Call, Name, build, storage_of
 def read_pickle(file: BinaryIO, load: Callable | None = None, dtypes: dict | None = None) -> Any:
     """Read one pickle as inert data; the file is left at its end.
 
-    load: ``load(key, dtype)`` returns the bytes of a stored array; None: there are none.
-    dtypes: receives the dtype of each key.
-    Raises ValueError and others for a broken pickle.
+    load: ``load(key, dtype)`` returns the bytes of a stored array; None where the file has none.
+    dtypes: a dict that receives the dtype of each key.
+    A broken pickle raises ValueError or any other Exception.
     """
     return PickleMachine(load, dtypes).run(file)
 
@@ -33,8 +31,7 @@ def read_pickle(file: BinaryIO, load: Callable | None = None, dtypes: dict | Non
 class PickleMachine:
     """The stack machine of one pickle; :data:`STEPS` says what it does at each opcode.
 
-    Only strings and whole numbers are kept as keys of dicts: hashing anything else may
-    recurse without bound.
+    Only strings and whole numbers are kept as keys of dicts: hashing anything else may recurse without bound.
     """
 
     def __init__(self, load: Callable | None = None, dtypes: dict | None = None):
@@ -45,7 +42,7 @@ class PickleMachine:
         self.memo = {}
 
     def run(self, file: BinaryIO) -> Any:
-        """Take the steps of one pickle; returns what it leaves."""
+        """Take the steps of one pickle; returns its content."""
         for opcode, value, _ in pickletools.genops(file):
             name = opcode.name
             if name == "STOP":
@@ -175,9 +172,9 @@ class PickleMachine:
         self.stack.append(storage_of(self.stack.pop(), self.load, self.dtypes))
 
 
-# Opcode: method that gets the machine and the opcode's argument. Any other is refused.
+# Opcode: method that gets the machine and the opcode's argument. Any other opcode is refused.
 STEPS = {
-    # The argument is a number, text or bytes, but for those that follow.
+    # An opcode with an argument pushes it, a number, text or bytes. Those that do something else follow.
     **{opcode.name: PickleMachine.push for opcode in pickletools.opcodes if opcode.arg},
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),

@@ -1,6 +1,6 @@
-"""What is known of weights, which goes with them from file to file: source, method, step, branch, pixels.
+"""The provenance of weights, which goes with them from file to file: source, method, step, branch, pixels.
 
-A provenance is a dict of plain JSON values.
+It is a dict of plain JSON values.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from rsa_detectron2.transfer.convert.metadata import is_rgb, own_pixels, said, s
 
 BRANCHES = ("online", "target")
 
-# key: test of its value, for what a file may claim
+# Key of a provenance: test of the value that a file claims.
 CLAIMS = {
     "branch": BRANCHES.__contains__,
     "architecture": ARCHITECTURES.__contains__,
@@ -37,8 +37,10 @@ CLAIMS = {
 
 
 def describe_source(contents: dict, match: Match, path: str | Path, pixels: Pixels | None = None) -> dict:
-    """The provenance of a file that a row of formats.py accounts for. ``pixels``: (mean, std) in [0, 1] that
-    the user states. Raises InputError."""
+    """The provenance of a file that a row of formats.py accounts for.
+
+    ``pixels``: (mean, std) in [0, 1] that the user states. Raises InputError.
+    """
     (mean, std), source = find_pixels(contents, match.layout, path, pixels)
     method, step = said(contents, "method"), said(contents, "step", int)
     return {
@@ -59,7 +61,7 @@ def describe_source(contents: dict, match: Match, path: str | Path, pixels: Pixe
 
 
 def record_of(contents: dict, path: str | Path) -> str:
-    """The record of the pre-training that left a checkpoint, as JSON text. Raises InputError."""
+    """The record of the pre-training in a checkpoint, as JSON text. Raises InputError."""
     try:
         return json.dumps(contents["run"], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -69,9 +71,9 @@ def record_of(contents: dict, path: str | Path) -> str:
 def find_pixels(
     contents: dict, layout: Format, path: str | Path, given: Pixels | None = None
 ) -> tuple[Pixels, str]:
-    """Mean and std in [0, 1] that a file was trained on, and where they come from.
+    """((mean, std) in [0, 1] that a file was trained on, where they come from).
 
-    The latter is "file", "given", "format" or "assumed". Raises InputError.
+    They come from the "file", the user ("given"), the "format", or are "assumed". Raises InputError.
     """
     stated = own_pixels(contents) if layout.name == OURS else stated_pixels(contents)
     if stated and given and not same_pixels(stated, given):
@@ -96,20 +98,20 @@ def same_pixels(one: Pixels, other: Pixels) -> bool:
 
 
 def is_untrained(state: dict[str, torch.Tensor]) -> bool:
-    """Whether every BatchNorm has the statistics that it began with."""
+    """Whether every BatchNorm still has its initial statistics."""
     return all(
         torch.all(tensor == name.endswith("var")) for name, tensor in state.items() if "running_" in name
     )
 
 
 def method_of(provenance: dict) -> str:
-    """The method of converted weights in words: "rsa", or "unknown method (layout of SimSiam)"."""
+    """The method of converted weights for a message: "rsa", or "unknown method (layout of SimSiam)"."""
     method, layout = provenance.get("method", "unknown"), provenance.get("format")
     return f"unknown method (layout of {layout})" if method == "unknown" and layout else method
 
 
 def remarks(provenance: dict) -> list[str]:
-    """What the user should know of a file that was read, as lines."""
+    """Lines with what the user should know of a file that was read."""
     lines = []
     if provenance.get("pixel_source") == ASSUMED:
         lines.append(
@@ -127,8 +129,11 @@ def remarks(provenance: dict) -> list[str]:
 def complete(
     provenance: dict, path: str | Path, branch: str | None = None, pixels: Pixels | None = None
 ) -> dict:
-    """A converted file's provenance, with what older files lack; ``pixels`` replace those that were assumed.
-    Raises InputError if it is of another branch, or has other pixels."""
+    """A converted file's provenance, with defaults for what files of early versions lack.
+
+    ``pixels`` replace those that were assumed. Raises InputError if the file is of another branch, or says
+    that it has other pixels.
+    """
     held = provenance.get("branch", "online")
     if branch not in (None, held):
         raise InputError(
@@ -167,7 +172,7 @@ def checksum(state: dict[str, torch.Tensor], provenance: dict) -> int:
 
 
 def is_plain(provenance: object) -> bool:
-    """Whether all values are JSON's, without nesting but for lists of numbers."""
+    """Whether it is a flat dict of JSON values: numbers, texts, and lists of those."""
     return type(provenance) is dict and all(
         type(name) is str
         and all(type(part) in (str, int, float, bool) for part in (value if type(value) is list else [value]))
@@ -176,7 +181,7 @@ def is_plain(provenance: object) -> bool:
 
 
 def is_sound(provenance: object) -> bool:
-    """Whether what a file has as its provenance can be one."""
+    """Whether what a file holds as its provenance can be one, by :data:`CLAIMS`."""
     return is_plain(provenance) and all(
         test(provenance[key]) for key, test in CLAIMS.items() if key in provenance
     )

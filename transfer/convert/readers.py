@@ -1,7 +1,7 @@
 """Checkpoint files -> the tensors of a ResNet under torchvision's names, and what is known of them.
 
-Reading fails closed: a missing, misshapen or not-finite tensor, or a name that no row of formats.py accounts
-for, is an error that names it. Opening a file never runs its code (pickles.py).
+A tensor that is missing, misshapen or not finite, or a name that no row of formats.py accounts for, is an
+error that names it. Opening a file never runs its code (pickles.py).
 """
 
 from pathlib import Path
@@ -39,11 +39,11 @@ def read_checkpoint(
     """Checkpoint file -> (float32 CPU tensors under torchvision's names, provenance dict of plain JSON
     values).
 
-    branch: "online" or "target"; None: online, or the one that a converted file holds. pixels: mean and std
-    of RGB in [0, 1], for a file that does not say. The provenance says what the backbone was trained on, for
-    fine-tuning to check: ``pixel_mean`` and ``pixel_std`` (0-255), ``input_format`` and ``stride_in_1x1``.
-    What this project has converted keeps the provenance that it was written with. Raises InputError with one
-    line that names the file and what is missing, left over, misshapen or not finite.
+    branch: "online" or "target"; None: online, or the one that a converted file holds. pixels: (mean, std)
+    of RGB in [0, 1], for a file that does not say. For fine-tuning to check, the provenance says what the
+    backbone was trained on: ``pixel_mean`` and ``pixel_std`` (0-255), ``input_format`` and
+    ``stride_in_1x1``. A file that this project has converted keeps its provenance. Raises InputError with
+    one line that names the file and what is missing, left over, misshapen or not finite.
     """
     path = local_file(
         path, f"no checkpoint {path}: give the file as INPUT, or pre-train first (tools/pretrain.py)"
@@ -69,7 +69,7 @@ def read_checkpoint(
 def find_branch(contents: dict, branch: str, path: str | Path) -> Match:
     """The :class:`Match` of ``branch`` in the first row that accounts for the file. Raises InputError."""
     rows = [(layout, list(find_matches(layout, contents))) for layout in FORMATS]
-    for sought in ("online", "target"):  # of a file that holds both, the online network tells the layout
+    for sought in ("online", "target"):  # where a file holds both, the online network tells the layout
         for layout, matches in rows:
             if any(match.whole() for match in matches if match.branch == sought):
                 match = _only_one(
@@ -90,7 +90,7 @@ def find_branch(contents: dict, branch: str, path: str | Path) -> Match:
 
 
 def _only_one(matches, layout, branch, path):
-    """The whole one of the ``matches`` of a branch. Raises InputError unless there is exactly one."""
+    """The whole one of the ``matches`` of ``branch``. Raises InputError unless there is exactly one."""
     whole = [match for match in matches if match.whole()]
     if len(whole) > 1:
         raise InputError(
@@ -109,8 +109,10 @@ def _only_one(matches, layout, branch, path):
 
 
 def _check_no_other(contents, match, known, path):
-    """Raises InputError where the file has a ResNet in a dict that the row does not know (``known``: those
-    where it found one), and that is no average."""
+    """Raises InputError where the file has another ResNet, in a dict that the row does not know.
+
+    ``known``: the dicts where the row found a ResNet. Moving averages do not count.
+    """
     known = known | {container for _, container, _ in places(match.layout) if container}
     for container, prefix in networks(contents):
         if container not in known and container.rpartition("/")[2] not in AVERAGES:
@@ -161,10 +163,9 @@ def read_converted(contents: dict, path: str | Path) -> tuple[dict[str, torch.Te
             foreign + f"{len(missing)} of {len(shapes)} tensors are missing, {unknown} are unknown"
         )
     state = read_tensors(found, path, architecture)
-    # torch.save's archives have checksums of their own, and safetensors of before had none
-    if contents.get("crc32", None if "__author__" in contents else checksum(state, provenance)) != checksum(
-        state, provenance
-    ):
+    crc = checksum(state, provenance)
+    # Early versions wrote a checksum into Detectron2's files only.
+    if contents.get("crc32", None if "__author__" in contents else crc) != crc:
         raise InputError(
             f"{path} is damaged, its checksum differs: write it again with tools/convert_to_d2.py"
         )
@@ -176,6 +177,6 @@ def read_converted(contents: dict, path: str | Path) -> tuple[dict[str, torch.Te
 
 
 def _kind(value, tensor):
-    if isinstance(value, Call):  # what is to be called may be nested to any depth
+    if isinstance(value, Call):  # the function may itself be a call, nested to any depth
         return printable(value.function if isinstance(value.function, str) else "a call")
     return printable(tensor.shape if tensor else type(value).__name__)

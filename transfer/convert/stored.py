@@ -1,7 +1,7 @@
-"""What an opened checkpoint is made of besides Python's own types, and the tensors in it.
+"""The types in an opened checkpoint besides Python's own: names, calls, storages and tensors.
 
-Nothing here trusts the file: a value that is not of the exact form that torch or numpy
-writes stays a record, and a tensor is checked against its storage before it is read.
+Nothing here trusts the file: a value that is not exactly what torch or numpy writes stays a record, and a
+tensor is checked against its storage before it is read.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ STORAGE_DTYPES = {
 
 
 class Name(str):
-    """``"module name"`` of a class or function: only its name."""
+    """``"module name"`` of a class or function, which is never imported."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Storage:
 
 @dataclass(eq=False)
 class Tensor:
-    """A stored tensor: ``read()`` returns it on the CPU; it may share memory with others."""
+    """A stored tensor. ``read()`` returns it on the CPU; it may share memory with other tensors."""
 
     shape: tuple
     read: Callable[[], torch.Tensor]
@@ -62,7 +62,7 @@ def storage_of(args: Any, load: Callable | None, dtypes: dict | None) -> Storage
     """The storage that an id of torch.save names; any other id stays a record.
 
     args: ("storage", type, key, location, length[, view]).
-    dtypes: receives the dtype of each key, which must be the same each time; or None.
+    dtypes: None, or a dict that receives the dtype of each key, which must be the same each time.
     """
     match args:
         case ("storage", Name() as kind, str(key), _, int(), *views) if not any(views):
@@ -112,7 +112,7 @@ def as_tensor(value: Any) -> Tensor | None:
             (1, tuple(shape), dtype, bool(fortran), data),
         ):
             return _array(data, dtype, shape, "F" if fortran else "C")
-        # protocol 5
+        # pickle protocol 5
         case Call(
             ("numpy.core.numeric _frombuffer" | "numpy._core.numeric _frombuffer"),
             (data, dtype, tuple(shape), ("C" | "F") as order),
@@ -123,7 +123,7 @@ def as_tensor(value: Any) -> Tensor | None:
 
 def _array(data, dtype, shape, order):
     match data:
-        case Call("_codecs encode", (str(text), "latin1")):  # protocols 0 to 2
+        case Call("_codecs encode", (str(text), "latin1")):  # pickle protocols 0 to 2
             data = text.encode("latin1")
     if type(data) not in (bytes, bytearray) or not _are_sizes(shape):
         return None

@@ -1,4 +1,4 @@
-"""What lies where in a file that no row of formats.py accounts for, in words for an error line."""
+"""What lies where in a file that no row of formats.py accounts for, as text for an error line."""
 
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ DEPTH = 3  # levels of dicts that are looked into
 def state_dicts(
     contents: Any, key: str = "", depth: int = DEPTH, seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """("a/b", dict) of each dict in a file, each once: they may hold one another."""
+    """("a/b", dict) of each dict in a file, each once, because dicts may hold one another."""
     seen = set() if seen is None else seen
     if type(contents) is not dict or id(contents) in seen:
         return
@@ -45,12 +45,12 @@ def networks(contents: Any) -> list[tuple[str, str]]:
 
 
 def other_network(contents: dict) -> str | None:
-    """What a file holds instead of a ResNet of the table, where a name tells; else None."""
-    for key, state in state_dicts(contents):
-        for name in state:
-            for pattern, label in OTHER_NETWORKS if type(name) is str else ():
-                if re.search(pattern, name[:200]):
-                    return f"{label} ({printable(f'{key}/{name}'.lstrip('/'), 80)})"
+    """The network that a file holds instead of a ResNet, where a name in it tells; else None."""
+    names = [(key, name) for key, state in state_dicts(contents) for name in state if type(name) is str]
+    for key, name in names:
+        for pattern, label in OTHER_NETWORKS:
+            if re.search(pattern, name[:200]):
+                return f"{label} ({printable(f'{key}/{name}'.lstrip('/'), 80)})"
     return None
 
 
@@ -62,7 +62,7 @@ def describe(contents: object) -> str:
 
 
 def networks_in(contents: dict) -> str:
-    """Why a file that fits no format does not, and what lies where in it."""
+    """Why a file fits no row, and what lies where in it."""
     if places := networks(contents):
         shown = some(["/".join(filter(None, place)) or "the names themselves" for place in places]).strip(
             " ()"
@@ -87,26 +87,26 @@ def _is_module(value):
 
 
 def beginnings(contents: dict) -> str:
-    """The first components of the names in a file's state dict, or of its keys."""
+    """The first components of the names in a file's state dict; without one, of its keys."""
     contents = next((contents[key] for key in CONTAINERS if type(contents.get(key)) is dict), contents)
     found = sorted({name.split(".")[0] for name in contents if type(name) is str})
     return ", ".join(printable(name, 40) for name in found[:8]) or "nothing"
 
 
 def grouped(names: list[str], most: int = 6) -> str:
-    """Many names in few words: "projector. (12), encoder_k. (265), …"."""
-    heads = Counter(name.partition(".")[0] + "." * ("." in name) for name in names).most_common()
+    """Many names in few words, the largest groups first: "encoder_k. (265), projector. (12), …"."""
+    heads = Counter("".join(name.partition(".")[:2]) for name in names).most_common()
     shown = [
         f"{printable(head, 40)} ({count})"
         if count > 1
         else printable(next(name for name in names if name.startswith(head)), 80)
         for head, count in heads[:most]
     ]
-    return ", ".join(shown) + ", …" * (len(heads) > most)
+    return ", ".join([*shown, "…"] if len(heads) > most else shown)
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """ " (a, b, c, d, …)"."""
+    """ " (a, b, c, d, …)"; "" for no names."""
     shown = ", ".join(printable(name, 80) for name in names[:most])
     return f" ({shown}{', …' if len(names) > most else ''})" if names else ""
 

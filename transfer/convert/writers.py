@@ -1,7 +1,7 @@
-"""The tensors of a pre-trained ResNet -> Detectron2, torchvision and timm files, and back.
+"""The tensors of a pre-trained ResNet -> files for Detectron2, torchvision and timm, and back.
 
-Every file carries its provenance (source, sha256, format, branch, method, step), so that a table of results
-can say which weights it measured.
+Every file holds its provenance (source, sha256, format, branch, method, step), so that a table of results can
+say which weights it measured.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -29,30 +30,34 @@ DEFAULT_INPUT = "output/pretrain/model_final.pth"
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".safetensors"}
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user states of a checkpoint: which network to take, and what the file does not say."""
+
+    branch: str | None = None  # "online" or "target"; None: online, or the one that a converted file holds
+    pixels: Pixels | None = None  # (mean, std) of RGB in [0, 1]
+    method: str | None = None
+
+
 def convert(
     source: str | Path = DEFAULT_INPUT,
     output: str | Path | None = None,
     to: str = "detectron2",
-    branch: str | None = None,
-    pixels: Pixels | None = None,
+    options: ReadOptions = ReadOptions(),
     overwrite: bool = False,
-    method: str | None = None,
 ) -> tuple[Path, dict]:
-    """Read ``source``, write it for library ``to``, by default beside :data:`DEFAULT_WEIGHTS` under its
-    method's name, or the source's where the method is unknown; returns (path written, provenance).
-    ``method``: for a file that does not name its own. Raises InputError."""
-    state, provenance = read_checkpoint(source, branch, pixels)
-    if method and provenance["method"] not in ("unknown", method):
+    """Read ``source`` and write it for library ``to``, a key of :data:`SUFFIXES`.
+
+    ``output``: by default beside :data:`DEFAULT_WEIGHTS`, with a name by its method, or by ``source`` where
+    the method is unknown. Returns (path written, provenance). Raises InputError, also where ``output``
+    holds anything but the same weights and ``overwrite`` is not set.
+    """
+    state, provenance = read_checkpoint(source, options.branch, options.pixels)
+    if options.method and provenance["method"] not in ("unknown", options.method):
         held = provenance["method"]
-        raise InputError(f"{source} says that its method is {held}: leave out --method {method}")
-    provenance["method"] = method or provenance["method"]
-    if output is None:
-        name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
-        name = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
-        short = ARCHITECTURES[provenance["architecture"]].short
-        target = "_target" * (provenance["branch"] == "target")
-        output = Path(DEFAULT_WEIGHTS).with_name(f"{name}_{short}{target}{SUFFIXES[to]}")
-    output = Path(output).expanduser()
+        raise InputError(f"{source} says that its method is {held}: leave out --method {options.method}")
+    provenance["method"] = options.method or provenance["method"]
+    output = Path(output).expanduser() if output is not None else _default_output(provenance, to)
     if output.is_dir():
         raise InputError(f"{output} is a folder: give a file as OUTPUT")
     if output.exists() and not overwrite:
@@ -64,8 +69,20 @@ def convert(
     return output, provenance
 
 
+def _default_output(provenance, to):
+    """Path for converted weights, such as output/weights/rsa_r50_target.pkl."""
+    name = provenance["method"] if provenance["method"] != "unknown" else Path(provenance["source"]).stem
+    words = [
+        re.sub("[^a-z0-9]+", "_", name.lower()).strip("_"),
+        ARCHITECTURES[provenance["architecture"]].short,
+    ]
+    if provenance["branch"] == "target":
+        words.append("target")
+    return Path(DEFAULT_WEIGHTS).with_name("_".join(words) + SUFFIXES[to])
+
+
 def _refuse_other_weights(output, provenance):
-    """Raises InputError unless the file ``output`` was converted from the same branch of the same source."""
+    """Raises InputError unless ``output`` was converted from the same branch of the same source."""
     held = {}
     with contextlib.suppress(InputError), open_checkpoint(output) as contents:
         if type(contents) is dict and "provenance" in contents:
@@ -88,8 +105,8 @@ def detectron2_name(name: str) -> str:
 
 
 def encode_detectron2(state: dict[str, torch.Tensor], provenance: dict) -> bytes:
-    # With "__author__" the checkpointer takes the file as one of its own zoo; the heuristics then match these
-    # names, which lack the prefix "backbone.bottom_up.", by suffix.
+    # By "__author__" Detectron2's checkpointer takes the file for one of its own zoo. The heuristics then
+    # match these names by suffix, because they lack the prefix "backbone.bottom_up.".
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
     return pickle.dumps(
         {
@@ -110,7 +127,7 @@ def encode_torchvision(state: dict[str, torch.Tensor], provenance: dict) -> byte
 
 
 def encode_timm(state: dict[str, torch.Tensor], provenance: dict) -> bytes:
-    # timm's ResNets have torchvision's names; load with num_classes=0.
+    # timm's ResNets have torchvision's names. Without its fc, a file loads with num_classes=0.
     return safetensors.torch.save(
         state,
         metadata={"provenance": json.dumps(provenance), "crc32": json.dumps(checksum(state, provenance))},
@@ -142,11 +159,12 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 def load_model(
     path: str | Path, needed: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], int, dict | None]:
-    """A fine-tuned model of either engine -> (its tensors, float32 or as ``needed`` {name: tensor} has them;
-    the iterations that it took, -1 where the file does not say; the provenance that the embedded engine keeps
-    there, or None).
+    """A fine-tuned model of either engine -> (tensors, iterations, provenance).
 
-    Raises InputError when the file is absent, unreadable, or lacks a tensor. Never runs code of the file.
+    The tensors are those of ``needed``, {name: tensor}, with its dtypes. Iterations: how many the training
+    took, -1 where the file does not say. Provenance: of the weights that training started from, which only
+    the embedded engine keeps there; else None. Raises InputError when the file is absent, unreadable, or
+    lacks a tensor. Never runs code of the file.
     """
     foreign = f"{path} is not a model that tools/train_net.py has fine-tuned: "
     path = local_file(path, f"no model {path}: give one that tools/train_net.py has fine-tuned")

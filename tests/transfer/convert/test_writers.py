@@ -21,7 +21,13 @@ from rsa_detectron2.transfer.convert.files import open_checkpoint
 from rsa_detectron2.transfer.convert.metadata import parse_pixels
 from rsa_detectron2.transfer.convert.provenance import checksum
 from rsa_detectron2.transfer.convert.readers import read_checkpoint
-from rsa_detectron2.transfer.convert.writers import SUFFIXES, convert, detectron2_name, load_weights
+from rsa_detectron2.transfer.convert.writers import (
+    SUFFIXES,
+    ReadOptions,
+    convert,
+    detectron2_name,
+    load_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def test_detectron2_names(name, expected):
 
 @pytest.mark.parametrize("branch", ["online", "target"])
 def test_torchvision_features_are_the_sources(resnet50_checkpoint, checkpoint, tmp_path, branch):
-    path, provenance = convert(resnet50_checkpoint, tmp_path / "w.pth", "torchvision", branch)
+    path, provenance = convert(resnet50_checkpoint, tmp_path / "w.pth", "torchvision", ReadOptions(branch))
     network = resnet50()
     missing = network.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
     assert set(missing.missing_keys) <= {"fc.weight", "fc.bias"} | {
@@ -216,7 +222,7 @@ def test_what_was_converted_is_read_back_with_its_provenance(
     """After any number of conversions, the source, its sha256 and the pixels are those of the first."""
     pixels = {"DATA": {"MEAN": [0.5, 0.25, 0.125], "STD": [1.0, 1.0, 1.0]}}
     torch.save({**checkpoint, "config": json.dumps(pixels)}, tmp_path / "own.pth")
-    _, first = convert(tmp_path / "own.pth", tmp_path / "0.pkl", branch=branch)
+    _, first = convert(tmp_path / "own.pth", tmp_path / "0.pkl", options=ReadOptions(branch))
     assert (
         first["method"] == "rsa"
         and first["pixel_mean"] == [127.5, 63.75, 31.875]
@@ -247,13 +253,14 @@ def test_assumed_pixels_of_a_converted_file_can_be_stated_once(checkpoint, tmp_p
     torch.save(bare, tmp_path / "bare.pth")
     path, provenance = convert(tmp_path / "bare.pth", tmp_path / "a.pth", "torchvision")
     assert provenance["pixel_source"] == "assumed"
-    path, provenance = convert(path, tmp_path / "b.pkl", pixels=parse_pixels("unscaled"))
+    unscaled, imagenet = (ReadOptions(pixels=parse_pixels(name)) for name in ("unscaled", "imagenet"))
+    path, provenance = convert(path, tmp_path / "b.pkl", options=unscaled)
     assert provenance["pixel_source"] == "given" and provenance["pixel_std"] == [255] * 3
-    assert convert(path, tmp_path / "c.pth", "torchvision", pixels=parse_pixels("unscaled"))[1] == provenance
+    assert convert(path, tmp_path / "c.pth", "torchvision", unscaled)[1] == provenance
     with pytest.raises(
         InputError, match=r"says that it was trained on mean \[0.0, 0.0, 0.0\].*: leave --pixels out"
     ):
-        convert(path, tmp_path / "d.pth", "torchvision", pixels=parse_pixels("imagenet"))
+        convert(path, tmp_path / "d.pth", "torchvision", imagenet)
 
 
 @pytest.mark.parametrize("to", SUFFIXES)
@@ -344,7 +351,7 @@ def test_another_sources_file_is_not_written_over(resnet50_checkpoint, checkpoin
             InputError,
             match=r"w.pkl is there already, and holds weights of another source \(model_final.pth, online",
         ):
-            convert(source, output, branch=branch)
+            convert(source, output, options=ReadOptions(branch))
     assert load_weights(output)[1]["step"] == 7
     convert(tmp_path / "later.pth", output, overwrite=True)
     assert load_weights(output)[1]["step"] == 8
@@ -398,7 +405,7 @@ def test_default_outputs_of_files_without_a_method_have_their_names(checkpoint, 
     assert convert("Barlow-Twins.v2.pth")[0].as_posix() == "output/weights/barlow_twins_v2_r50.pkl"
     assert convert("swav_800ep.pth", to="timm")[0].name == "swav_800ep_r50.safetensors"
     torch.save(checkpoint, "model_final.pth")
-    assert convert("model_final.pth", branch="target")[0].name == "rsa_r50_target.pkl"
+    assert convert("model_final.pth", options=ReadOptions("target"))[0].name == "rsa_r50_target.pkl"
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
