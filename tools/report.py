@@ -2,19 +2,20 @@
 """Report fine-tuning runs: an AP table, and a page with curves and detections.
 
     tools/report.py output/transfer                                       # one run
-    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, with pre-training curves
-    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # differ only in seed: mean ± std
+    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # alike but for the seed: mean ± std
 
-Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png and
-detections.png. A run needs only results.json; what its other files would show is left out if they are
-missing. Below a row of Tables 5 and 6 stand the published numbers and the difference, marked if it is more
-than another seed may change. Below a run that is almost such a row, a line says how it differs. Runs of
-different protocols or test sets are refused.
+Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and
+detections.png. A run needs only results.json; pictures whose files are missing are left out. Below a row of
+Tables 5 and 6 stand the published numbers and the difference, marked where it is more than another seed may
+change. Below a run that is not quite such a row, a line says how it differs. Runs of different protocols or
+test sets are refused.
 """
 
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rsa_detectron2.common.cli import run
@@ -59,13 +60,16 @@ def main() -> None:
         help="validation images to draw detections on (default %(default)s)",
     )
     args = parser.parse_args()
-    write(
-        args.runs,
-        args.output,
-        [args.table] if args.table else None,
-        pretrain=args.pretrain,
-        num_images=args.images,
-    )
+    tables = [args.table] if args.table else None
+    write(args.runs, args.output, tables, pictures=Pictures(args.pretrain, args.images))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the pictures of a report show besides the runs."""
+
+    pretrain: str | Path | None = None  # folder of a pre-training, whose curves to draw too
+    num_images: int = 4  # validation images to draw detections on
 
 
 def write(
@@ -73,16 +77,19 @@ def write(
     output: str | Path,
     tables: list[str] | None = None,
     note: str | None = None,
-    pretrain: str | Path | None = None,
-    num_images: int = 4,
+    pictures: Pictures = Pictures(),
 ) -> None:
-    """Write the report of the folders ``runs`` to ``output``, and print its table. Raises InputError."""
+    """Write the report of the folders ``runs`` into a folder, and print its table. Raises InputError.
+
+    tables: show all rows of these tables of the paper. note: a text to put first.
+    """
     results = {str(folder): load_results(folder) for folder in runs}
     protocol, test_set = check_comparable(results) if results else ("", "")
     rows = make_rows("ap", results, tables)
     title = paper.title(tables[0]) if tables else "Transfer to detection and segmentation"
     cells, output = table_cells("ap", rows), Path(output)
-    sections = [("Note", note)] * bool(note) + [("AP (%)", cells)]
+    sections = [("Note", note)] if note else []
+    sections.append(("AP (%)", cells))
     if any(cell.endswith("*") for row in cells for cell in row):
         noise = (
             "* differs from the published number by more than "
@@ -103,11 +110,11 @@ def write(
             ("AP", plot_ap(rows, output / "ap.png")),
             ("Settings", settings_table(folders, results, protocol, test_set)),
         ]
-        if plot_curves(pretrain, folders, output / "curves.png"):
+        if plot_curves(pictures.pretrain, folders, output / "curves.png"):
             sections.append(("Curves", output / "curves.png"))
         try:
             name = next(iter(results.values()))["settings"]["DATASETS.TEST"][0]
-            draw_detections(*locate_dataset(name), folders, output / "detections.png", num_images)
+            draw_detections(*locate_dataset(name), folders, output / "detections.png", pictures.num_images)
             sections.append(("Detections", output / "detections.png"))
         except InputError as error:
             print(f"no picture of detections: {error}", file=sys.stderr)

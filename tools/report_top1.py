@@ -4,9 +4,9 @@
     tools/report_top1.py RUN...                                  # rows of any table of the paper
     tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, also those not run
 
-RUN is a folder with what tools/evaluate.py --output wrote there: linear.json, knn.json or both. For Table 7
-(--table table7) it is the folder of a pre-training run. Writes report.md, report.html and table.csv, and
-for Figure 3 a picture, too.
+A run is a folder into which tools/evaluate.py --output wrote linear.json, knn.json or both; for Table 7
+(--table table7), the folder of a pre-training. Writes report.md, report.html and table.csv; for Figure 3 a
+picture too.
 """
 
 import argparse
@@ -54,7 +54,11 @@ def write(
     note: str | None = None,
     betas: list[float] | None = None,
 ) -> None:
-    """Write the report of the folders ``runs`` to ``output``, and print its table. Raises InputError."""
+    """Write the report of the folders ``runs`` into a folder, and print its table. Raises InputError.
+
+    tables: show all rows of these tables of the paper. note: a text to put first. betas: the grid of Figure
+    3.
+    """
     kind, output = paper.shows(tables[0]) if tables else "top1", Path(output)
     read = read_run if kind == "hours" else read_top1
     rows = make_rows(kind, {str(folder): read(folder) for folder in runs}, tables, betas)
@@ -62,7 +66,8 @@ def write(
     cells = table_cells(kind, rows)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(kind, rows, output / "table.csv")
-    sections = [("Note", note)] * bool(note) + [("Table", cells)]
+    sections = [("Note", note)] if note else []
+    sections.append(("Table", cells))
     if kind == "hours":
         sections.append(("RSA's time over BYOL's", ratios(tables[0], rows)))
     if tables == ["figure3"]:
@@ -76,7 +81,7 @@ def write(
 
 
 def read_top1(folder: str | Path) -> dict:
-    """What tools/evaluate.py wrote to a run's folder. Raises InputError if that is nothing, or no result."""
+    """What tools/evaluate.py wrote into a run's folder. Raises InputError where it is missing or damaged."""
     found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
     if not found:
         raise InputError(
@@ -113,9 +118,9 @@ def ratios(table: str, rows: list[Row]) -> list[list[str]]:
 
 
 def write_short(table: str, files: dict[str, Path], output: str | Path) -> None:
-    """Write Table 7 from the measured seconds of an epoch with the loader.
+    """Write a short form of Table 7: hours that follow from the seconds of an epoch with the loader.
 
-    files: {column: what tools/benchmark.py wrote}.
+    files: {column of the table: the file that tools/benchmark.py wrote}.
     """
     lines = [
         [

@@ -71,7 +71,7 @@ def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
     """
     if args.engine == "detectron2":
         engine, get_cfg = import_detectron2()
-        return engine, get_cfg(), {"processes": processes(args), "accumulate": args.accumulate}
+        return engine, get_cfg(), {"passes": engine.Passes(processes(args), args.accumulate)}
     from rsa_detectron2.transfer.tv import engine
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -108,8 +108,8 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.protocol != "infomin":
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
         merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml"), given)
-    given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] * args.scale_schedule
-    if args.eval_only and not args.resume:  # keeps the results of the recipe's own run
+    given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] if args.scale_schedule else []
+    if args.eval_only and not args.resume:  # not over the results of the recipe's own run
         given += ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_eval"]
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
@@ -144,9 +144,9 @@ def processes(args: argparse.Namespace) -> int:
     if args.num_processes and torch.cuda.is_available():
         raise InputError("--num-processes is for a machine without a GPU: use --num-gpus")
     if args.num_gpus > max(1, torch.cuda.device_count()):
+        advice = "" if torch.cuda.is_available() else " (--num-processes tries several on the CPU)"
         raise InputError(
-            f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}"
-            + " (--num-processes N runs several on the CPU)" * (not torch.cuda.is_available())
+            f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}{advice}"
         )
     return max(1, args.num_processes or args.num_gpus)
 

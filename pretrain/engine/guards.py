@@ -75,7 +75,7 @@ class Alarms:
             raise InputError(
                 f"the features have collapsed: their standard deviation is {row['feature_std']:.4f} at step "
                 f"{step}, below ALARM.FEATURE_STD for {self.collapsed} steps; lower SOLVER.BASE_LR or raise "
-                "MODEL.TAU; the checkpoint from before is kept"
+                "MODEL.TAU; the last good checkpoint is kept"
             )
 
 

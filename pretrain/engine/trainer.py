@@ -369,7 +369,7 @@ class Trainer:
         except OSError as error:
             self.log.say(
                 f"warning: cannot write {path} ({error.strerror or error}); the run goes on, "
-                f"with the checkpoint before, and tries again"
+                "keeps the previous checkpoint, and tries again at the next save"
             )
             return False
 

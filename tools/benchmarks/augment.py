@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """From uint8 views on the device to float views."""
+    """Time the stage from uint8 views on the device to float views."""
     size, batch_size = args.cfg.DATA.IMAGE_SIZE, args.cfg.SOLVER.BATCH_SIZE
     views, params = synthetic_views(batch_size, size)
     views = views.to(device())
@@ -64,7 +64,7 @@ def synthetic_views(batch_size: int, size: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def one_by_one(views: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """The aggressive stage in torchvision's functional, view by view; arguments as of ``aggressive``."""
+    """The aggressive stage by torchvision's functions, view by view; arguments as for ``aggressive``."""
     adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
     result = []
     for image, row in zip(to_float(views.flatten(0, 1)), params.flatten(0, 1)):

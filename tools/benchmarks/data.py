@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """Images per second of one core. The clock is process time, so other jobs disturb it less."""
+    """Images per second of one core, by process time, which other jobs on the machine disturb less."""
     torch.set_num_threads(1)  # as in a loader's worker
     random.seed(0)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def make_variants(source: ImageFolder, args: argparse.Namespace) -> dict[str, Callable]:
-    """Name -> function of a list of indices. Raises InputError if the prepared images are others."""
+    """{name: function of a list of indices}. Raises InputError if the prepared images are not as many."""
     variants = {
         "RSA in PIL, four float views": in_pil(source, pil.rsa_views(args.size)),
         "BYOL in PIL, two float views": in_pil(source, pil.byol_views(args.size)),
@@ -91,7 +91,7 @@ def in_this_project(source: Source, size: int) -> Callable:
 
 
 def find_images(path: str | None, scratch: str) -> ImageFolder:
-    """The images at ``path``, or else in one of FOLDERS, or else drawn ones, written to ``scratch``.
+    """The images at ``path``; without it those in one of FOLDERS, or drawn ones, written to ``scratch``.
 
     Raises InputError.
     """

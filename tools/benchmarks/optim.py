@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """On gradients of noise: neither depends on the images."""
+    """Time both on random gradients: neither depends on the images."""
     args.cfg.SOLVER.OPTIMIZER = "lars"
     torch.manual_seed(0)
     networks = build_networks(args.cfg, METHODS["rsa"]).to(device())

@@ -1,4 +1,4 @@
-"""Options that several benchmarks share, and their defaults: a recipe's, or else the machine's."""
+"""Options that several benchmarks share. Their defaults are a recipe's; without one, the machine's."""
 
 import argparse
 
@@ -33,7 +33,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser, *names: str) -> None:
-    """``--config-file``, and those of the options of KEYS that the benchmark uses."""
+    """Add ``--config-file`` and the options ``names`` of KEYS."""
     parser.add_argument(
         "--config-file", help="a recipe of configs/pretrain, whose settings replace the defaults below"
     )
@@ -50,7 +50,7 @@ def add_recipe(parser: argparse.ArgumentParser, *names: str) -> None:
 def resolve(args: argparse.Namespace) -> None:
     """Set ``args.cfg`` to the recipe's CfgNode, with the options that were given.
 
-    Without a recipe, the machine's defaults stand for options that were not given. Raises InputError.
+    Without a recipe, options that were not given have the machine's defaults. Raises InputError.
     """
     path = args.config_file and find_config(args.config_file)
     args.cfg = merge_config(get_cfg(), path, [])

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """On a batch that lies on the device, which is the ceiling; with --data once more with the loader.
+    """Time steps on a batch that is on the device already; with --data, then steps with the loader.
 
     Raises InputError.
     """
@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def on_synthetic(timers: list[StepTimer], args: argparse.Namespace) -> dict[StepTimer, list[dict]]:
-    """The turns of each timer, on a batch that lies on the device."""
+    """The turns of each timer, on a batch that is on the device already."""
     batches = synthetic_batches(args.cfg)
     turns = {timer: [] for timer in timers}
     for _ in range(args.repeats):
@@ -66,11 +66,11 @@ def with_loader(
 ) -> dict[StepTimer, list[dict]]:
     """The turns of each timer, with a loader. Raises InputError.
 
-    Each turn starts its own loader. A loader that waits would fill its queue meanwhile, and slow the others.
+    Each turn starts its own loader: one that waited for its turn would fill its queue, and slow the others.
     """
     source, batch_size = open_images(args.data), args.cfg.SOLVER.BATCH_SIZE
     views = MultiStageViews(source, args.cfg.DATA.IMAGE_SIZE, seed=0)
-    # Batches that are ready when the clock starts do not show the workers' speed: use them up first.
+    # Use up the batches that are ready when the clock starts: they do not show the workers' speed.
     ready = 2 * workers + 2
     # An index beyond the end starts over, so a folder may hold fewer images than the batches.
     num_images = max(len(source), (ready + args.steps) * batch_size)

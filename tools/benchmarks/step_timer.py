@@ -48,7 +48,7 @@ class StepTimer:
         self.add_hooks()
 
     def add_hooks(self) -> None:
-        """Mark where each part ends. Hooks are called with arguments that do not matter here."""
+        """Mark where each part ends. The arguments of the hooks are not used."""
         target = self.networks.target
         if target is not None:
             target.register_forward_pre_hook(lambda *_: self.mark("forward online"))
@@ -58,7 +58,7 @@ class StepTimer:
         self.state.optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
 
     def mark(self, part: str | None) -> None:
-        """``part`` has run since the last mark."""
+        """Note the time: ``part`` has run since the last mark."""
         if device().type == "cuda":
             point = torch.cuda.Event(enable_timing=True)
             point.record()
@@ -67,7 +67,7 @@ class StepTimer:
         self.marks.append((part, point))
 
     def warm_up(self) -> None:
-        """Some steps that are not timed; they show the peak of memory."""
+        """Run some steps that are not timed, and measure the peak of memory."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.run(synthetic_batches(self.cfg), WARM_UP)
@@ -91,7 +91,7 @@ class StepTimer:
 
     def views(self, batches: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The one micro-batch of a step: normalized weak and aggressive views."""
-        self.mark("optimizer")  # which has cleared the gradients
+        self.mark("optimizer")  # it has cleared the gradients
         batch = next(batches)
         self.mark("data wait")
         views = normalized_views(batch, self.mean, self.std)
@@ -100,7 +100,7 @@ class StepTimer:
 
 
 def milliseconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    """Between two marks: events of the GPU, or seconds."""
+    """Milliseconds between two marks, which are events of the GPU, or seconds."""
     if device().type == "cuda":
         return before.elapsed_time(after)
     return 1000 * (after - before)
@@ -114,6 +114,6 @@ def gpu_memory(read: Callable[[], int], before: float | None = None) -> float | 
 
 
 def synthetic_batches(cfg: CfgNode) -> Iterator[dict]:
-    """One batch of noise that lies on the device, again and again."""
+    """The same batch of noise again and again, on the device."""
     views, params = synthetic_views(cfg.SOLVER.BATCH_SIZE, cfg.DATA.IMAGE_SIZE)
     return itertools.repeat({"views": views.to(device()), "params": params})

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 class AccumulatingTrainer(SimpleTrainer):
     """SimpleTrainer whose iteration is ``accumulate`` forward and backward passes and one optimizer step.
 
-    ``data_loader`` gives the images of a pass, an equal share of the iteration's. They alone are
-    what its BatchNorm sees; the gradient is the mean over the passes, as it is over GPUs. amp:
-    float16 on a GPU, with one gradient scaler over all passes.
+    ``data_loader`` gives the images of one pass, each time the same number. BatchNorm sees only those; the
+    gradient is the mean over the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient
+    scaler for all passes.
     """
 
     def __init__(

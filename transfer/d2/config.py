@@ -11,9 +11,9 @@ def add_rsa_config(cfg: CfgNode) -> None:
     """Set what a stock Detectron2 model needs to use converted weights as they were trained.
 
     Pixels: RGB with ImageNet's mean and std, where Detectron2's own weights take BGR without a std.
-    Network: the stride of torchvision's ResNet, in its 3x3 convolution. Training: no stage is frozen, and
-    BatchNorm is trained too, over the images of all GPUs (the InfoMin protocol).
-    Files of other methods may need other pixels: tools/convert_to_d2.py prints them.
+    Network: torchvision's ResNet, with the stride in the 3x3 convolution. Training: no stage is frozen, and
+    BatchNorm is trained too, over the images of all GPUs (the InfoMin protocol). Files of other methods may
+    need other pixels: tools/convert_to_d2.py prints them.
     """
     cfg.INPUT.FORMAT = RGB_IMAGENET["input_format"]
     cfg.MODEL.PIXEL_MEAN = list(RGB_IMAGENET["pixel_mean"])

@@ -1,4 +1,4 @@
-"""Detectron2's view of the data sets: how they are registered, read and sampled."""
+"""The data sets in Detectron2: how they are registered, read and sampled."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ class Mapper(DatasetMapper):
 
 
 class SkipFirst(torch.utils.data.Sampler):
-    """A ``sampler`` without its first ``count`` indices."""
+    """The indices of ``sampler`` without the first ``count``."""
 
     def __init__(self, sampler: Iterable[int], count: int):
         self.sampler, self.count = sampler, count
@@ -46,9 +46,9 @@ class SkipFirst(torch.utils.data.Sampler):
 
 
 def register_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Make the data sets of ``cfg`` known to Detectron2, which has COCO's own already.
+    """Register the data sets of ``cfg`` with Detectron2, which knows COCO's already.
 
-    Training takes them from memory; COCO's metric reads :func:`sound_annotations`.
+    Training takes them from memory; COCO's metric reads the file :func:`sound_annotations`.
     """
     for name, dataset in load_datasets(cfg, eval_only, own_only=True).items():
         if name in DatasetCatalog.list():
@@ -70,7 +70,8 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def sound_annotations(cfg: CfgNode) -> Path:
-    """The file that a run's detections belong to: the evaluated set with its ids, made sound."""
+    """Path of the annotations that a run is evaluated on: those of the test set, after the checks mended
+    them."""
     return Path(cfg.OUTPUT_DIR, "inference", "annotations.json")
 
 
@@ -106,8 +107,10 @@ def training_dicts(name: str, cfg: CfgNode) -> list[dict]:
                 mask = to_rle(mask, image["height"], image["width"])
             if cfg.MODEL.MASK_ON:
                 target["segmentation"] = mask
-            # Keypoints are pixels' indices, of which Detectron2 takes the centers.
+            # COCO's keypoints are indices of pixels; Detectron2 wants the pixels' centers.
             if cfg.MODEL.KEYPOINT_ON and annotation.get("keypoints"):
-                target["keypoints"] = [v + 0.5 * (n % 3 < 2) for n, v in enumerate(annotation["keypoints"])]
+                target["keypoints"] = [
+                    value if n % 3 == 2 else value + 0.5 for n, value in enumerate(annotation["keypoints"])
+                ]
             entry["annotations"].append(target)
     return found

@@ -40,7 +40,7 @@ from rsa_detectron2.transfer.report.runs import (
     write_results,
 )
 
-# Key: what can be trained on boxes, masks and keypoints, from a pre-trained ResNet.
+# Key: the values with which a pre-trained ResNet can be fine-tuned on boxes, masks and keypoints.
 POSSIBLE = {
     "MODEL.META_ARCHITECTURE": list(CLASSES_KEYS),
     "MODEL.PROPOSAL_GENERATOR.NAME": ["RPN"],
@@ -49,6 +49,14 @@ POSSIBLE = {
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
 }
 ONE_LINE = (InputError, FloatingPointError, torch.OutOfMemoryError)  # errors that end as one line
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the images of an iteration are split: among processes, and into several passes of each."""
+
+    processes: int = 1  # one per GPU, or on the CPU
+    accumulate: int | None = None  # passes of each process; None: by memory
 
 
 @dataclass
@@ -63,18 +71,17 @@ class Job:
 
 def train(
     cfg: CfgNode,
-    processes: int = 1,
+    passes: Passes = Passes(),
     resume: bool = False,
     eval_only: bool = False,
-    accumulate: int | None = None,
     origin: Origin = Origin(),
 ) -> dict:
     """Fine-tune and evaluate; returns the content of results.json. Raises InputError.
 
-    processes: one per GPU, or on the CPU.
-    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
-    accumulate: passes that an iteration's images are split into; None: by memory.
+    resume: go on from the last checkpoint in OUTPUT_DIR, if there is one; with ``eval_only``, evaluate the
+    model there. origin: where ``cfg`` came from, for the run's record.
     """
+    processes, accumulate = passes.processes, passes.accumulate
     check_possible(cfg, POSSIBLE, "the detectron2 engine")
     start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     datasets = check_datasets(cfg, eval_only)
@@ -104,7 +111,7 @@ def train(
 
 
 def choose_device(cfg: CfgNode, processes: int) -> None:
-    """MODEL.DEVICE is the CPU on a machine without GPUs. Raises InputError for too many processes."""
+    """Set MODEL.DEVICE to the CPU on a machine without GPUs. Raises InputError for too many processes."""
     gpus = torch.cuda.device_count()
     if not gpus:
         cfg.MODEL.DEVICE = "cpu"
@@ -122,9 +129,9 @@ def check_model(cfg: CfgNode, resume: bool) -> None:
 
 
 def scale_from_reference(cfg: CfgNode, processes: int, eval_only: bool) -> CfgNode:
-    """The schedule for this number of GPUs, where SOLVER.REFERENCE_WORLD_SIZE asks for it.
+    """``cfg`` with its schedule for this number of GPUs, where SOLVER.REFERENCE_WORLD_SIZE asks for it.
 
-    An evaluation takes the number of GPUs, and the mask format, of the training. Raises InputError.
+    An evaluation takes the number of GPUs and the mask format of the training. Raises InputError.
     """
     if eval_only and (training := read_training(cfg.OUTPUT_DIR)):
         processes = training["processes"]
@@ -160,7 +167,7 @@ def check_start(cfg: CfgNode) -> dict | None:
 
 
 def use_local_batch_norm(cfg: CfgNode, processes: int) -> None:
-    """BatchNorm for SyncBN, where there are several processes on a CPU."""
+    """Replace SyncBN by BatchNorm where there are several processes on a CPU."""
     if cfg.MODEL.DEVICE != "cpu" or processes == 1:
         return
     for part in cfg.MODEL.values():
@@ -170,7 +177,7 @@ def use_local_batch_norm(cfg: CfgNode, processes: int) -> None:
 
 
 def save_annotations(cfg: CfgNode, eval_only: bool) -> None:
-    """Leave the annotations of the test set as they are evaluated, if they are the user's own."""
+    """Write the annotations of the test set as they are evaluated, unless the set is Detectron2's own."""
     datasets = load_datasets(cfg, eval_only, own_only=True)
     if cfg.DATASETS.TEST[0] in datasets:
         datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
@@ -179,8 +186,8 @@ def save_annotations(cfg: CfgNode, eval_only: bool) -> None:
 def plan_passes(cfg: CfgNode, processes: int, accumulate: int | None = None) -> int:
     """How many passes each process splits its images of an iteration into; prints it.
 
-    By default as few as fit the GPU by :data:`BYTES_PER_IMAGE`, since BatchNorm sees the images of
-    one pass. Raises InputError.
+    By default as few as fit the GPU by :data:`BYTES_PER_IMAGE`, because BatchNorm sees only the images of one
+    pass. Raises InputError.
     """
     images, scaled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if accumulate is not None and accumulate < 1:
@@ -209,14 +216,14 @@ def plan_passes(cfg: CfgNode, processes: int, accumulate: int | None = None) -> 
 
 
 def run_processes(job: Job) -> None:
-    """Run the job in its processes. Raises InputError for what a user can mend."""
+    """Run the job in its processes. Raises InputError for errors that the user can mend."""
     processes = job.setup.processes
     # torch would log which processes it terminates.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         launch(run_process, processes, dist_url="auto", args=(job,))
     except torch.multiprocessing.ProcessRaisedException as error:
-        # torch passes on a process's error as the text of its traceback, and nothing else.
+        # torch passes on a process's error only as the text of its traceback.
         text = str(error)
         if not (found := re.search(r".*^[\w.]*InputError: (.*)", text, re.M | re.DOTALL)):
             raise
@@ -231,7 +238,7 @@ def run_processes(job: Job) -> None:
 
 
 def run_process(job: Job) -> None:
-    """What each process runs. What a user can mend is raised as InputError."""
+    """What each process runs. Raises InputError for errors that the user can mend."""
     try:
         run(job)
         leave_group()
@@ -244,9 +251,9 @@ def run_process(job: Job) -> None:
 
 
 def leave_group() -> None:
-    """Take the process group down, after DistributedDataParallel, which the trainer's cycles keep.
+    """Take the process group down, after DistributedDataParallel, which reference cycles of the trainer hold.
 
-    Left to the end of the interpreter, their order is by chance, and the group's threads may abort.
+    At the end of the interpreter their order would be random, and the group's threads might abort.
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -261,24 +268,24 @@ def run(job: Job) -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
-    register_datasets(cfg, job.eval_only)  # a process that launch has started knows of none
+    register_datasets(cfg, job.eval_only)  # a process that launch has started has none registered
     cfg.freeze()
     default_setup(cfg, None)
     if not job.eval_only:
         fit(job)
     evaluate_saved_model(job, start)
-    comm.synchronize()  # nobody takes the group down while another still reads
+    comm.synchronize()  # no process may take the group down while another still reads
 
 
 def without_traceback(log: logging.LogRecord) -> bool:
-    """A filter of Detectron2's log: no traceback of what ends as one line."""
+    """A filter of Detectron2's log: no traceback of errors that end as one line."""
     return not (log.exc_info and isinstance(log.exc_info[1], ONE_LINE))
 
 
 def fit(job: Job) -> None:
     """Train to SOLVER.MAX_ITER."""
     trainer = Trainer(job.cfg, job.setup.accumulate)
-    forget_datasets()  # the trainer has its own, serialized
+    forget_datasets()  # the trainer has its own copy, serialized
     trainer.resume_or_load(job.resume)
     if comm.is_main_process() and trainer.start_iter == 0:
         trainer.about.update(begin_training(job.cfg, job.setup, len(trainer.images)))
@@ -288,12 +295,13 @@ def fit(job: Job) -> None:
 
 
 def evaluate_saved_model(job: Job, start: float) -> None:
-    """Read the model back, evaluate it, and write results.json; ``start``: by time.perf_counter."""
+    """Read the saved model, evaluate it, and write results.json. ``start``: when the run began, by
+    time.perf_counter."""
     cfg, setup = job.cfg, job.setup
     model = build_model(cfg)
     final = trained_model(cfg.OUTPUT_DIR) if job.resume or not job.eval_only else cfg.MODEL.WEIGHTS
     state, iterations, _ = load_model(final, model.state_dict())
-    model.load_state_dict(state, strict=False)  # a frozen layer's counter is in neither
+    model.load_state_dict(state, strict=False)  # num_batches_tracked of a frozen layer is in neither
     ap = evaluate(cfg, model)
     if not comm.is_main_process():
         return
@@ -301,7 +309,7 @@ def evaluate_saved_model(job: Job, start: float) -> None:
         ap.setdefault("keypoints", {})  # Detectron2 leaves it out where nothing was detected
     training = read_training(Path(final).parent)
     weights = training["weights"] if training else {"source": str(final)}
-    # If the settings are those of the training, these are its results once more.
+    # If the settings are those of the training, these are the results of that training again.
     own = own_training(cfg) if job.eval_only and job.resume else None
     processes, accumulate = setup.processes, setup.accumulate
     if own:

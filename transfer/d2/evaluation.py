@@ -18,7 +18,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> workers.Loader:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-    """It leaves the detections in OUTPUT_DIR/inference."""
+    """COCO's metrics; the detections are written to OUTPUT_DIR/inference."""
     return COCOEvaluator(
         dataset_name,
         output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),

@@ -11,13 +11,13 @@ from rsa_detectron2.transfer.precise_bn import update_statistics
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Precise BatchNorm statistics over the images of all ranks, the same on each; Detectron2
-    leaves each its own."""
+    """Precise BatchNorm over the images of all ranks. By Detectron2's hook each rank has its own
+    statistics."""
 
     def update_stats(self) -> None:
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
-        with EventStorage():  # what the layers log is not the training's
+        with EventStorage():  # the layers log here, not into the training's storage
             update_statistics(self._model, itertools.islice(self._data_iter, self._num_iter))
 
 
@@ -43,5 +43,5 @@ class ProgressBar(HookBase):
         self.bar.update()
 
     def after_train(self) -> None:
-        if self.bar is not None:  # None when another hook has failed before
+        if self.bar is not None:  # None when another hook failed before training began
             self.bar.close()

@@ -18,12 +18,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
     try:
         model = build_stock_model(with_empty_passes(cfg))
     except MISFITS as error:
-        # An assertion without a message is its own reason.
+        # Of an assertion without a message, show the asserted line.
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise InputError(
             f"Detectron2 cannot build the network of these MODEL settings ({type(error).__name__}: {reason})"
         ) from error
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # in evaluation too, which is slow on a CPU
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # evaluation profits too, which is slow on a CPU
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
 
@@ -31,9 +31,9 @@ def build_model(cfg: CfgNode) -> nn.Module:
 def with_empty_passes(cfg: CfgNode) -> CfgNode:
     """``cfg`` whose heads have a synchronized norm that takes a pass without any object.
 
-    With torch's SyncBatchNorm Detectron2 refuses such a pass, and where no rank has an object, the
-    running statistics of torch's would decay. Detectron2's naiveSyncBN_N takes part in the
-    collective even with no region, and weights the ranks by their regions.
+    Detectron2 refuses such a pass with torch's SyncBatchNorm, and where no rank has an object, the running
+    statistics of that layer would decay. Detectron2's naiveSyncBN_N takes part in the collective even
+    without a region, and weights the ranks by the number of their regions.
     """
     cfg = cfg.clone()
     cfg.defrost()

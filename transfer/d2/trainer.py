@@ -1,8 +1,8 @@
 """A training with Detectron2, after its tools/plain_train_net.py and its DefaultTrainer.
 
-What differs from those: an iteration may be several forward and backward passes (accumulation), a
-resumed run goes on in the data, precise BatchNorm statistics are the same on all processes, several
-processes also work on a CPU, and the backbone is known to have arrived.
+What differs: an iteration may be several forward and backward passes (accumulation); a resumed run goes on
+in the data where it stopped; precise BatchNorm statistics are the same on all processes; several processes
+work on a CPU too; and training starts only if every tensor of the backbone has arrived.
 """
 
 import weakref
@@ -40,7 +40,7 @@ if not hasattr(SimpleTrainer, "_data_loader_iter"):
 
 
 class Record(dict):
-    """The run's record, which its checkpoints hold as well."""
+    """The run's record, in a form that checkpoints can hold."""
 
     def state_dict(self) -> dict:
         return dict(self)
@@ -50,7 +50,7 @@ class Record(dict):
 
 
 class Trainer(TrainerBase):
-    """Trains the model of ``cfg``; ``accumulate``: passes of an iteration in each process."""
+    """Trains the model of ``cfg``. ``accumulate``: the passes of each process in an iteration."""
 
     def __init__(self, cfg: CfgNode, accumulate: int = 1):
         super().__init__()
@@ -88,8 +88,8 @@ class Trainer(TrainerBase):
     def build_loader(self, cfg: CfgNode, start: int = 0) -> workers.Loader:
         """The images of each pass, from iteration ``start`` on.
 
-        Detectron2's loader begins anew whenever a run goes on. A run that is stopped often would never
-        see the later images of an epoch.
+        Detectron2's own loader starts the epoch again whenever a run resumes, so that a run which is
+        stopped often would never see the later images.
         """
         cfg = cfg.clone()
         cfg.defrost()
@@ -109,7 +109,7 @@ class Trainer(TrainerBase):
         cfg = self.cfg
         result = [hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.TEST.PRECISE_BN.ENABLED and norm_layers(self.model):
-            without_workers = cfg.clone()  # the training's own are still there
+            without_workers = cfg.clone()  # those of training keep running
             without_workers.defrost()
             without_workers.DATALOADER.NUM_WORKERS = 0
             passes = cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate
@@ -118,7 +118,7 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.TEST.EVAL_PERIOD:
-            # The last evaluation is that of the saved file, in engine.py.
+            # engine.py makes the last evaluation, of the saved file.
             result.append(
                 hooks.EvalHook(
                     cfg.TEST.EVAL_PERIOD, lambda: evaluate(cfg, self.model), eval_after_train=False
@@ -130,7 +130,7 @@ class Trainer(TrainerBase):
         return result
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint with ``resume``, if there is one; else load MODEL.WEIGHTS.
+        """With ``resume``, go on from the last checkpoint if there is one; else load MODEL.WEIGHTS.
 
         Raises InputError unless every tensor arrives.
         """
@@ -145,7 +145,7 @@ class Trainer(TrainerBase):
             assert_backbone_arrived(self.model, weights)
 
     def resume(self) -> None:
-        # Detectron2 only warns about tensors that do not fit; this raises.
+        # Check first: Detectron2 only warns about tensors that do not fit.
         load_model(self.checkpointer.get_checkpoint_file(), unwrap(self.model).state_dict())
         try:
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=True)
@@ -162,9 +162,9 @@ class Trainer(TrainerBase):
 
 
 def load_images(cfg: CfgNode) -> DatasetFromList:
-    """The training set, serialized as Detectron2 does it.
+    """The training set, serialized as by Detectron2.
 
-    As Python's objects, COCO's annotations would take gigabytes in each process.
+    As Python objects, COCO's annotations would take gigabytes in each process.
     """
     least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     images = get_detection_dataset_dicts(

@@ -1,7 +1,6 @@
 """Pre-trained weights -> a model of Detectron2, where every tensor of the ResNet must arrive.
 
-Detectron2's checkpointer only warns about tensors that it could not place, and training then starts
-from noise.
+Detectron2's checkpointer only warns about tensors that it cannot place, and training would start from noise.
 """
 
 import re
@@ -18,8 +17,8 @@ from rsa_detectron2.transfer.convert.provenance import sha256
 from rsa_detectron2.transfer.convert.writers import detectron2_name, load_weights
 from rsa_detectron2.transfer.report.run_folder import save_checkpoint
 
-# Detectron2's own files that the configs name. Its converter wrote torchvision's, MSRA's keep what Caffe did:
-# BatchNorm's running statistics are folded into its weight and bias.
+# Detectron2's own files that the configs name, and what they need. In MSRA's, from Caffe, BatchNorm's running
+# statistics are folded into its weight and bias.
 ZOO = {
     "detectron2://ImageNetPretrained/torchvision/R-50.pkl": RGB_IMAGENET,
     "detectron2://ImageNetPretrained/MSRA/R-50.pkl": {
@@ -30,8 +29,8 @@ ZOO = {
         "statistics": False,
     },
 }
-# A tensor of the ResNet in a model. The ResNet is below an FPN, or is the backbone itself (C4,
-# DC5); the res5 of C4 is in the RoI heads.
+# The name of a ResNet's tensor in a model. The ResNet is below an FPN, or is the backbone itself (C4, DC5);
+# the res5 of C4 is in the RoI heads.
 RESNET = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)((?:stem|res\d)\..+)")
 ADVICE = "does MODEL.RESNETS build the file's network, and is its NORM a BatchNorm?"
 
@@ -49,9 +48,9 @@ def resnet_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def load_backbone(model: torch.nn.Module, path: str) -> None:
     """Copy a converted file's tensors into the model's ResNet.
 
-    Detectron2's checkpointer would run the code that a pickle may hold. Raises InputError that
-    names the tensors of the model that the file does not fill, or those of the file that have no
-    place.
+    Detectron2's checkpointer is not used, because it would run the code that a pickle may hold. Raises
+    InputError that names the tensors of the model which the file does not fill, or those of the file that
+    have no place.
     """
     needed = resnet_state(model)
     state = {detectron2_name(name): tensor for name, tensor in load_weights(path)[0].items()}
@@ -83,12 +82,13 @@ def assert_backbone_arrived(model: torch.nn.Module, path: str) -> None:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that remembers what it could not place, of which Detectron2 only warns."""
+    """DetectionCheckpointer that keeps a list of what it could not place; Detectron2 only warns of it."""
 
     absent = unused = ("nothing was loaded",)
 
     def save(self, name: str, **more: object) -> None:
-        """Detectron2 writes into the file itself: a kill leaves half of it, a full disk ends training."""
+        """Write a checkpoint whole or not at all. Detectron2 writes into the file itself: a kill leaves
+        half of it, and a full disk ends training."""
         if not self.save_to_disk:  # not the main process
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
@@ -106,9 +106,9 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def assert_backbone_arrived(self, statistics: bool = True) -> None:
-        """Raises InputError that names the tensors of the backbone that the loaded file did not
-        fill, or those of the file's ResNet-50 that found no place. ``statistics``: whether the file
-        has BatchNorm's running ones."""
+        """Raises InputError that names the tensors of the backbone which the loaded file did not fill, or
+        those of the file's ResNet-50 that have no place. ``statistics``: whether the file has BatchNorm's
+        running statistics."""
         absent = [
             name for name in self.absent if statistics or not name.endswith(("running_mean", "running_var"))
         ]

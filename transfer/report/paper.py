@@ -1,6 +1,6 @@
-"""The paper's tables, as ``configs/paper.yaml`` has them, and whether a run is one of their trainings.
+"""The paper's tables, from ``configs/paper.yaml``, and whether a run is one of their trainings.
 
-A run is known by its record (``common/record.py``): by its settings, data set and weights, never by the
+A run is recognized by the settings, data set and weights in its record (``common/record.py``), never by the
 name of its folder.
 """
 
@@ -27,24 +27,24 @@ def load() -> dict:
 
 
 def shows(table: str) -> str:
-    """ "top1", "ap", "hours" or "pictures"."""
+    """What a table shows: "top1", "ap", "hours" or "pictures"."""
     return load()["tables"][table]["shows"]
 
 
 def title(table: str) -> str:
-    """ "Table 1: Multi-stage augmentation ..."."""
+    """The title of a table: "Table 1: Multi-stage augmentation ..."."""
     return f"{table[:-1].capitalize()} {table[-1]}: {load()['tables'][table]['title']}"
 
 
 @functools.cache
 def recipe_settings(recipe: str) -> dict:
-    """{"SOLVER.EPOCHS": 200, ...}: what a file under ``configs/`` and the files that it inherits set."""
+    """The settings of a file under ``configs/``, with those that it inherits: {"SOLVER.EPOCHS": 200, ...}."""
     tree = CfgNode.load_yaml_with_base(str(CONFIGS / recipe))
     return {key: literal(value) for key, value in flatten(tree).items()}
 
 
 def literal(value: object) -> object:
-    """A value of YAML as yacs reads it: strings may hold Python's literals."""
+    """A value of YAML as yacs reads it, which evaluates strings that hold Python literals."""
     try:
         return plain(ast.literal_eval(value)) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
@@ -57,11 +57,11 @@ class Training:
 
     kind: str  # "pretrain" or "finetune"
     recipe: str  # a file under configs/
-    overrides: tuple  # pairs of a key and a value which the recipe does not have already
-    seeds: int
-    bn: int  # images that BatchNorm normalizes together
-    dataset: str = ""  # a key of paper.yaml's data sets; pre-training
-    weights: object = None  # fine-tuning starts from: "none", "config", a method's name, or a Training
+    overrides: tuple  # (key, value) pairs that differ from the recipe
+    seeds: int  # number of trials
+    bn: int  # images that BatchNorm sees at once
+    dataset: str = ""  # of pre-training: a key of paper.yaml's data sets
+    weights: object = None  # of fine-tuning: "none", "config", a method's name, or a pre-training (Training)
 
     @property
     def settings(self) -> dict:
@@ -69,7 +69,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """The same for two rows exactly if one run serves both."""
+        """A name that two rows have in common exactly if one run serves both."""
         words = [Path(self.recipe).stem]
         if self.kind == "pretrain":
             words.append(f"{self.settings['SOLVER.EPOCHS']}ep")
@@ -101,20 +101,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of a table in one of its columns; of Tables 5 and 6, which judge one run by six figures, the
-    whole row."""
+    """A row of a table in one of its columns. In Tables 5 and 6, where a run gives six figures, the whole
+    row."""
 
     table: str
     row: str
     column: str
     title: str
-    published: tuple  # (mean, standard deviation or None) of each figure, or None where the paper has none
+    published: tuple  # of each figure (mean, standard deviation or None), or None where the paper has none
     training: Training | None  # None: a quotation
     extra: bool = False  # not a row of the paper
 
 
 def cells(table: str, betas: list[float] | None = None) -> list[Cell]:
-    """The cells of a table, row by row; ``betas``: of Figure 3, instead of its own grid."""
+    """The cells of a table, row by row. ``betas``: replaces the grid of Figure 3."""
     content = load()["tables"][table]
     columns, rows, found = content["columns"], content["rows"], []
     if betas:
@@ -128,7 +128,7 @@ def cells(table: str, betas: list[float] | None = None) -> list[Cell]:
     for key, row in rows.items():
         if content["shows"] == "ap":
             training = fine_tuning(row, content["bn"])
-            published = tuple(map(number, row.get("published", [None] * len(columns))))
+            published = tuple(map(number, row.get("published", (None for _ in columns))))
             found.append(Cell(table, key, "", row["title"], published, training, row.get("extra", False)))
             continue
         for index, (name, column) in enumerate(columns.items()):
@@ -143,13 +143,12 @@ def own_cell(table: str, name: str) -> Cell:
     """A row of Table 5 or 6 for weights that the paper does not have."""
     content = load()["tables"][table]
     row = {"recipe": content["own"], "weights": name}
-    return Cell(
-        table, name, "", name, (None,) * len(content["columns"]), fine_tuning(row, content["bn"]), True
-    )
+    published = tuple(None for _ in content["columns"])
+    return Cell(table, name, "", name, published, fine_tuning(row, content["bn"]), extra=True)
 
 
 def describe(table: dict, row: dict, column: dict) -> str:
-    """What stands beside a method's name: its facts where a table has some, else data set and length."""
+    """The text beside a method's name: its facts where the table has any, else data set and epochs."""
     if "facts" in table:
         return ", ".join(f"{name} {fact}" for name, fact in zip(table["facts"], row["facts"]))
     return f"{load()['datasets'][column['dataset']]['title']}, {column['epochs']} epochs"
@@ -196,8 +195,7 @@ AUTHORS = "the authors' RSA or BYOL"  # the layout of their checkpoints, which s
 
 
 def differences(training: Training, record: dict) -> list[str]:
-    """Words for everything in which a run, by its ``record``, is not ``training``; [] if it is exactly
-    that."""
+    """Each difference of a run, by its ``record``, from ``training``, as a text; [] if it is exactly that."""
     found = setting_differences(training, record) + numbers_differ(record, {"bn_batch_size": training.bn})
     if training.kind == "pretrain":
         dataset = load()["datasets"][training.dataset]
@@ -217,7 +215,8 @@ def differences(training: Training, record: dict) -> list[str]:
 
 
 def setting_differences(training: Training, record: dict) -> list[str]:
-    expected, found = record["changed"] | training.settings, []  # what no recipe sets is to have its default
+    # What the recipe leaves open must have its default. ``changed`` holds it where the run has another value.
+    expected, found = record["changed"] | training.settings, []
     for key, value in fixed(record).items():
         wanted = comparable(key, expected.get(key, value))
         if value != wanted:
@@ -227,7 +226,7 @@ def setting_differences(training: Training, record: dict) -> list[str]:
 
 
 def fixed(record: dict) -> dict:
-    """The settings of a run that all runs of a row have in common."""
+    """The settings of a run without those that are free, in which runs of one row may differ."""
     free = load()["free"][record["kind"]]
     return {
         key: comparable(key, value)
@@ -237,8 +236,8 @@ def fixed(record: dict) -> dict:
 
 
 def comparable(key: str, value: object) -> object:
-    """A setting as it is the same on any machine: data sets by the names of their files, SyncBN as
-    BatchNorm, since over how many images is compared by itself."""
+    """A setting without what may differ between machines: of data sets only the names of their files, and no
+    difference between SyncBN and BatchNorm, because ``bn_batch_size`` is compared separately."""
     if key.startswith("DATASETS.") and isinstance(value, list):
         return [str(name).split("::")[0].split("/")[-1] for name in value]
     return value.replace("SyncBN", "BN") if key.endswith(".NORM") and isinstance(value, str) else value
@@ -249,7 +248,7 @@ def numbers_differ(found: dict, wanted: dict) -> list[str]:
 
 
 def weights_fit(training: Training, provenance: dict | None) -> bool:
-    """Whether weights, by their ``provenance`` (None: random), are of the kind that a fine-tuning starts
+    """Whether weights, by their ``provenance`` (None: random), are of the kind that ``training`` starts
     from."""
     wanted = training.weights
     if wanted == "none" or provenance is None:
@@ -260,7 +259,7 @@ def weights_fit(training: Training, provenance: dict | None) -> bool:
 
 
 def word(name: object) -> str:
-    """ "MoCo v2" -> "mocov2"."""
+    """A name without case and signs: "MoCo v2" -> "mocov2"."""
     return re.sub("[^a-z0-9]", "", str(name).lower())
 
 
@@ -283,7 +282,7 @@ def weights_differ(training: Training, provenance: dict | None) -> list[str]:
 
 
 def evaluation_differences(training: Training, result: dict) -> list[str]:
-    """The same for a result of linear evaluation."""
+    """Each difference of a linear evaluation from that of ``training``, as a text."""
     dataset = load()["datasets"][training.dataset]
     protocol = dataset["linear"]
     if "linear_top1_last" not in result:
@@ -298,7 +297,7 @@ def evaluation_differences(training: Training, result: dict) -> list[str]:
 
 
 def hardware_differences(training: Training, record: dict) -> list[str]:
-    """The same for the machine of a run whose time counts."""
+    """Each difference of the machine from the paper's, as a text, for a run whose time counts."""
     gpus = load()["datasets"][training.dataset]["gpus"]
     if "V100" in record["device"] and record["processes"] == gpus:
         return []
@@ -308,9 +307,11 @@ def hardware_differences(training: Training, record: dict) -> list[str]:
 def nearest(
     candidates: Iterable[Cell], words_of: Callable[[Training], list[str] | None]
 ) -> tuple[Cell | None, list[str]]:
-    """(cell, words) of the cell that a run differs least from: ``words_of(training)`` are its
-    differences, or None where the run has nothing to do with it. Of several, the one that changes its
-    recipe least. (None, []) where there is none."""
+    """(cell, differences) of the cell that a run differs least from; (None, []) where there is none.
+
+    ``words_of(training)``: the differences of the run, or None where it is another training altogether. Of
+    several cells, the one that changes its recipe least is taken.
+    """
     found = [(cell, words_of(cell.training)) for cell in candidates if cell.training]
     found = [(cell, words) for cell, words in found if words is not None]
     return min(found, key=lambda pair: (len(pair[1]), len(pair[0].training.overrides)), default=(None, []))

@@ -10,28 +10,28 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import check_tensors, save_tensors, write_atomically
 
 FINAL = "model_final.pth"
-LAST = "last_checkpoint"  # Detectron2's: a file that holds the name of one
-TRAINING = "training.json"  # from the first iteration on: the weights' provenance, and the config
-RESULTS = "results.json"  # at the end
+LAST = "last_checkpoint"  # Detectron2's file with the name of the last checkpoint
+TRAINING = "training.json"  # written at the first iteration: the weights' provenance and the config
+RESULTS = "results.json"  # written at the end
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints: first the one that last_checkpoint names, then the newest."""
+    """A run's checkpoints: first the one that last_checkpoint names, then the others, newest first."""
     numbered = sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
     paths = dict.fromkeys([folder / last_name(folder), folder / FINAL, *numbered])
     return [path for path in paths if path.is_file()]
 
 
 def last_name(folder: Path) -> str:
-    """What last_checkpoint says, "" where it is lost."""
+    """The name in last_checkpoint; "" where that file is lost."""
     path = folder / LAST
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 
 def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
-    """Write a checkpoint, whole or not at all, and last_checkpoint, which names it.
+    """Write a checkpoint, whole or not at all, and its name into last_checkpoint.
 
-    Where the disk is full, a line says so and training goes on. Raises InputError at its end.
+    Where the disk is full, a line says so and training goes on; for the final model, InputError is raised.
     """
     folder = Path(folder)
     try:
@@ -51,14 +51,17 @@ def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
 def find_start(folder: str | Path, resume: bool) -> Path | None:
     """Path of the checkpoint that training in ``folder`` goes on from; None where it starts anew.
 
-    Without ``resume``, a folder that holds a run is refused. With it, a damaged checkpoint is passed
-    over and a lost last_checkpoint written again, and a line says so. Raises InputError.
+    Raises InputError for a folder that holds a run, unless ``resume`` is set. Then a damaged checkpoint is
+    passed over, and last_checkpoint is written again where it names no whole one; a line says so.
     """
     folder = Path(folder)
     found, results = checkpoints(folder), has_training_results(folder)
     if not resume:
-        left = [path.name for path in found] + [RESULTS] * results
-        left += [TRAINING] * (folder / TRAINING).is_file()
+        left = [path.name for path in found]
+        if results:
+            left.append(RESULTS)
+        if (folder / TRAINING).is_file():
+            left.append(TRAINING)
         if left:
             raise InputError(
                 f"{folder} holds a run ({left[0]}): give --resume to go on with it, or another OUTPUT_DIR"
@@ -92,7 +95,7 @@ def first_whole(paths: Iterable[Path]) -> Path | None:
 
 
 def has_training_results(folder: Path) -> bool:
-    """Whether results.json is a training's; those of an evaluation may be overwritten."""
+    """Whether results.json is that of a training. That of an evaluation may be overwritten."""
     path = folder / RESULTS
     try:
         return path.is_file() and not json.loads(path.read_text())["eval_only"]

@@ -1,17 +1,16 @@
-"""What a fine-tuning run leaves in its folder besides Detectron2's own files, from either engine.
+"""What a fine-tuning run of either engine leaves in its folder besides Detectron2's own files.
 
-``training.json`` is the run's record (common/record.py) from the first iteration on,
-``results.json`` at its end the same with what came out.
+``training.json`` is the run's record (common/record.py), written when the run begins. ``results.json`` is the
+record with the results, written when the run ends.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
@@ -27,22 +26,22 @@ from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is carried out, besides its configuration."""
+    """What defines a run besides its configuration."""
 
     engine: str  # "detectron2" or "torchvision"
     weights: dict | None = None  # provenance of the converted file; None: random initialization
     processes: int = 1  # GPUs, or processes on the CPU
-    accumulate: int = 1  # passes that each splits its images of an iteration into
-    origin: record.Origin = record.Origin()  # of the configuration
+    accumulate: int = 1  # passes of each process in an iteration
+    origin: record.Origin = record.Origin()  # where the configuration came from
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a run."""
+    """The results of a run."""
 
     # {"bbox": {"AP": percent, ...}, "segm": {...}}, and "keypoints" of a model that has them.
     ap: dict
-    iterations: int  # that the model which was evaluated has been trained for
+    iterations: int  # of the training that led to the evaluated model
     seconds: float  # wall time of the command that ended the run
     eval_only: bool = False  # the model may have been trained with another configuration
 
@@ -74,18 +73,10 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
 
     A missing or non-finite AP becomes null. The APs of a training also end its ``metrics.json``.
     """
-    ap = outcome.ap
-
-    def percent(task: str, key: str) -> float | None:
-        value = ap.get(task, {}).get(key)
-        return float(value) if value is not None and math.isfinite(value) else None
-
+    tasks = ("bbox", "segm", *outcome.ap.keys() & {"keypoints"})
     results = {
         **describe(cfg, setup),
-        "ap": {
-            task: {key: percent(task, key) for key in AP_KEYS}
-            for task in ("bbox", "segm", *ap.keys() & {"keypoints"})
-        },
+        "ap": {task: {key: _finite(outcome.ap.get(task, {}).get(key)) for key in AP_KEYS} for task in tasks},
         "iterations": outcome.iterations,
         "eval_only": outcome.eval_only,
         "seconds": float(outcome.seconds),
@@ -101,7 +92,13 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
     return results
 
 
+def _finite(value):
+    """A number as float; None where it is missing, NaN or infinite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 NUMBER, NOTHING = (int, float), type(None)
+# Key of results.json: type of its value.
 CONTENT = {
     "engine": str,
     "ap": dict,
@@ -123,7 +120,7 @@ CONTENT = {
 
 
 def load_results(folder: str | Path) -> dict:
-    """Run folder -> what :func:`write_results` wrote there. Raises InputError."""
+    """What :func:`write_results` wrote into a run's folder. Raises InputError."""
     path = Path(folder, RESULTS)
     try:
         results = json.loads(path.read_text())
@@ -155,31 +152,30 @@ def load_results(folder: str | Path) -> dict:
         RecursionError,
         yaml.YAMLError,
     ) as error:
-        reason = (
-            "no such file"
-            if isinstance(error, FileNotFoundError)
-            else f"lacks {error}"
-            if isinstance(error, KeyError)
-            else " ".join(str(error).split())
-        )
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        elif isinstance(error, KeyError):
+            reason = f"lacks {error}"
+        else:
+            reason = " ".join(str(error).split())
         raise InputError(
             f"{path} does not hold a run's results ({reason}): tools/train_net.py writes it when a run ends"
         ) from None
 
 
-# Settings that may change when a run goes on, or when what it has trained is evaluated again.
+# Settings that may change when a run is resumed, or when its model is evaluated again.
 EVALUATION = re.compile(
     r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
     r"DATALOADER\.NUM_WORKERS|DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST"
 )
-# And those that make the network, and what it sees, what they were in training.
+# Settings that define the network and its input. They must stay as in training.
 NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
 
 def begin_training(cfg: CfgNode, setup: Setup, num_images: int | None = None) -> dict:
-    """Write the record of a run that begins, and return it; ``num_images``: that it trains on.
+    """Write the record of a run that begins, and return it. ``num_images``: the number of training images.
 
-    The metrics.json of a run that came to no checkpoint is emptied.
+    Empties the metrics.json of an earlier run that came to no checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / "metrics.json").is_file():
@@ -208,7 +204,7 @@ def read_training(folder: str | Path) -> dict | None:
     try:
         training = json.loads(path.read_text())
         settings(training["config"])
-        training.setdefault("annotations", None)  # an older version's
+        training.setdefault("annotations", None)  # early versions did not write it
         return {
             key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")
         } | {"data": training.get("data")}
@@ -220,40 +216,43 @@ def read_training(folder: str | Path) -> dict | None:
 
 
 def differences(cfg: CfgNode, training: dict, of: re.Pattern | None = None) -> list[str]:
-    """Words for each setting on which ``cfg`` and a ``training`` disagree.
+    """A text for each setting in which ``cfg`` and a ``training`` differ.
 
-    ``of``: a pattern of the settings that count, by default all but those of evaluation. The training
-    set is known by its files' names, for it may lie elsewhere on another machine.
+    ``of``: a pattern of the settings that count, by default all but those of evaluation. Of the training
+    set only the names of files count, because it may lie elsewhere on another machine.
     """
-
-    def plain(key: str, value: Any) -> Any:
-        if key.endswith(".NORM"):  # over how many images is another question
-            return value.replace("SyncBN", "BN")
-        return set_names(value) if key == "DATASETS.TRAIN" else value
-
     before, now = settings(training["config"]), settings(cfg.dump())
     counts = of.fullmatch if of else lambda key: not EVALUATION.fullmatch(key)
     return [
         f"{key} {before[key]} and not {value}"
         for key, value in now.items()
-        if key in before and counts(key) and plain(key, before[key]) != plain(key, value)
+        if key in before and counts(key) and _comparable(key, before[key]) != _comparable(key, value)
     ]
 
 
+def _comparable(key, value):
+    """A setting without what may differ between machines."""
+    if key.endswith(".NORM"):  # bn_batch_size compares over how many images
+        return value.replace("SyncBN", "BN")
+    return set_names(value) if key == "DATASETS.TRAIN" else value
+
+
 def set_names(names: Iterable[str]) -> list[str]:
-    """Data sets' names as they are on any machine: a COCO-format one's is that of its annotation file."""
+    """The names of data sets without folders: for a COCO-format set, the name of its annotation file."""
     return [name.split("::")[0].split("/")[-1] for name in names]
 
 
 def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> None:
     """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings.
-    Resuming restores some of them from the checkpoint, the learning rate for one, so that changed
-    ones would hold in part only."""
+
+    Resuming restores some settings from the checkpoint, such as the learning rate, so a change would take
+    effect in part only.
+    """
     training = read_training(cfg.OUTPUT_DIR)
     if training is None:
         raise InputError(
-            f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which says what the run there began with: restore "
-            "it, or give another OUTPUT_DIR"
+            f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which holds the settings of the run: restore it, "
+            "or give another OUTPUT_DIR"
         )
     if found := differences(cfg, training):
         raise InputError(
@@ -272,21 +271,23 @@ def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> No
     if training["annotations"] not in (None, annotation_digests(cfg)):
         print(
             f"warning: {', '.join(set_names(cfg.DATASETS.TRAIN))} has changed since the run in "
-            f"{cfg.OUTPUT_DIR} began, which goes on with the annotations of now",
+            f"{cfg.OUTPUT_DIR} began; it goes on with the changed annotations",
             flush=True,
         )
 
 
 def bn_batch_size(config: dict, processes: int, accumulate: int) -> int:
-    """Images that BatchNorm sees at once in a run with ``config`` (a dict): those of a pass, of all
-    GPUs with SyncBN."""
+    """Images that BatchNorm sees at once in a run with ``config``, a dict: those of a pass; with SyncBN, of
+    all GPUs."""
     synchronized = config["MODEL"]["DEVICE"] != "cpu" and config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
     return config["SOLVER"]["IMS_PER_BATCH"] // (accumulate * (1 if synchronized else processes))
 
 
 def check_network(cfg: CfgNode, folder: str | Path) -> None:
-    """Raises InputError where the training in ``folder`` had another input or other layers than
-    ``cfg``, of which the tensors of its model need not show a thing."""
+    """Raises InputError where the training in ``folder`` had another input or other layers than ``cfg``.
+
+    The tensors of its model may have the same names and shapes all the same.
+    """
     training = read_training(folder)
     if training and (found := differences(cfg, training, NETWORK)):
         raise InputError(
@@ -296,19 +297,12 @@ def check_network(cfg: CfgNode, folder: str | Path) -> None:
 
 
 def own_training(cfg: CfgNode) -> dict | None:
-    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it is known to have had the
-    settings of ``cfg``, else None."""
+    """The training in ``cfg.OUTPUT_DIR`` (:func:`read_training`) if it had the settings of ``cfg``, else
+    None."""
     training = read_training(cfg.OUTPUT_DIR)
     return training if training and not differences(cfg, training) else None
 
 
 def settings(config: str) -> dict:
     """A dumped config -> {"SOLVER.BASE_LR": 0.02, ...}."""
-
-    def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            yield from (
-                leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else ((prefix + key, value),)
-            )
-
-    return dict(leaves(yaml.safe_load(config)))
+    return record.flatten(yaml.safe_load(config))

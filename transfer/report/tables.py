@@ -1,12 +1,12 @@
 """Runs become the rows of a table, each beside what the paper published.
 
-A run is a dict: what fine-tuning leaves as results.json, tools/evaluate.py as
-linear.json, or pre-training as run.json. Each is, or holds, a record
-(common/record.py); paper.py tells by it whether it is a training of the paper.
+A run is a dict: the results.json of fine-tuning, the linear.json of tools/evaluate.py, or the run.json of
+pre-training. It is or holds a record (common/record.py), by which paper.py tells whether it is a training
+of the paper.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,22 +43,22 @@ class Row:
     title: str
     table: str = ""  # of the paper
     place: tuple = ()  # its row and column there
-    runs: list = field(default_factory=list)  # none: not run, or a quotation
+    runs: list = field(default_factory=list)  # empty: not run, or a quotation
     figures: dict = field(default_factory=dict)  # name: (mean, standard deviation or None), or None
-    published: dict = field(default_factory=dict)  # the same, of the figures that the paper has
-    words: list = field(default_factory=list)  # what makes the runs other ones than the paper's
-    missing: list = field(default_factory=list)  # seeds of the paper's trials
+    published: dict = field(default_factory=dict)  # the same, from the paper
+    words: list = field(default_factory=list)  # how the runs differ from the paper's
+    missing: list = field(default_factory=list)  # seeds of the paper's trials that were not run
     extra: bool = True  # not a row of the paper
 
     def difference(self, name: str) -> float | None:
-        """Of a figure from the published one; None where either is missing, or where the runs are other
-        ones."""
+        """A figure less the published one; None where either is missing, or the runs differ from the
+        paper's."""
         if self.words or not self.figures.get(name) or not self.published.get(name):
             return None
         return self.figures[name][0] - self.published[name][0]
 
     def beyond_noise(self, name: str) -> bool:
-        """Whether it differs by more than another seed may change."""
+        """Whether the difference is more than another seed may change."""
         noise = max(paper.load()["seed_noise"][paper.shows(self.table)], 2 * (self.published[name][1] or 0))
         return round(abs(self.difference(name)), 6) > noise
 
@@ -87,11 +87,10 @@ def read_run(folder: str | Path) -> dict:
 def make_rows(
     kind: str, runs: dict, tables: list[str] | None = None, betas: list[float] | None = None
 ) -> list[Row]:
-    """The rows of a table of ``kind`` ("ap", "top1" or "hours") for ``runs``, {name: run}, such as name
-    their folders.
+    """The rows of a table of ``kind`` ("ap", "top1" or "hours") for ``runs``, {folder: run}.
 
-    tables: of the paper, all of whose rows are wanted; without, only those that the runs belong to. Rows
-    that the paper does not have come last.
+    tables: show all rows of these tables of the paper; None: only the rows that the runs belong to. betas:
+    the grid of Figure 3. Rows that the paper does not have come last.
     """
     known = [
         cell
@@ -120,13 +119,13 @@ def make_rows(
 
 
 def own_row(kind: str, title: str, runs: dict) -> Row:
-    """A Row of runs that are nothing of the paper's."""
+    """A Row of runs that belong to no row of the paper."""
     return Row(title, runs=list(runs.values()), figures=average(kind, runs))
 
 
 def words_of(kind: str, run: dict, training: paper.Training) -> list[str] | None:
-    """Words for what makes a run another than ``training``; None where it has nothing to do with it: it
-    is neither exactly that nor of its recipe."""
+    """How a run differs from ``training``, as texts; None where it is another training altogether: neither
+    exactly that, nor of the same recipe."""
     about = record_of(kind, run)
     if (
         about is None
@@ -144,12 +143,12 @@ def words_of(kind: str, run: dict, training: paper.Training) -> list[str] | None
 
 
 def record_of(kind: str, run: dict) -> dict | None:
-    """The record of a run's training; None where it does not say."""
+    """The record of a run's training; None where the run has none."""
     return run.get("pretrain") if kind == "top1" else run
 
 
 def signature(kind: str, run: dict) -> str:
-    """Text that is the same for runs which differ in nothing but the seed and what is free."""
+    """A text that is equal for runs which differ only in the seed and in settings that are free."""
     about = record_of(kind, run)
     if about is None:
         return json.dumps(run)
@@ -166,7 +165,7 @@ def apart(kind: str, runs: dict) -> list[dict]:
     parts = []
     for name, run in runs.items():
         seed = (record_of(kind, run) or {}).get("seed", -1)
-        seed = seed if seed >= 0 else name  # -1 is another one each time
+        seed = seed if seed >= 0 else name  # -1 is drawn anew each time
         part = next((part for part in parts if seed not in part), None)
         if part is None:
             parts.append(part := {})
@@ -195,8 +194,11 @@ def filled(cell: paper.Cell, kind: str, runs: dict, words: list[str]) -> Row:
 
 
 def compared(cell: paper.Cell) -> str:
-    """The figure of linear evaluation that the published one is compared with: of the best epoch, as its
-    authors' code reports, and on the small data sets with BatchNorm in train mode, as it trains."""
+    """The column of linear evaluation that the published figure is compared with.
+
+    The authors' code reports the best epoch, and on the small data sets it trains with BatchNorm in train
+    mode.
+    """
     linear = (
         paper.load()["datasets"][cell.training.dataset]["linear"] if cell.training else {"train_bn": False}
     )
@@ -218,8 +220,7 @@ def figure(kind: str, name: str, run: dict) -> float | None:
 
 
 def title_of(kind: str, runs: dict) -> str:
-    """What stands for runs that are no row of the paper: the first one's folder, and what it says of
-    itself."""
+    """The title of runs that are no row of the paper: the folder of the first, and what its record says."""
     name, run = next(iter(runs.items()))
     about = record_of(kind, run)
     if kind == "ap":
@@ -237,44 +238,45 @@ def weights_label(run: dict) -> str:
     method, step = weights.get("method", "unknown"), weights.get("step", -1)
     if method == "unknown":
         method = weights.get("format", method)  # its layout is all that is known
-    # the converter writes -1 where a file names no step
+    # The converter writes -1 where a file names no step.
     return f"{method}, step {step}" if step >= 0 else method
 
 
 def check_comparable(runs: dict) -> tuple[str, str]:
-    """{name: results} -> their protocol and the name of their test set. Raises InputError where either
-    differs: one table holds one."""
+    """(protocol, test set) of ``runs``, {name: results}. Raises InputError where they differ: a table holds
+    only one of each."""
+    protocol = _only_one(runs, "protocols", protocol_of)
+    test_set = _only_one(runs, "test sets", lambda config: ", ".join(set_names(config["DATASETS"]["TEST"])))
+    return protocol, test_set
 
-    def alike(words: str, kind_of: Callable[[dict], str]) -> str:
-        kinds = {}
-        for name, results in runs.items():
-            kinds.setdefault(kind_of(yaml.safe_load(results["config"])), name)
-        if len(kinds) > 1:
-            raise InputError(
-                f"runs of different {words} are not comparable: "
-                + ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-                + "; make a report of each"
-            )
-        return next(iter(kinds))
 
-    return alike("protocols", protocol_of), alike(
-        "test sets", lambda config: ", ".join(set_names(config["DATASETS"]["TEST"]))
-    )
+def _only_one(runs, kinds, kind_of):
+    """The one ``kind_of(config)`` of all runs. Raises InputError where there are several ``kinds``."""
+    names = {}
+    for name, results in runs.items():
+        names.setdefault(kind_of(yaml.safe_load(results["config"])), name)
+    if len(names) > 1:
+        found = ", ".join(f"{name} is {kind}" for kind, name in names.items())
+        raise InputError(f"runs of different {kinds} are not comparable: {found}; make a report of each")
+    return next(iter(names))
 
 
 def table_cells(kind: str, rows: list[Row]) -> list[list[str]]:
-    """Rows -> header and cells, all strings. Below each that was run stand the published numbers and the
-    difference, with a ``*`` beyond what another seed may change, or else a line that says in what the
-    runs are other ones."""
+    """Rows -> a header and lines of strings.
+
+    Below a row that was run stand the published numbers, then the difference, with a ``*`` where it is more
+    than another seed may change. Where the runs are not quite the paper's, a line says how they differ
+    instead.
+    """
     columns = [
         name
         for name in COLUMNS[kind]
         if any(row.figures.get(name) or row.published.get(name) for row in rows)
     ]
-    lines, empty, line = [["", "seeds", *columns]], [""] * (1 + len(columns)), False
+    lines, empty = [["", "seeds", *columns]], ["", *("" for _ in columns)]
+    first_extra = next((row for row in rows if row.extra), None)
     for row in rows:
-        if row.extra and not line and not rows[0].extra:
-            line = True
+        if row is first_extra and row is not rows[0]:
             lines.append(["not in the paper:", *empty])
         if row.runs:
             lines.append([row.title, str(len(row.runs)), *(cell(row.figures.get(name)) for name in columns)])
@@ -302,9 +304,10 @@ def difference_cell(row: Row, name: str) -> str:
 
 
 def write_csv(kind: str, rows: list[Row], path: str | Path) -> None:
-    """Write rows as CSV: of each figure the mean, the deviation, both as published, and the difference.
+    """Write rows as CSV: for each figure the mean and the deviation, measured and published, and the
+    difference.
 
-    What is unknown is left empty.
+    Unknown cells are empty.
     """
     names = AP if kind == "ap" else COLUMNS[kind]
     parts = ("", " std", " published", " published std", " difference")

@@ -409,7 +409,7 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
     runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
     for name, (processes, accumulate) in runs.items():
         cfg = tiny(two, tmp_path / name, *FROZEN)
-        results = d2_engine.train(cfg, processes=processes, accumulate=accumulate)
+        results = d2_engine.train(cfg, d2_engine.Passes(processes, accumulate))
         assert (results["processes"], results["accumulate"], results["weights"]) == (
             processes,
             accumulate,
@@ -623,7 +623,7 @@ def test_schedule_that_cannot_be_scaled(shapes, tmp_path):
 def test_an_error_in_another_process_is_its_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "SOLVER.BASE_LR", 1e12, "SOLVER.MAX_ITER", 8, *FROZEN)
     with pytest.raises(InputError, match="(?s)NaN.*lower SOLVER.BASE_LR") as error:
-        d2_engine.train(cfg, processes=2)
+        d2_engine.train(cfg, d2_engine.Passes(2))
     assert "Traceback" not in str(error.value)
 
 
@@ -812,7 +812,7 @@ def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, proces
     GPUs."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
-    d2_engine.train(cfg, processes=processes)
+    d2_engine.train(cfg, d2_engine.Passes(processes))
     assert all(tensor.isfinite().all() for tensor in final(tmp_path / "run").values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert np.isfinite(rows[0]["total_loss"]) and np.isfinite(rows[0]["loss_mask"])
@@ -884,7 +884,7 @@ def test_a_truncated_image_is_named_in_one_line(shapes, damaged, tmp_path, capfd
     with pytest.raises(
         InputError, match=r"images/train_000\d.jpg cannot be used \(OSError: image file is truncated"
     ) as error:
-        d2_engine.train(cfg, processes=processes)
+        d2_engine.train(cfg, d2_engine.Passes(processes))
     assert "\n" not in str(error.value) and "DataLoader" not in str(error.value)
     assert "SIGTERM" not in capfd.readouterr().err
     logs = [path.read_text() for path in tmp_path.glob("log.txt*")]

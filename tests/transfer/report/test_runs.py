@@ -53,9 +53,7 @@ def test_bad_results_are_one_line_that_names_the_file(tmp_path, content):
 def test_a_run_keeps_the_settings_that_it_began_with(tmp_path, capsys):
     cfg = torchvision_defaults()
     cfg.OUTPUT_DIR = str(tmp_path)
-    with pytest.raises(
-        InputError, match="training.json is missing, which says what the run there began with"
-    ):
+    with pytest.raises(InputError, match="training.json is missing, which holds the settings of the run"):
         results.check_unchanged(cfg)
     assert results.read_training(tmp_path) is None and not results.own_training(cfg)
     (tmp_path / "metrics.json").write_text("x")  # of a run that wrote no checkpoint
