@@ -64,27 +64,48 @@ def test_spelling_is_american():
     assert not wrong
 
 
+def functions():
+    """(path, node) of each function of the package."""
+    for folder in FOLDERS[:-1]:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    yield path.relative_to(ROOT), node
+
+
+def parameters(node):
+    """The named parameters of a function, without self."""
+    named = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    return [a for a in named if a.arg not in ("self", "cls")]
+
+
 def test_functions_are_short():
     """At most 60 lines, except where code is a table."""
     tables = {"build_model", "torchvision_defaults"}  # each key of a configuration, once
     too_long = []
-    for folder in FOLDERS[:-1]:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef) and node.name not in {*tables, "parse"}:
-                    lines = node.end_lineno - node.lineno + 1
-                    if lines > 60:
-                        too_long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    for path, node in functions():
+        lines = node.end_lineno - node.lineno + 1
+        if lines > 60 and node.name not in {*tables, "parse"}:
+            too_long.append(f"{path}: {node.name} has {lines} lines")
     assert not too_long
+
+
+def test_functions_take_at_most_five_parameters():
+    """More become a dataclass, except for a few functions that draw what the parameters describe."""
+    exceptions = {"signed_distance", "draw_detections"}
+    too_many = []
+    for path, node in functions():
+        count = len(parameters(node))
+        if count > 5 and node.name not in exceptions:
+            too_many.append(f"{path}: {node.name} takes {count} parameters")
+    assert not too_many
 
 
 def test_public_functions_have_type_hints():
     without = []
-    for folder in FOLDERS[:-1]:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                    named = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
-                    if node.returns is None or any(a.annotation is None for a in named):
-                        without.append(f"{path.relative_to(ROOT)}: {node.name}")
+    for path, node in functions():
+        if node.name.startswith("_"):
+            continue
+        if node.returns is None or any(a.annotation is None for a in parameters(node)):
+            without.append(f"{path}: {node.name}")
     assert not without
