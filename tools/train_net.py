@@ -109,7 +109,7 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
         given = ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{args.protocol}"]
         merge_config(cfg, find_config(f"transfer/protocol_{args.protocol}.yaml"), given)
     given = ["SOLVER.REFERENCE_WORLD_SIZE", 8] if args.scale_schedule else []
-    if args.eval_only and not args.resume:  # not over the results of the recipe's own run
+    if args.eval_only and not args.resume:  # keeps the results of the recipe's own run
         given += ["OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_eval"]
     for key, files in (("TRAIN", args.train), ("TEST", args.val)):
         if files:
@@ -144,7 +144,7 @@ def processes(args: argparse.Namespace) -> int:
     if args.num_processes and torch.cuda.is_available():
         raise InputError("--num-processes is for a machine without a GPU: use --num-gpus")
     if args.num_gpus > max(1, torch.cuda.device_count()):
-        advice = "" if torch.cuda.is_available() else " (--num-processes tries several on the CPU)"
+        advice = "" if torch.cuda.is_available() else " (--num-processes N runs several on the CPU)"
         raise InputError(
             f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}{advice}"
         )

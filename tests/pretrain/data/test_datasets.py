@@ -264,7 +264,7 @@ def test_tiny_imagenet(tmp_path):
 
 
 def write_checked(monkeypatch, kind, folder, **files):
-    """The files with their checksums in torchvision's lists: {list: [(name, bytes)]}."""
+    """Write files and put their checksums in torchvision's lists: {list: [(name, bytes)]}."""
     folder.mkdir(parents=True)
     for attribute, entries in files.items():
         for name, data in entries:

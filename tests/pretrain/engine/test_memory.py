@@ -36,8 +36,7 @@ def test_given_size_must_divide():
 
 
 def test_activations_of_a_known_network():
-    """Float32 convolutions save their inputs, BatchNorm and ReLU theirs: all images' worth grows
-    with the batch alone."""
+    """Float32 convolutions, BatchNorm and ReLU save their inputs, whose size grows only with the batch."""
     networks = rsa_networks(build_backbone("resnet18"), 64, 16)
     before = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
     small, large = (memory.activations(networks, size, None) for size in (64, 128))

@@ -76,7 +76,7 @@ def test_knn_equals_scikit_learns(k, temperature):
         .fit(bank, bank_labels)
         .score(queries, labels)
     )
-    assert 0.3 < reference < 0.95  # else they would agree on too little
+    assert 0.3 < reference < 0.95  # otherwise agreement would prove little
     pairs = (bank, bank_labels), (queries, labels)
     found = knn_top1(*(Labeled(*map(torch.from_numpy, pair)) for pair in pairs), k, temperature)
     assert found == pytest.approx(100 * reference, abs=0.01)
