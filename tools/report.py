@@ -2,14 +2,14 @@
 """Report fine-tuning runs: an AP table, and a page with curves and detections.
 
     tools/report.py output/transfer                                       # one run
-    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, and how pre-training went
-    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # alike but for the seed: mean ± std
+    tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, with pre-training curves
+    tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # differ only in seed: mean ± std
 
-Prints the table as Markdown; writes report.md, report.html, table.csv, ap.png, curves.png and
-detections.png. A run needs only results.json; pictures whose files are missing are left out. Below a row of
-Tables 5 and 6 stand the published numbers and the difference, marked where it is more than another seed may
-change. Below a run that is not quite such a row, a line says how it differs. Runs of different protocols or
-test sets are refused.
+Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png and
+detections.png. A run needs only results.json; what its other files would show is left out if they are
+missing. Below a row of Tables 5 and 6 stand the published numbers and the difference, marked if it is more
+than another seed may change. Below a run that is almost such a row, a line says how it differs. Runs of
+different protocols or test sets are refused.
 """
 
 import argparse

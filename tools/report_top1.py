@@ -4,9 +4,9 @@
     tools/report_top1.py RUN...                                  # rows of any table of the paper
     tools/report_top1.py output/reproduce/seed*/* --table table1   # all rows of one, also those not run
 
-A run is a folder into which tools/evaluate.py --output wrote linear.json, knn.json or both; for Table 7
-(--table table7), the folder of a pre-training. Writes report.md, report.html and table.csv; for Figure 3 a
-picture too.
+RUN is a folder with what tools/evaluate.py --output wrote there: linear.json, knn.json or both. For Table 7
+(--table table7) it is the folder of a pre-training run. Writes report.md, report.html and table.csv, and
+for Figure 3 a picture, too.
 """
 
 import argparse
