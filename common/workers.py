@@ -2,7 +2,8 @@
 
 The workers block the signals that stop a program: a scheduler sends them to all processes of a
 job, and workers must live until the main process has saved. When a program ends, multiprocessing
-sends its children SIGTERM and waits for them. These would never end, so they are killed before that.
+sends its children SIGTERM and waits for them. Blocking it, the workers would never end, so the program
+kills them first.
 """
 
 import contextlib

@@ -45,9 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "output",
         nargs="?",
-        help="file to write (default output/weights/METHOD_r50.pkl, which for RSA is where the transfer "
-        "configs look; r18, r101, … for other networks; INPUT's name instead of METHOD if INPUT does not "
-        "state the method)",
+        help="file to write (default output/weights/METHOD_r50.pkl, with r18, r101, … for other networks). "
+        "If INPUT does not state its method, INPUT's name replaces METHOD.",
     )
     parser.add_argument("--to", choices=SUFFIXES, default="detectron2", help="library to write for")
     parser.add_argument(

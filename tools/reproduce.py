@@ -6,10 +6,10 @@
     tools/reproduce.py table2 --rows rsa byol --columns cifar10
     tools/reproduce.py table5 --weights infomin=infomin.pth --weights mine=my.pth --num-gpus 8
 
-Stopped at any point, the same command goes on. A run that several rows need is made once, and known by
-what it says of itself. Rows of other methods in Tables 5 and 6 need their authors' checkpoints (--weights
-ROW=FILE); any other name makes a row of its own. configs/paper.yaml has the rows, what each is compared
-with, and the costs.
+Stopped at any point, the same command goes on. A run that several rows need is made once. It is
+recognized by its run.json, not by its folder's name. Rows of other methods in Tables 5 and 6 need their
+authors' checkpoints (--weights ROW=FILE); any other name makes a row of its own. configs/paper.yaml has the
+rows, what each is compared with, and the costs.
 """
 
 import argparse

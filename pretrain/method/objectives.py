@@ -43,7 +43,9 @@ def distance(q: Tensor, z: Tensor) -> Tensor:
 
 
 def rsa(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -> dict[str, Tensor]:
-    """RSA (eq. 4-5), both directions.
+    """RSA (eq. 4-5), both directions: the mean over the batch of
+
+    L = (1-β)·[d(z_a, z_w') + d(z_a', z_w)] + β·[d(z_a, sg z_a') + d(z_a', sg z_a)].
 
     The aggressive view predicts the target projection of the other weak view and, with weight
     beta, the online prediction of the other aggressive view under stop-gradient.
