@@ -213,7 +213,7 @@ def _check_together(cfg):
     if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS:
         raise InputError(
             f"the warm-up of {cfg.SOLVER.WARMUP_EPOCHS} epochs leaves nothing of {cfg.SOLVER.EPOCHS}: "
-            "shorten it with SOLVER.WARMUP_EPOCHS 0, or train longer"
+            f"give SOLVER.WARMUP_EPOCHS 0, or at least {cfg.SOLVER.WARMUP_EPOCHS + 1} epochs"
         )
 
 

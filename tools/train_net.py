@@ -23,7 +23,7 @@ from types import ModuleType
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.cli import run
-from rsa_detectron2.common.config import find_config, merge_config, origin
+from rsa_detectron2.common.config import NoSuchKey, find_config, merge_config, origin
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import locked
 from rsa_detectron2.transfer.config import (
@@ -34,29 +34,30 @@ from rsa_detectron2.transfer.config import (
     scale_schedule,
     torchvision_defaults,
 )
-from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
+from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset, locate_dataset
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: install a prebuilt wheel "
     "(torch 2.4-2.10: pip install detectron2 --extra-index-url "
     "https://wheels.astral.sh/simple/cu128/) follow its install guide, or run with --engine torchvision"
 )
-NO_SUCH_KEY = (
-    "which the torchvision engine does not have: it trains Mask and Faster R-CNN FPN; "
+FEWER_KEYS = (
+    "the torchvision engine trains Mask and Faster R-CNN FPN and has only their keys; "
     "leave the key out, or use --engine detectron2"
 )
 
 
 def main() -> None:
     args = parse()
+    find_config(args.config_file)  # before Detectron2, which is slow to import
     engine, cfg, options = setup(args)
     defaults = cfg.clone()
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights need MODEL.WEIGHTS ""
     try:
         configure(cfg, args)
-    except InputError as error:
-        if args.engine == "torchvision" and "Non-existent config key" in str(error):
-            raise InputError(f"{error}, {NO_SUCH_KEY}") from None
+    except NoSuchKey as error:
+        if args.engine == "torchvision":
+            raise InputError(f"{error}; {FEWER_KEYS}") from None
         raise
     came_from = origin(find_config(args.config_file), args.overrides, defaults)
     with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
@@ -117,6 +118,8 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
     recipe_images = cfg.SOLVER.IMS_PER_BATCH
     merge_config(cfg, None, [*given, *args.overrides])
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
+    if args.train and not args.val:
+        refuse_absent_val(cfg)
     if args.train and classes_key(cfg) not in args.overrides[::2]:
         classes = load_dataset(dataset_name(*args.train)).categories
         merge_config(cfg, None, [classes_key(cfg), len(classes)])
@@ -132,6 +135,17 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
         print(scale_schedule(cfg.SOLVER, max(1, images)), flush=True)
     if trains and cfg.SOLVER.IMS_PER_BATCH != recipe_images and "SOLVER.BASE_LR" not in keys:
         print(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)), flush=True)
+
+
+def refuse_absent_val(cfg: CfgNode) -> None:
+    """Raise InputError if a data set that the config evaluates on is not on this machine."""
+    for name in cfg.DATASETS.TEST:
+        try:
+            locate_dataset(name)
+        except InputError:
+            raise InputError(
+                f"the config evaluates on {name}, which is not here: with --train give --val too"
+            ) from None
 
 
 def processes(args: argparse.Namespace) -> int:

@@ -85,9 +85,10 @@ class StepBatches(Sampler):
         local: LocalBatch = LocalBatch(),
     ):
         if num_images < batch_size:
+            fits = 1 << num_images.bit_length() - 1  # the largest power of two
             raise InputError(
                 f"the data set has {num_images} images, fewer than the global batch of {batch_size}: "
-                "lower it with --batch-size"
+                f"lower it with --batch-size {fits}"
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.steps, self.slices = steps, local.slices(batch_size)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from rsa_detectron2.common.config import merge_config
+from rsa_detectron2.common.config import NoSuchKey, find_config, merge_config
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import check, differences, get_cfg
+from rsa_detectron2.transfer.config import torchvision_defaults
 
 KEYS = {
     "choose one of": {
@@ -55,7 +56,10 @@ def test_values_that_no_run_could_use(reason, key, value):
 
 def test_values_that_fit_only_together():
     for overrides, message in (
-        (["SOLVER.EPOCHS", 10], "the warm-up of 10 epochs leaves nothing of 10"),
+        (
+            ["SOLVER.EPOCHS", 10],
+            "warm-up of 10 epochs leaves nothing of 10: give SOLVER.WARMUP_EPOCHS 0, or at least 11 epochs",
+        ),
         (["METHOD", "moco", "MODEL.QUEUE", 4095], "must hold the 4096 keys of a step"),
     ):
         cfg = get_cfg()
@@ -69,13 +73,67 @@ def test_whole_numbers_for_keys_that_hold_floats():
     assert (cfg.MODEL.BETA, cfg.SOLVER.BASE_LR, cfg.SOLVER.EPOCHS) == (0.0, 1.0, 20)
     assert type(cfg.MODEL.BETA) is float and type(cfg.SOLVER.EPOCHS) is int
     for key, value, reason in (
-        ("SOLVER.EPOCHS", "2.5", "int"),
-        ("MODEL.BETA", "many", "float"),
-        ("MODEL.BETTA", "0", "Non-existent key"),
+        ("SOLVER.EPOCHS", "2.5", "SOLVER.EPOCHS takes a whole number, not '2.5'$"),
+        ("MODEL.BETA", "many", "MODEL.BETA takes a number, not 'many'$"),
+        ("SOLVER.COMPILE", "3", "SOLVER.COMPILE takes True or False, not '3'$"),
         ("MODEL.BETA.X", "0", "MODEL.BETA.X"),
     ):
         with pytest.raises(InputError, match=reason):
             merge_config(get_cfg(), None, [key, value])
+
+
+def test_keys_and_files_that_are_not_there_name_the_nearest():
+    for key, near in (
+        ("MODEL.BETTA", "MODEL.BETA"),
+        ("SOLVER.LR", "SOLVER.BASE_LR"),
+        ("solver.epochs", "SOLVER.EPOCHS"),
+        ("base_lr", "SOLVER.BASE_LR"),
+    ):
+        with pytest.raises(NoSuchKey, match=f"there is no key {key}: did you mean {near}\\?$"):
+            merge_config(get_cfg(), None, [key, "0"])
+    with pytest.raises(NoSuchKey, match="there is no key ELSEWHERE$"):
+        merge_config(get_cfg(), None, ["ELSEWHERE", "0"])
+    for name, near in (
+        ("imagenet_rsa_R50.yaml", "pretrain/imagenet_rsa_R50.yaml"),
+        ("pretrain/cifar10_rsa.yaml", "pretrain/cifar10_rsa_R18.yaml"),
+        ("transfer/mask_rcnn_r50_fpn_1x.yaml", "transfer/mask_rcnn_R50_FPN_1x.yaml"),
+    ):
+        with pytest.raises(InputError, match=f"no config file {name}: .*did you mean .*{near}"):
+            find_config(name)
+    with pytest.raises(InputError, match="configs$"):
+        find_config("absent.yaml")
+
+
+def test_words_that_are_no_key_are_told_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
+    for cfg, word, advice in (
+        (get_cfg(), "SOLVER.EPOCHS=3", "^SOLVER.EPOCHS=3: write SOLVER.EPOCHS 3$"),
+        (get_cfg(), "photographs", "^photographs is no KEY: give --data PATH"),
+        (get_cfg(), "a/b", "--data PATH"),
+        (get_cfg(), "pretrain/cifar10_rsa_R18.yaml", "as --config-file pretrain/cifar10_rsa_R18.yaml$"),
+        (torchvision_defaults(), "out/rsa.pkl", "MODEL.WEIGHTS FILE for weights$"),
+    ):
+        for words in ([word], [word, "SEED", "1"], ["SEED", "1", word]):
+            with pytest.raises(InputError, match=advice):
+                merge_config(cfg, None, words)
+
+
+def test_recipes_of_the_other_stage(tmp_path):
+    (tmp_path / "mine.yaml").write_text("DATASETS: {TRAIN: (a,)}\n")
+    (tmp_path / "theirs.yaml").write_text("METHOD: rsa\n")
+    for cfg, path, advice in (
+        (get_cfg(), find_config("transfer/mask_rcnn_R50_FPN_1x.yaml"), "tools/train_net.py takes it$"),
+        (get_cfg(), tmp_path / "mine.yaml", "is a fine-tuning recipe: tools/train_net.py takes it$"),
+        (
+            torchvision_defaults(),
+            find_config("pretrain/imagenet_rsa_R50.yaml"),
+            "tools/pretrain.py takes it$",
+        ),
+        (torchvision_defaults(), tmp_path / "theirs.yaml", "is a pre-training recipe: tools/pretrain.py"),
+    ):
+        with pytest.raises(InputError, match=advice):
+            merge_config(cfg, str(path), [])
 
 
 def test_differences_name_what_would_change_the_result():

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import load_weights
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, write_json
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,34 @@ def test_length_chooses_the_learning_rate(tool, tmp_path, options, lr, epochs, t
     assert told in done.stdout and ("sets another" in done.stdout) == bool(told)
 
 
+def test_commands_for_your_own_images(tmp_path, monkeypatch, image_folder, tiny_coco):
+    """As docs/commands.md has them: the first gives a sound configuration, the third finds its data."""
+    from rsa_detectron2.tools import pretrain, train_net
+    from rsa_detectron2.tools._recipe import load_recipe
+
+    text = (ROOT / "docs" / "commands.md").read_text().split("## Your own images\n")[1]
+    first, second, third = re.findall(r"^    tools/(.*)", text, re.M)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").symlink_to(image_folder)
+    for split in ("train", "valid"):
+        (tmp_path / "export" / split).mkdir(parents=True)
+        write_json(tiny_coco, tmp_path / "export" / split, "_annotations.coco.json")
+
+    monkeypatch.setattr(sys, "argv", shlex.split(first))
+    args, given = pretrain.parse(), []
+    monkeypatch.setattr(pretrain, "load_recipe", lambda *words: given.append(words) or sys.exit())
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    cfg = load_recipe(*given[0])[0]
+    assert args.data == cfg.DATA.PATH == "photographs" and not cfg.DATA.CLASSES
+    solver = cfg.SOLVER
+    assert (solver.BATCH_SIZE, solver.EPOCHS, solver.WARMUP_EPOCHS, solver.OPTIMIZER) == (256, 200, 0, "sgd")
+    assert second == "convert_to_d2.py" and cfg.OUTPUT_DIR == "output/pretrain"
+    cfg = torchvision_defaults()
+    train_net.configure(cfg, train_net.parse(shlex.split(third)[1:]))
+    assert cfg.SOLVER.MAX_ITER == 3000 and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+
+
 def test_another_optimizer_keeps_its_learning_rate(tmp_path):
     """And the rate that is taken stands in the record of the run."""
     from rsa_detectron2.tools._recipe import load_recipe
@@ -209,6 +238,17 @@ COMMANDS = {
         ["train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "--engine", "torchvision"],
         "datasets/coco/annotations",
     ),
+    "train without val": (
+        [
+            *("train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml"),
+            *("--engine", "torchvision", "--train", "a.json", "images"),
+        ],
+        "evaluates on coco_2017_val, which is not here: with --train give --val too",
+    ),
+    "few images": (
+        ["pretrain", "--data", "IMAGES"],
+        "24 images, fewer than the global batch of 2048: lower it with --batch-size 16$",
+    ),
     "no evaluation": (["evaluate", "knn", "absent.pth"], "no checkpoint absent.pth"),
     "no run": (["report", "absent"], "absent/results.json"),
 }
@@ -220,6 +260,16 @@ def test_wrong_arguments_are_one_line(tool, tmp_path, image_folder, command, mes
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(message, lines[0]), done.stderr
+
+
+def test_a_config_file_is_looked_up_before_detectron2_is_imported(monkeypatch):
+    from rsa_detectron2.common.errors import InputError
+    from rsa_detectron2.tools import train_net
+
+    monkeypatch.setattr(train_net, "import_detectron2", lambda: pytest.fail("imported"))
+    monkeypatch.setattr(sys, "argv", ["train_net", "--config-file", "absent.yaml"])
+    with pytest.raises(InputError, match="no config file absent.yaml"):
+        train_net.main()
 
 
 def test_missing_detectron2_says_how_to_install_it(tool, tmp_path):

@@ -259,7 +259,7 @@ def test_schedule_of_a_smaller_batch_has_as_many_epochs(tiny_coco, tmp_path, cap
         resume=False,
         scale_schedule=False,
         train=(path, str(tmp_path)),
-        val=None,
+        val=(path, str(tmp_path)),
         overrides=["SOLVER.IMS_PER_BATCH", "2"],
     )
     cfg = torchvision_defaults()

@@ -47,11 +47,13 @@ def locate_dataset(name: str) -> tuple[str, str]:
         raise InputError(
             f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES"
         )
+    if annotations.is_dir():
+        raise InputError(f"{annotations} is a folder: the order is JSON IMAGES")
     if not annotations.is_file():
-        raise InputError(
-            f"no annotation file {annotations}: put COCO 2017 under {root}/coco "
-            "(or set DETECTRON2_DATASETS), or give --train/--val JSON IMAGES"
-        )
+        advice = "give --train/--val JSON IMAGES"
+        if name in COCO_2017:
+            advice = f"put COCO 2017 under {root}/coco (or set DETECTRON2_DATASETS), or {advice}"
+        raise InputError(f"no annotation file {annotations}: {advice}")
     if not images.is_dir():
         raise InputError(f"no image folder {images}, which belongs to {annotations}")
     return str(annotations), str(images)

@@ -833,6 +833,14 @@ def test_a_path_that_a_data_set_name_cannot_hold_is_refused(tiny_coco, tmp_path,
             dataset_name(annotations, images)
 
 
+def test_paths_that_are_not_there_say_what_to_give(tiny_coco, tmp_path):
+    path = write_json(tiny_coco, tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder: the order is JSON IMAGES$"):
+        locate_dataset(dataset_name(tmp_path, path))
+    with pytest.raises(InputError, match="no annotation file absent.json: give --train/--val JSON IMAGES$"):
+        locate_dataset(dataset_name("absent.json", tmp_path))
+
+
 def test_a_file_is_parsed_once(tiny_coco, tmp_path):
     """The checks, both sets, the targets and the metric share one reading."""
     files = {str(write_json(tiny_coco, tmp_path, name)): 0 for name in ("train.json", "val.json")}
