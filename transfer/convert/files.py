@@ -78,10 +78,12 @@ def _read(path, stack):
         return _read_safetensors(stack.enter_context(safetensors.safe_open(path, "pt")))
     if start[:1] == b"\x80":
         return _read_pickles(stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    for beginning, what in OTHER_FILES.items():
-        if start.startswith(beginning):
-            raise ValueError(what)
-    raise ValueError("it is neither of torch.save nor safetensors nor a pickle")
+    what = next(
+        (what for beginning, what in OTHER_FILES.items() if start.startswith(beginning)),
+        "it is neither of torch.save nor safetensors nor a pickle: give the file that the training saved "
+        "(.pth, .pt, .ckpt, .safetensors, .pkl)",
+    )
+    raise InputError(f"{path} cannot be read as a checkpoint: {what}")
 
 
 def printable(text: Any, most: int = 150) -> str:

@@ -688,11 +688,15 @@ def test_wrong_files(tmp_path, kind):
     "kind, message",
     [
         ("TorchScript", "a TorchScript module, .*save its state_dict"),
-        ("text", "a pointer of Git LFS.*git lfs pull"),
+        ("text", "as a checkpoint: a pointer of Git LFS.*git lfs pull"),
         ("HTML", "a web page"),
         ("gzip", "compressed: unpack it with gunzip"),
         ("a header of 2**63", "neither of torch.save"),
-        ("zeros", "neither of torch.save nor safetensors nor a pickle"),
+        (
+            "zeros",
+            "as a checkpoint: it is neither of torch.save nor safetensors nor a pickle: "
+            r"give the file that the training saved \(.pth, .pt, .ckpt, .safetensors, .pkl\)$",
+        ),
     ],
 )
 def test_what_a_wrong_file_is(tmp_path, kind, message):
