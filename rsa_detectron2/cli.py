@@ -13,13 +13,13 @@ COMMANDS = {
     "evaluate": "kNN top-1 and linear evaluation of a backbone",
     "report": "table, curves and pictures of fine-tuning runs",
     "report_top1": "tables of top-1 beside the paper's",
-    "reproduce": "the tables and figures of the paper",
-    "ablation": "the controlled test: classes that depend on a color which augmentation destroys",
+    "reproduce": "the tables and figures of the paper, and the controlled test",
     "show_views": "aggressive views, and the pairs that drifted most",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
     "benchmark": "speed of the parts, beside what they replace",
     "quickstart": "the whole chain at a small size, in minutes on a CPU",
 }
+MOVED = {"ablation": "reproduce controlled"}
 
 
 def usage() -> str:
@@ -34,6 +34,9 @@ def main() -> None:
         print(usage())
     elif command == "--version":
         print(f"rsa-d2 {__version__}")
+    elif command in MOVED:
+        print(f"error: rsa-d2 {command} is now rsa-d2 {MOVED[command]}", file=sys.stderr)
+        sys.exit(2)
     elif command not in COMMANDS:
         print(f"error: no command {command}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

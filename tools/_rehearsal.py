@@ -61,7 +61,7 @@ class Rehearsal:
         self.machine = "gpu" if torch.cuda.is_available() else "cpu"
         self.folder = Path(args.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log, self.drawn = self.folder / "log.txt", []
+        self.drawn = []
 
     def data(self, name: str) -> Path:
         """The path of a data set: the user's, or that of a stand-in."""

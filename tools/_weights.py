@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from rsa_detectron2.common.config import find_config, merge_config
 from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.pretrain.config import get_cfg
+from rsa_detectron2.pretrain.config import check, get_cfg
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -76,3 +78,13 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
         raise InputError(f"{path} was replaced while it was read: run the same command again")
     cache = FeatureCache(path, provenance["sha256"] + branch)
     return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance
+
+
+def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:
+    """The same of a recipe's network before its training. Raises InputError."""
+    cfg = merge_config(get_cfg(), find_config(recipe), [])
+    check(cfg)
+    torch.manual_seed(seed)
+    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
+    provenance = {"source": recipe, "branch": "online", "method": "untrained", "step": 0}
+    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP)), cfg, provenance

@@ -3,11 +3,12 @@
 
     tools/evaluate.py knn                     # output/pretrain/model_final.pth, its own data set
     tools/evaluate.py linear CHECKPOINT --train DIR --val DIR
+    tools/evaluate.py parts CHECKPOINT        # both, of classes such as "star-blue": pair, form, color
 
-CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. The
-protocol of linear evaluation follows from the image size: up to 64 pixels that of the small data
-sets, else that of ImageNet. What can be used again is kept in CHECKPOINT.features: the same command
-goes on where it was stopped.
+CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. Given a
+recipe (.yaml), its untrained network is judged, drawn by --seed. The protocol of linear evaluation
+follows from the image size: up to 64 pixels that of the small data sets, else that of ImageNet. What
+can be used again is kept in CHECKPOINT.features: the same command goes on where it was stopped.
 """
 
 import argparse
@@ -17,8 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rsa_detectron2.common import record
 from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data import identity
@@ -28,7 +32,8 @@ from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
-from rsa_detectron2.tools._weights import load_features
+from rsa_detectron2.pretrain.evaluate.parts import evaluate_parts
+from rsa_detectron2.tools._weights import load_features, untrained_features
 
 
 def main() -> None:
@@ -41,7 +46,10 @@ def main() -> None:
         if value is not None and value < least:
             raise InputError(f"--{name} is {value}: it must be at least {least}")
 
-    features, cfg, provenance = load_features(args.checkpoint, args.branch)
+    if args.checkpoint.endswith(".yaml"):
+        features, cfg, provenance = untrained_features(args.checkpoint, args.seed)
+    else:
+        features, cfg, provenance = load_features(args.checkpoint, args.branch)
     cfg.DATA.PATH = args.train or cfg.DATA.PATH
     cfg.DATA.VAL = args.val or ("" if args.train else cfg.DATA.VAL)
     cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
@@ -70,7 +78,8 @@ def main() -> None:
         result["knn_top1"] = evaluate_knn(features, train, val, args.bank)
     else:
         features.amp = None  # float32 features, whatever it was trained with
-        result |= run_linear(args, features, train, val)
+        judge = run_linear if args.protocol == "linear" else run_parts
+        result |= judge(args, features, train, val)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, lambda file: file.write(json.dumps(result).encode()))
@@ -101,11 +110,18 @@ def run_linear(args: argparse.Namespace, features: Features, train: Source, val:
     return result
 
 
+def run_parts(args: argparse.Namespace, features: Features, train: Source, val: Source) -> dict[str, Any]:
+    """kNN and linear top-1 of each part of the label."""
+    if device().type == "cpu":
+        torch.set_num_threads(1)  # these are few images, and figures must not depend on the number of cores
+    return {"seed": args.seed, **evaluate_parts(features, train, val, args.seed)}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("protocol", choices=("knn", "linear"))
+    parser.add_argument("protocol", choices=("knn", "linear", "parts"))
     parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
     parser.add_argument(
         "--train", metavar="DIR", help="labeled training images (default: what it was pre-trained on)"

@@ -9,7 +9,7 @@ import pytest
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.tools import reproduce
+from rsa_detectron2.tools import _steps, reproduce
 from rsa_detectron2.transfer.report import paper
 from tests.conftest import ROOT
 from tests.tools.test_report_top1 import CIFAR, cell_of, make_run
@@ -240,6 +240,7 @@ def test_another_grid_of_figure3(here, monkeypatch):
         (["table1", "--set", "SOLVER.EPOCHS", "1"], "--set: of no use for table1; leave it out"),
         (["table1", "--betas", "0.1"], "--betas: of no use for table1"),
         (["table2", "--short"], "--short: of no use for table2"),
+        (["figure1", "--rows", "a"], "--rows: of no use for figure1"),
         (
             ["table1", "--rows", "rsa"],
             "table1 has no row rsa: choose from byol_aa, byol_aw, rsa_fixed, rsa_decay",
@@ -258,17 +259,15 @@ def test_wrong_options_are_one_line(here, monkeypatch, options, message):
 def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
     """A step with exit status 75 stops it. The same command goes on, and ends in the report."""
     folder = here / "output/reproduce/seed0" / CIFAR.training.name
-    ran = []
+    commands = ["raise SystemExit(75)"]
 
-    def run(command, check):
-        ran.append(command[1:])
-        if len(ran) == 1:
-            return subprocess.CompletedProcess(command, 75)
-        make_run(folder, CIFAR, 91.0)  # as both steps would write it
-        touch(folder / "model_final.pth")
-        return subprocess.CompletedProcess(command, 0)
+    def command_line(step):
+        if not commands:
+            make_run(folder, CIFAR, 91.0)  # as both steps would write it
+            touch(folder / "model_final.pth")
+        return [sys.executable, "-c", commands.pop() if commands else ""]
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(_steps, "command_line", command_line)
     arguments = ["table2", "--rows", "rsa", "--columns", "cifar10", "--seeds", 1]
     assert call(monkeypatch, *arguments) == 75
     assert "stopped with status 75" in capfd.readouterr().err
@@ -277,6 +276,12 @@ def test_runs_stops_and_goes_on(here, monkeypatch, capfd):
     assert "[1 of 2] $ tools/pretrain.py" in said and "seed 1, 2 is missing" in said and "-1.3 *" in said
     report = json.dumps((here / "output/reproduce/table2/report.md").read_text(), ensure_ascii=False)
     assert "MoCo v2, Tiny ImageNet, 800 epochs (paper)" in report
+
+
+def test_all_is_the_papers(here, monkeypatch, capsys):
+    """The controlled test is not among its tables."""
+    assert call(monkeypatch, "all", "--dry-run") == 0
+    assert "shapes" not in capsys.readouterr().out
 
 
 def test_executable():
