@@ -127,7 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("table", choices=("all", *paper.load()["tables"], *TESTS))
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all whose weights can be had")
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="runs of each row (default: the paper's trials)"
+        "--seeds", type=int, metavar="N", help="runs of each row (default: the paper's trials, of the test 3)"
     )
     parser.add_argument(
         "--jobs",
