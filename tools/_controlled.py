@@ -27,8 +27,8 @@ UNTRAINED = "untrained"
 IMAGES = {"train": (80, 0), "val": (40, 1)}  # per class, and the seed that they are drawn with
 SIZE = 48  # pixels; the recipes' crops are scaled to 32
 CHANCE = {
-    "pair": 100 / len(shapes.COLOUR_CLASSES),
-    "form": 100 / len(shapes.COLOUR_FORMS),
+    "pair": 100 / len(shapes.COLOR_CLASSES),
+    "form": 100 / len(shapes.COLOR_FORMS),
     "color": 100 / len(shapes.HUES),
 }
 JUDGES = {"linear": ("linear", "#0072b2"), "knn": ("kNN", "#d55e00")}  # name and color in the picture
@@ -107,7 +107,7 @@ class ControlledTest:
     def prepare(self) -> None:
         """Draw the images, unless they are there. Raises InputError for a folder of other images."""
         for split, (count, seed) in IMAGES.items():
-            shapes.write_image_folder(self.folder / "images" / split, count, SIZE, seed, colours=True)
+            shapes.write_image_folder(self.folder / "images" / split, count, SIZE, seed, colors=True)
 
     def report(self) -> str:
         """Write table.csv, controlled.png and report.md; returns the table in Markdown."""
@@ -136,7 +136,7 @@ def write_report(folder: Path, results: dict[str, list[dict]]) -> str:
     chance = "{:.1f}, {:.1f} and {:.1f} %".format(*CHANCE.values())
     (folder / "report.md").write_text(
         f"# The controlled test\n\n{count} seed{'s' * (count > 1)}, mean ± sample standard deviation. "
-        f"{len(shapes.COLOUR_FORMS)} forms, {len(shapes.HUES)} colors: chance is {chance}.\n\n{markdown}\n"
+        f"{len(shapes.COLOR_FORMS)} forms, {len(shapes.HUES)} colors: chance is {chance}.\n\n{markdown}\n"
         "![top-1 by method](controlled.png)\n",
         encoding="utf-8",
     )

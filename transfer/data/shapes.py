@@ -3,7 +3,7 @@
 It serves the quick start and the tests: no download, a thousand small images in a few seconds on
 one core. A class is a form with its marking; color, rotation, scale and background are drawn
 independently of it. In a second set, for the controlled test of the method's claim, the class also
-includes the subject's color (COLOUR_CLASSES). Image ``i`` of a set is a pure function of
+includes the subject's color (COLOR_CLASSES). Image ``i`` of a set is a pure function of
 (seed, i): writing a set twice gives the same bytes.
 
 A form is a function of the plane that approximates the signed distance to its outline, negative
@@ -76,9 +76,9 @@ CLASSES = tuple(FORMS)
 # another color is nearer. Of all aggressive views 0.2 + 0.8 * 0.8 / 6 = 31 % have lost their
 # color or show another's, and 52 % of the pairs of two have at least one such view. Form and
 # marking survive; only blur affects them.
-COLOUR_FORMS = ("circle", "square", "star", "cross")
+COLOR_FORMS = ("circle", "square", "star", "cross")
 HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "magenta": 300}
-COLOUR_CLASSES = {f"{form}-{color}": (form, color) for form in COLOUR_FORMS for color in HUES}
+COLOR_CLASSES = {f"{form}-{color}": (form, color) for form in COLOR_FORMS for color in HUES}
 LUMA, CHROMA = 125, 70
 MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE = 16, 0.05
 
@@ -182,19 +182,19 @@ def draw_scene(
 
 
 def write_image_folder(
-    root: str | Path, images_per_class: int, size: int, seed: int, colours: bool = False
+    root: str | Path, images_per_class: int, size: int, seed: int, colors: bool = False
 ) -> Path:
     """Write ``root/<class>/<nnnn>.jpg``, ``images_per_class`` each of ``size`` pixels square, in
     ImageFolder layout.
 
-    The subject of a picture has the class of its folder, one of CLASSES or, with ``colours``, of
-    COLOUR_CLASSES; up to two small shapes at the border are distractors. ``root/shapes.json``,
+    The subject of a picture has the class of its folder, one of CLASSES or, with ``colors``, of
+    COLOR_CLASSES; up to two small shapes at the border are distractors. ``root/shapes.json``,
     written last, marks the folder as complete: then a second call returns at once. Raises
     InputError if ``root`` holds all or part of a set with other parameters. Returns ``root`` as a
     Path.
     """
     root = Path(root)
-    names = list(COLOUR_CLASSES if colours else CLASSES)
+    names = list(COLOR_CLASSES if colors else CLASSES)
     info = {"images_per_class": images_per_class, "size": size, "seed": seed, "classes": names}
     marker, started = root / "shapes.json", root / "shapes.started.json"
     if _is_written(marker, info):
@@ -205,7 +205,7 @@ def write_image_folder(
     root.mkdir(parents=True, exist_ok=True)
     _write_json(started, {"info": info})
     for i, name in enumerate(names):
-        form, hue = COLOUR_CLASSES.get(name, (name, None))
+        form, hue = COLOR_CLASSES.get(name, (name, None))
         label, color = CLASSES.index(form), equal_luma(HUES[hue]) if hue else None
         (root / name).mkdir(exist_ok=True)
         for n in range(images_per_class):

@@ -17,8 +17,8 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.method.augment import SIGMA, aggressive, draw_params
 from rsa_detectron2.transfer.data.shapes import (
     CLASSES,
-    COLOUR_CLASSES,
-    COLOUR_FORMS,
+    COLOR_CLASSES,
+    COLOR_FORMS,
     HUES,
     MIN_VISIBLE_PIXELS,
     draw_scene,
@@ -194,7 +194,7 @@ def test_colors_have_one_luma_and_their_own_hue():
         assert abs(np.asarray(swatch.convert("L")).astype(int) - 125).max() <= 1
 
 
-@pytest.mark.parametrize("form", COLOUR_FORMS)
+@pytest.mark.parametrize("form", COLOR_FORMS)
 def test_grayscale_leaves_nothing_of_the_color(form):
     """Pictures that differ only in the color of their subject differ in color. Where nothing is clipped they
     are the same in gray, to 2 levels, which is the rounding of three channels."""
@@ -230,10 +230,10 @@ def test_share_of_aggressive_views_without_their_color():
 
 
 def test_folder_of_forms_and_colors(tmp_path):
-    data = ImageFolder(str(write_image_folder(tmp_path / "a", 2, 32, seed=0, colours=True)))
-    assert data.classes == sorted(COLOUR_CLASSES) and len(data) == 2 * 24
+    data = ImageFolder(str(write_image_folder(tmp_path / "a", 2, 32, seed=0, colors=True)))
+    assert data.classes == sorted(COLOR_CLASSES) and len(data) == 2 * 24
     pairs = {name: name.split("-") for name in data.classes}
-    assert all(form in COLOUR_FORMS and color in HUES for form, color in pairs.values())
+    assert all(form in COLOR_FORMS and color in HUES for form, color in pairs.values())
     with pytest.raises(InputError, match="remove that folder or choose another"):
         write_image_folder(tmp_path / "a", 2, 32, seed=0)
     for (
