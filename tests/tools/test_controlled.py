@@ -1,4 +1,4 @@
-"""The controlled test at the size of a minute: what runs, what is skipped, and what the report says of it."""
+"""The controlled test in a minute: what runs, what is skipped, and what the report says."""
 
 import csv
 import json
@@ -109,7 +109,7 @@ def test_report_against_statistics(tmp_path):
 
 
 def test_recipes_differ_in_their_method_alone():
-    """The learning rate, the length and all else are the same: only the method differs."""
+    """The learning rate, the length and everything else are the same; only the method differs."""
 
     def flat(tree, prefix=""):
         return {
