@@ -6,7 +6,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
-from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 from rsa_detectron2.pretrain.evaluate.knn import check_labeled, knn_top1
 
 PARTS = {"pair": "form and color", "form": "form", "color": "color"}
@@ -20,15 +20,14 @@ def evaluate_parts(features: Features, train: Source, val: Source, seed: int) ->
     classes that are no pairs.
     """
     check_labeled(train, val)
-    bank, labels = features.of(train, "features")
-    queries, query_labels = features.of(val, "features")
+    known, wanted = features.of(train, "features"), features.of(val, "features")
     result = {}
     for part in PARTS:
-        index = torch.tensor(part_of(train, part), device=labels.device)
-        known, wanted = index[labels], index[query_labels]
-        result[f"knn_{part}"] = knn_top1(bank, known, queries, wanted, k=K)
-        protocol = linear.LINEAR["small"]
-        result[f"linear_{part}"] = linear.evaluate_linear_on(bank, known, queries, wanted, protocol, seed)[-1]
+        index = torch.tensor(part_of(train, part), device=known.labels.device)
+        bank, queries = (Labeled(values, index[labels]) for values, labels in (known, wanted))
+        result[f"knn_{part}"] = knn_top1(bank, queries, k=K)
+        top1 = linear.evaluate_linear_on(bank, queries, linear.LINEAR["small"], linear.Trial(seed))
+        result[f"linear_{part}"] = top1[-1]
     return result
 
 

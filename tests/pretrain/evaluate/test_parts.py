@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.evaluate.features import Labeled
 from rsa_detectron2.pretrain.evaluate.parts import PARTS, evaluate_parts, part_of
 from rsa_detectron2.transfer.data.shapes import COLOR_CLASSES
 
@@ -41,7 +42,7 @@ def test_features_of_the_color_alone():
     def features(images, description):
         labels = torch.from_numpy(images.labels)
         noise = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(len(labels)))
-        return 5 * torch.eye(6)[colors[labels]] + noise / 2, labels
+        return Labeled(5 * torch.eye(6)[colors[labels]] + noise / 2, labels)
 
     top1 = evaluate_parts(SimpleNamespace(of=features), train, val, seed=0)
     assert {*top1} == {f"{judge}_{part}" for judge in ("knn", "linear") for part in PARTS}
