@@ -64,8 +64,9 @@ def test_time_left_is_by_costs(step, monkeypatch):
     assert runner.time_left() == ", about 2.0 hours left"
 
 
-def test_several_at_a_time(step, tmp_path, capfd):
+def test_several_at_a_time(step, tmp_path, monkeypatch, capfd):
     """Each waits for the other, so both run at once, with one thread; what needs one of them comes later."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     a = step("a", "print(os.environ['OMP_NUM_THREADS'], 'thread'); wait_for('b.running')")
     needs_a = step("c", "assert (folder / 'a.pth').is_file()", needs=a)
     b = step("b", "(folder / 'b.running').touch(); wait_for('a.pth')")
