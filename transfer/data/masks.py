@@ -44,6 +44,31 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict:
     )
 
 
+def crop_to_rle(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict:
+    """A mask, bool [h, w], in an image of ``size`` (H, W) that has nothing outside of it: compressed RLE with
+    counts as str.
+
+    COCO counts column by column. The work grows with the crop, not with the image.
+    """
+    (h, w), (height, width) = crop.shape, size
+    framed = np.zeros((h + 2, w), dtype=bool)
+    framed[1:-1] = crop
+    row, column = np.divmod((framed[1:] != framed[:-1]).ravel().nonzero()[0], w)
+    # Where each run begins and ends, in turn, as places in the image.
+    places = (left + column) * height + (top + row)
+    places.sort()
+    if h == height:
+        # A run that ends at the bottom goes on if another one begins at the top of the next column.
+        places, times = np.unique(places, return_counts=True)
+        places = places[times == 1]
+    places = np.concatenate(((0,), places, (height * width,)))
+    counts = places[1:] - places[:-1]
+    if counts[-1] == 0:
+        counts = counts[:-1]
+    code = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
+
+
 def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
     """Pixels that sound COCO polygons or RLE cover; 0 for no mask."""
     return float(rle.area(to_rle(segmentation, height, width))) if segmentation else 0.0

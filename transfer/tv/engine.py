@@ -25,9 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from pycocotools import mask as rle
 from torch import nn
-from torchvision.models.detection import roi_heads, transform
+from torchvision.models.detection import transform
 from tqdm import tqdm
 
 from rsa_detectron2.common import workers
@@ -51,6 +50,7 @@ from rsa_detectron2.transfer.report.runs import (
     write_results,
 )
 from rsa_detectron2.transfer.tv.model import bfloat16_inside, build_model, check
+from rsa_detectron2.transfer.tv.paste import paste_rles
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +275,8 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
     for image_id in tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None):
         image = dataset.image(image_id).to(device).float() / 255
         instances = detect_one(model, image)
+        if cfg.MODEL.MASK_ON:
+            codes = paste_rles(instances["masks"], instances["boxes"], image.shape[1:])
         rows = zip(*(instances[key].tolist() for key in BOX_FIELDS))
         for n, ((x0, y0, x1, y1), score, label) in enumerate(rows):
             detection = {
@@ -284,8 +286,7 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
                 "score": score,
             }
             if cfg.MODEL.MASK_ON:
-                mask, box = instances["masks"][[n]], instances["boxes"][[n]]
-                detection["segmentation"] = paste_rle(mask, box, image.shape[1:])
+                detection["segmentation"] = codes[n]
             detections.append(detection)
     return detections
 
@@ -303,13 +304,6 @@ def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]
     size = images.image_sizes[0]
     instances["boxes"] = transform.resize_boxes(instances["boxes"], size, image.shape[1:])
     return {key: values.cpu() for key, values in instances.items()}
-
-
-def paste_rle(mask: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> dict:
-    """One mask [1, 1, 28, 28] at its box [1, 4] in an image of ``size`` (H, W): compressed RLE."""
-    pixels = roi_heads.paste_masks_in_image(mask, box, size)[0, 0] >= 0.5
-    code = rle.encode(np.asfortranarray(pixels.numpy(), dtype=np.uint8))
-    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
 
 
 def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: Origin = Origin()) -> dict:
