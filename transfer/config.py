@@ -222,5 +222,5 @@ def torchvision_defaults() -> CN:
             AMP=dict(ENABLED=False),
         )
     )
-    cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
+    cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, EVAL_PERIOD=0, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
     return cfg

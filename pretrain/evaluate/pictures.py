@@ -1,9 +1,11 @@
 """Pictures of what the aggressive augmentation does to images, and of how far features move with it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as TF
@@ -211,3 +213,50 @@ def show(ax: Axes, picture: np.ndarray, words: str) -> None:
     ax.imshow(picture)
     ax.set_axis_off()
     ax.text(0.5, -0.02, words, transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
+
+
+SAME, OTHER = "#009e73", "#cc3311"  # frames: a neighbor of the query's class, or of another
+NEIGHBORS = 5
+
+
+def draw_neighbors(
+    images: Source, features: dict[str, torch.Tensor], queries: Sequence[int], path: Path
+) -> Path:
+    """A row for each of ``queries``, indices of images: the image, then its nearest neighbors among
+    all images, by cosine, once for each of ``features``.
+
+    features: {title: float [N, D] of the N images}. Where images have labels, a green frame means
+    the class of the query, a red one another class.
+    """
+    columns = 1 + NEIGHBORS * len(features)
+    figure = Figure(figsize=(0.9 * columns + 0.3, 0.95 * len(queries) + 0.5), dpi=130, layout="constrained")
+    grid = figure.subplots(len(queries), columns, squeeze=False)
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for row, query in zip(grid, queries):
+        row[0].imshow(square(images.read(query), 96))
+        for start, vectors in zip(range(1, columns, NEIGHBORS), features.values()):
+            for ax, index in zip(row[start:], nearest(vectors, query)):
+                ax.imshow(square(images.read(index), 96))
+                frame(ax, images.labels[query], images.labels[index])
+    grid[0][0].set_title("image", fontsize=9)
+    for start, title in zip(range(1, columns, NEIGHBORS), features):
+        grid[0][start].set_title(title, fontsize=9, loc="left")
+    figure.savefig(path)
+    return path
+
+
+def nearest(features: torch.Tensor, query: int) -> list[int]:
+    """The NEIGHBORS images of the largest cosine with ``query``, itself left out; features float [N, D]."""
+    vectors = F.normalize(features, dim=1)
+    cosine = vectors @ vectors[query]
+    cosine[query] = -torch.inf
+    return cosine.topk(min(NEIGHBORS, len(vectors) - 1)).indices.tolist()
+
+
+def frame(ax: Axes, label: int, other: int) -> None:
+    """Frame a neighbor by whether its class is the query's; -1 is no label, and gets no frame."""
+    if label < 0 or other < 0:
+        return
+    ax.spines[:].set(visible=True, color=SAME if label == other else OTHER, linewidth=2)

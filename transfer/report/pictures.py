@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import math
 import sys
 import textwrap
 import warnings
@@ -43,30 +42,24 @@ PANELS = {
         "",
         {},
     ),
-    "Schedules": ("β", {"beta": "β"}, "τ", {"tau": "τ"}),
-    "Learning rate": ("learning rate", {"lr": "learning rate"}, "", {}),
-    "Collapse watch": (
+    "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
+    "Similarity of views, and collapse": (
         "cosine",
         {"cos_aa": "aggressive–aggressive", "cos_aw": "aggressive–weak"},
         "feature std",
         {"feature_std": "feature std"},
     ),
-    "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
+    "Schedules": ("β, learning rate", {"beta": "β", "lr": "learning rate"}, "τ", {"tau": "τ"}),
 }
-
-
 FINE_TUNING = {  # key of metrics.json: title and label of its panel, which has a curve for each run
     "total_loss": ("Fine-tuning loss", "total loss"),
-    "loss_cls": ("Class", "loss"),
-    "loss_box_reg": ("Box", "loss"),
-    "loss_mask": ("Mask", "loss"),
-    "loss_rpn_cls": ("RPN objectness", "loss"),
-    "loss_rpn_loc": ("RPN box", "loss"),
     "bbox/AP": ("Box AP", "AP (%)"),
     "segm/AP": ("Mask AP", "AP (%)"),
 }
+SMALL, SMALL_WIDTH = "Schedules", 0.75  # the panel that tells least
 
 
+THRESHOLD = 0.5  # of the scores of detections that are drawn
 DEJAVU = "DejaVu Sans"  # matplotlib's own font
 
 
@@ -131,76 +124,87 @@ def read_series(path: str | Path, x: str, keys: list[str]) -> dict[str, Series]:
 
 
 def plot_curves(pretrain_folder: str | Path | None, runs: dict[str, str | Path], path: Path) -> Path | None:
-    """Draw the curves of pre-training and of fine-tuning as one PNG.
+    """Draw the curves of pre-training, then of fine-tuning, a row of panels each, as one PNG.
 
-    Of pre-training: losses, schedules, similarities and kNN accuracy; of fine-tuning: losses and AP.
+    Of pre-training: losses, kNN accuracy, similarities and schedules; of fine-tuning: loss and AP.
 
     pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}.
     A panel without data is left out. Returns the path, or None when no panel has data.
     """
+    rows = [pretraining_panels(pretrain_folder) if pretrain_folder else [], fine_tuning_panels(runs)]
+    rows = [panels for panels in rows if panels]
+    if not rows:
+        return None
+    with literal_text(*runs):
+        draw_panels(rows, len(runs), path)
+    return path
+
+
+def pretraining_panels(folder: str | Path) -> list[Panel]:
+    keys = [key for _, left, _, right in PANELS.values() for key in (*left, *right)]
+    series = read_series(Path(folder, "metrics.jsonl"), "step", keys)
     panels = []
-    if pretrain_folder is not None:
-        keys = [key for _, left, _, right in PANELS.values() for key in (*left, *right)]
-        series = read_series(Path(pretrain_folder, "metrics.jsonl"), "step", keys)
-        for title, (ylabel, left, ylabel2, right) in PANELS.items():
-            sides = [
-                [(label, series[key]) for key, label in side.items() if key in series]
-                for side in (left, right)
-            ]
-            if any(sides):
-                panels.append((title, "step", (ylabel, ylabel2), sides))
+    for title, (ylabel, left, ylabel2, right) in PANELS.items():
+        sides = [
+            [(label, series[key]) for key, label in side.items() if key in series] for side in (left, right)
+        ]
+        if any(sides):
+            panels.append((title, "step", (ylabel, ylabel2), sides))
+    return panels
+
+
+def fine_tuning_panels(runs: dict[str, str | Path]) -> list[Panel]:
     series = {
         name: read_series(Path(folder, "metrics.json"), "iteration", list(FINE_TUNING))
         for name, folder in runs.items()
     }
+    panels = []
     for key, (title, ylabel) in FINE_TUNING.items():
         curves = [(name, found[key]) for name, found in series.items() if key in found]
         if curves:
             panels.append((title, "iteration", (ylabel, ""), [curves, []]))
-    if not panels:
-        return None
-    with literal_text(*runs):
-        draw_panels(panels, len(runs), path)
-    return path
+    return panels
 
 
-def draw_panels(panels: list[Panel], num_runs: int, path: Path) -> None:
-    """Panels (title, label of x, labels of both y axes, their curves) -> PNG."""
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * rows), dpi=150, layout="constrained")
-    for i, (title, xlabel, ylabels, sides) in enumerate(panels):
-        left = figure.add_subplot(rows, columns, i + 1, xlabel=xlabel)
-        both = all(sides)
-        colors = iter(PALETTE * (1 + num_runs))
-        for ax, ylabel, curves in zip((left, left.twinx() if both else left), ylabels, sides):
-            for (label, (x, y)), color in zip(curves, colors):
-                # a few evaluations are points; a line alone would hide how many there were
-                marker = "o" if len(x) < 30 else None
-                # legends leave out "_..."
-                ax.plot(
-                    x,
-                    y,
-                    color=color,
-                    linewidth=1.4,
-                    marker=marker,
-                    markersize=3,
-                    label=" " + label if label.startswith("_") else label,
-                )
-            if curves:
-                # an axis of its own for one curve is told apart by that curve's color
-                ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
-            if len(curves) > 1:
-                beside = (
-                    {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2} if both else {}
-                )
-                # it would not see the curves of the other axis
-                ax.legend(fontsize=8, frameon=False, **beside)
-            ax.spines["top"].set_visible(False)
-        left.set_title(title, fontsize=11, loc="left")
-        left.xaxis.set_major_formatter(EngFormatter(sep=""))
-        left.grid(alpha=0.25)
+def draw_panels(rows: list[list[Panel]], num_runs: int, path: Path) -> None:
+    """Rows of panels -> PNG."""
+    widths = [[SMALL_WIDTH if panel[0] == SMALL else 1.0 for panel in panels] for panels in rows]
+    total = max(map(sum, widths))
+    figure = Figure(figsize=(4.2 * total, 3 * len(rows)), dpi=150, layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, panels, row_widths in zip(parts, rows, widths):
+        spare = total - sum(row_widths)  # a shorter row leaves its right end empty
+        if spare:
+            row_widths = [*row_widths, spare]
+        grid = part.add_gridspec(1, len(row_widths), width_ratios=row_widths)
+        for cell, panel in zip(grid, panels):
+            draw_panel(part.add_subplot(cell), panel, num_runs)
     figure.savefig(path)
+
+
+def draw_panel(left: Axes, panel: Panel, num_runs: int) -> None:
+    title, xlabel, ylabels, sides = panel
+    both = all(sides)
+    colors = iter(PALETTE * (1 + num_runs))
+    for ax, ylabel, curves in zip((left, left.twinx() if both else left), ylabels, sides):
+        for (label, (x, y)), color in zip(curves, colors):
+            # A few evaluations are points; a line alone would hide how many there were.
+            marker = "o" if len(x) < 30 else None
+            # Legends leave out "_...".
+            label = " " + label if label.startswith("_") else label
+            ax.plot(x, y, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
+        if curves:
+            # An axis for one curve has that curve's color.
+            ax.set_ylabel(ylabel, color=color if both and len(curves) == 1 else "black")
+        if len(curves) > 1:
+            # A legend does not see the curves of the other axis, and would cover them.
+            beside = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2} if both else {}
+            ax.legend(fontsize=8, frameon=False, **beside)
+        ax.spines["top"].set_visible(False)
+    left.set(xlabel=xlabel)
+    left.set_title(title, fontsize=9 if both else 11, loc="left")
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    left.grid(alpha=0.25)
 
 
 def plot_ap(rows: list[Row], path: Path) -> Path:
@@ -353,12 +357,11 @@ def draw_detections(
     runs: dict[str, str | Path],
     path: Path,
     num_images: int = 4,
-    threshold: float = 0.5,
 ) -> Path:
     """Draw ground truth, if any, then the detections of each run, {name: folder}, as one PNG.
 
     The first ``num_images`` images, by id, that have annotations, or detections where none has. Detections
-    scoring at least ``threshold``; where a run has none of those on an image, its three best. Raises
+    scoring at least THRESHOLD; where a run has none of those on an image, its three best. Raises
     InputError when a file is missing or useless.
     """
     sets = {name: evaluated_set(folder, annotations, image_folder) for name, folder in runs.items()}
@@ -371,7 +374,7 @@ def draw_detections(
     if not images:
         raise InputError(f"no annotations to draw in {annotations}")
     with literal_text(*runs, *(c["name"] for _, categories in columns.values() for c in categories)):
-        draw_grid(dataset, images, columns, path, threshold)
+        draw_grid(dataset, images, columns, path)
     return path
 
 
@@ -389,12 +392,20 @@ def read_detections(folder: str | Path) -> list[dict]:
     return json.loads(file.read_text())
 
 
+def what_is_shown(detections: list[dict]) -> str:
+    """The caption of a run's detections on an image, sorted by score."""
+    if not detections:
+        return "no detections"
+    if detections[0]["score"] < THRESHOLD:
+        return f"none scores {THRESHOLD:g} or more: the best {len(detections)}"
+    return f"{len(detections)} scoring {THRESHOLD:g} or more"
+
+
 def draw_grid(
     dataset: Dataset,
     images: list[dict],
     columns: dict[str, tuple[list[dict], list[dict]]],
     path: Path,
-    threshold: float,
 ) -> None:
     """Images' entries and {title: (instances, categories)} -> PNG with a row for each image."""
     palette = {}
@@ -405,7 +416,6 @@ def draw_grid(
     figure = Figure(
         figsize=(3 * len(columns), 3 * sum(heights) + 0.25 * len(images) + 0.5), dpi=150, layout="constrained"
     )
-    figure.suptitle(f"detections scoring ≥ {threshold:g}", fontsize=10)
     grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
     for row, info in zip(grid, images):
         try:
@@ -417,9 +427,8 @@ def draw_grid(
             shown = [a for a in instances if a["image_id"] == info["id"]]
             if title != "ground truth":
                 ranked = sorted(shown, key=lambda a: -a["score"])
-                shown = [a for a in ranked if a["score"] >= threshold] or ranked[:3]
-                if not shown or shown[0]["score"] < threshold:
-                    ax.set_xlabel(f"none ≥ {threshold:g}; best {len(shown)} shown", fontsize=8)
+                shown = [a for a in ranked if a["score"] >= THRESHOLD] or ranked[:3]
+                ax.set_xlabel(what_is_shown(shown), fontsize=8)
             names = {category["id"]: category["name"] for category in categories}
             draw_instances(ax, image, shown, names, {number: palette[name] for number, name in names.items()})
             ax.set(xticks=[], yticks=[])

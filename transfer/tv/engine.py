@@ -13,6 +13,7 @@ up to the order of its atomic sums. Iterations count from 0, as in Detectron2: t
 5000 of them is model_0004999.pth.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -148,13 +149,23 @@ def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.SGD:
 
 
 class Trainer:
-    """Trains from MODEL.WEIGHTS, or on from ``checkpoint``, to model_final.pth. Raises InputError."""
+    """A training from its weights, or from ``checkpoint`` on, to model_final.pth. Raises InputError.
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, dataset: CocoInstances, checkpoint: Path | None):
-        self.cfg, self.model, self.dataset = cfg, model, dataset
+    ``val_set`` is what TEST.EVAL_PERIOD evaluates on.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        dataset: CocoInstances,
+        val_set: CocoInstances | None = None,
+        checkpoint: Path | None = None,
+    ):
+        self.cfg, self.model, self.dataset, self.val_set = cfg, model, dataset, val_set
         self.folder, self.device = Path(cfg.OUTPUT_DIR), next(model.parameters()).device
         self.optimizer = build_optimizer(model, cfg.SOLVER)
-        self.start, self.about = 0, None
+        self.start, self.about, self.complete = 0, None, bool(checkpoint and checkpoint.name == FINAL)
         if not checkpoint:
             self.provenance = load_backbone(cfg, model)
             return
@@ -195,8 +206,9 @@ class Trainer:
                     recent.clear()
                 if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
                     self.save(f"model_{i:07d}.pth", i)
-        if self.cfg.TEST.PRECISE_BN.ENABLED:
-            self.make_statistics_precise()
+                if self.evaluates_after(i):
+                    metrics.write(json.dumps({"iteration": i, **self.evaluate(i + 1)}) + "\n")
+        self.make_statistics_precise(solver.MAX_ITER)
         self.save(FINAL, solver.MAX_ITER - 1)
 
     def batches(self, start: int, stop: int) -> Iterator:
@@ -220,13 +232,32 @@ class Trainer:
         self.optimizer.step()
         return dict(zip(("total_loss", *map(LOSSES.get, losses)), figures))
 
-    def make_statistics_precise(self) -> None:
-        """Recompute BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER further batches."""
-        start, count = self.cfg.SOLVER.MAX_ITER, self.cfg.TEST.PRECISE_BN.NUM_ITER
-        batches = self.batches(start, start + count)
+    def evaluates_after(self, i: int) -> bool:
+        """Whether TEST.EVAL_PERIOD asks for an evaluation. The last one is that of the saved model."""
+        period = self.cfg.TEST.EVAL_PERIOD
+        return period > 0 and (i + 1) % period == 0 and i + 1 != self.cfg.SOLVER.MAX_ITER
+
+    def evaluate(self, i: int) -> dict[str, float]:
+        """{"bbox/AP": percent, ...} before iteration ``i``; training goes on as if it had not been."""
+        state = copy.deepcopy(self.model.state_dict())
+        sides = self.model.transform.min_size, self.model.transform.max_size
+        self.make_statistics_precise(i)
+        ap = evaluate(self.cfg, self.model, self.val_set)
+        self.model.load_state_dict(state)
+        self.model.transform.min_size, self.model.transform.max_size = sides
+        self.model.train()
+        return {f"{task}/{key}": value for task, values in ap.items() for key, value in values.items()}
+
+    def make_statistics_precise(self, start: int) -> None:
+        """BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER batches, those of ``start`` on."""
+        if not self.cfg.TEST.PRECISE_BN.ENABLED:
+            return
+        batches = self.batches(start, start + self.cfg.TEST.PRECISE_BN.NUM_ITER)
         # update_statistics calls model(batch), and the model takes (images, targets).
         unpack = self.model.register_forward_pre_hook(lambda _, inputs: inputs[0])
-        bar = tqdm(batches, "precise BatchNorm", count, dynamic_ncols=True, disable=None)
+        bar = tqdm(
+            batches, "precise BatchNorm", self.cfg.TEST.PRECISE_BN.NUM_ITER, dynamic_ncols=True, disable=None
+        )
         update_statistics(self.model, bar)
         unpack.remove()
 
@@ -242,23 +273,16 @@ class Trainer:
         save_checkpoint(self.folder, name, content)
 
 
-def fit(
-    cfg: CfgNode,
-    model: nn.Module,
-    dataset: CocoInstances,
-    checkpoint: Path | None = None,
-    origin: Origin = Origin(),
-) -> None:
-    """Train ``model`` to MAX_ITER and write model_final.pth; from ``checkpoint`` on, if given."""
-    trainer = Trainer(cfg, model, dataset, checkpoint)
-    if checkpoint and checkpoint.name == FINAL:  # it is trained already
+def fit(trainer: Trainer, origin: Origin = Origin()) -> None:
+    """Train to MAX_ITER and write model_final.pth, unless the trainer has started from that file."""
+    if trainer.complete:
         return
     try:
         trainer.fit(origin)
     except torch.OutOfMemoryError:
         raise InputError(
-            f"{cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of {trainer.device}: "
-            "lower SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR"
+            f"{trainer.cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of "
+            f"{trainer.device}: lower SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR"
         ) from None
 
 
@@ -336,7 +360,7 @@ def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: O
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
-        fit(cfg, model, train_set, start, origin)
+        fit(Trainer(cfg, model, train_set, val_set, start), origin)
     final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
     state, iterations, weights = load_model(final, model.state_dict())
     model.load_state_dict(state)

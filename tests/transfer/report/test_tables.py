@@ -162,7 +162,8 @@ def test_curves_hold_only_panels_with_data(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     full = Image.open(pictures.plot_curves(tmp_path, {"run": run}, tmp_path / "full.png"))
     small = Image.open(pictures.plot_curves(None, {"run": run}, tmp_path / "small.png"))
-    assert full.size == (1890, 900) and small.size == (1260, 450)  # six panels; loss and AP
+    # loss, kNN and narrow schedules above, loss and AP below; then these two alone
+    assert full.size == (1732, 900) and small.size == (1260, 450)
     assert np.asarray(full).std() > 10 and np.asarray(small).std() > 10
     assert (
         pictures.plot_curves(None, {}, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()

@@ -400,6 +400,27 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     shutil.rmtree(tmp_path)  # gigabytes
 
 
+def test_evaluations_during_training_leave_it_as_it_was(coco, tmp_path):
+    def run(name, period):
+        settings = {
+            "SOLVER.MAX_ITER": 6,
+            "TEST.EVAL_PERIOD": period,
+            "TEST.PRECISE_BN.ENABLED": True,
+            "TEST.PRECISE_BN.NUM_ITER": 2,
+        }
+        cfg = config(coco, tmp_path / name, *(word for pair in settings.items() for word in pair))
+        engine.train(cfg)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
+        saved = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
+        return saved["model"], [row["iteration"] for row in rows if "bbox/AP" in row]
+
+    plain, at_the_end = run("plain", 0)
+    watched, evaluated = run("watched", 2)
+    assert at_the_end == [5] and evaluated == [1, 3, 5]
+    assert all(torch.equal(tensor, watched[name]) for name, tensor in plain.items())
+    shutil.rmtree(tmp_path)
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog, capsys):
     """Training goes on and ends with an error of one line; --resume then trains what is missing."""
     cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
@@ -432,13 +453,13 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
     data = CocoInstances(load_dataset(coco), training=True)
     model = engine.build_model(cfg)
     monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
-    engine.fit(cfg, model, data)
+    engine.fit(engine.Trainer(cfg, model, data))
     assert all(torch.equal(model.backbone.body.state_dict()[name], tensor) for name, tensor in state.items())
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["weights"] == {"method": "rsa"}
 
     del state["layer4.2.bn3.running_var"]
     with pytest.raises(InputError, match="layer4.2.bn3.running_var"):
-        engine.fit(cfg, model, data)
+        engine.fit(engine.Trainer(cfg, model, data))
     (tmp_path / "model_final.pth").unlink()
 
 
@@ -462,7 +483,7 @@ def test_learns_two_images(coco, tmp_path):
     )
     data = CocoInstances(load_dataset(coco), training=True)
     data.ids = data.ids[:2]
-    engine.fit(cfg, engine.build_model(cfg), data)
+    engine.fit(engine.Trainer(cfg, engine.build_model(cfg), data))
     first, last = [
         json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()
     ]
