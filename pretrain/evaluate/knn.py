@@ -17,14 +17,23 @@ from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 SIMILARITIES = 2**27  # numbers in memory at once: half a GB
 
 
-def knn_top1(bank: Labeled, queries: Labeled, k: int = 200, temperature: float = 0.1) -> float:
+def neighbors(bank_labels: torch.Tensor) -> int:
+    """k of kNN: 200 (Wu et al. 2018), or a quarter of the bank's images per class where that is less.
+
+    More neighbors than a class has images would be outvoted by other classes however good the features are.
+    """
+    return max(1, min(200, len(bank_labels) // (4 * len(bank_labels.unique()))))
+
+
+def knn_top1(bank: Labeled, queries: Labeled, k: int | None = None, temperature: float = 0.1) -> float:
     """Top-1 in percent of ``queries`` by weighted kNN (Wu et al. 2018): the k nearest by cosine vote with
     exp(cos / T).
 
-    k is cut to the size of the bank.
+    k, by default that of :func:`neighbors`, is cut to the size of the bank.
     """
     # The similarities are scaled, not the bank: a copy of it may not fit in memory.
     known, known_labels = bank
+    k = k or neighbors(known_labels)
     lengths = known.norm(dim=1).clamp(min=1e-12)
     directions, correct = F.normalize(queries.features, dim=1), 0
     size = max(1, min(1024, SIMILARITIES // len(known)))

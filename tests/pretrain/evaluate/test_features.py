@@ -46,6 +46,20 @@ def test_knn_equals_a_loop():
     assert found == pytest.approx(100 * correct / 25)
 
 
+@pytest.mark.parametrize("images, classes, k", [(50_000, 10, 200), (10_000, 10, 200), (1600, 8, 50), (6, 3, 1)])
+def test_k_follows_the_bank(images, classes, k):
+    assert knn.neighbors(torch.arange(images) % classes) == k
+
+
+def test_a_small_class_is_not_outvoted():
+    """Three tight clusters of 12, 12 and 300 images: all of the bank would vote for the last one."""
+    labels = torch.tensor([0] * 12 + [1] * 12 + [2] * 300)
+    bank = Labeled(torch.eye(3)[labels] + 0.01, labels)
+    queries = Labeled(torch.eye(3), torch.arange(3))
+    assert knn_top1(bank, queries) == 100
+    assert knn_top1(bank, queries, k=324, temperature=10.0) < 40
+
+
 def test_knn_in_small_parts(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(count, 8, generator=generator) for count in (300, 50)]
