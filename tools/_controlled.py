@@ -1,7 +1,7 @@
 """The controlled test of the claim: tools/reproduce.py controlled.
 
 Which method keeps a part of the label that aggressive augmentation destroys? The classes of the drawn
-images are pairs of a form and a color (transfer/data/shapes.py); 31 % of the aggressive views have lost
+images are pairs of a form and a color (transfer/data/drawn.py); 31 % of the aggressive views have lost
 their color or show that of another class. Each method pre-trains a small ResNet-18 by its recipe
 configs/pretrain/shapes_colour_<method>_R18.yaml. Then kNN and a linear classifier read the pair, the form
 alone and the color alone from its features of center crops.
@@ -19,7 +19,7 @@ from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.tables import cell, mean_std, to_markdown, write_rows
 from rsa_detectron2.pretrain.evaluate.parts import PARTS
 from rsa_detectron2.tools._steps import Step
-from rsa_detectron2.transfer.data import shapes
+from rsa_detectron2.transfer.data.drawn import CONTROLLED, HUES, write_image_folder
 from rsa_detectron2.transfer.report import paper
 from rsa_detectron2.transfer.report.tables import read_run
 
@@ -27,9 +27,9 @@ UNTRAINED = "untrained"
 IMAGES = {"train": (80, 0), "val": (40, 1)}  # per class, and the seed that they are drawn with
 SIZE = 48  # pixels; the recipes' crops are scaled to 32
 CHANCE = {
-    "pair": 100 / len(shapes.COLOR_CLASSES),
-    "form": 100 / len(shapes.COLOR_FORMS),
-    "color": 100 / len(shapes.HUES),
+    "pair": 100 / len(CONTROLLED.classes),
+    "form": 100 / len(CONTROLLED.forms),
+    "color": 100 / len(HUES),
 }
 JUDGES = {"linear": ("linear", "#0072b2"), "knn": ("kNN", "#d55e00")}  # name and color in the picture
 FIGURES = {
@@ -107,7 +107,7 @@ class ControlledTest:
     def prepare(self) -> None:
         """Draw the images, unless they are there. Raises InputError for a folder of other images."""
         for split, (count, seed) in IMAGES.items():
-            shapes.write_image_folder(self.folder / "images" / split, count, SIZE, seed, colors=True)
+            write_image_folder(self.folder / "images" / split, count, SIZE, seed, CONTROLLED)
 
     def report(self) -> str:
         """Write table.csv, controlled.png and report.md; returns the table in Markdown."""
@@ -136,7 +136,7 @@ def write_report(folder: Path, results: dict[str, list[dict]]) -> str:
     chance = "{:.1f}, {:.1f} and {:.1f} %".format(*CHANCE.values())
     (folder / "report.md").write_text(
         f"# The controlled test\n\n{count} seed{'s' * (count > 1)}, mean ± sample standard deviation. "
-        f"{len(shapes.COLOR_FORMS)} forms, {len(shapes.HUES)} colors: chance is {chance}.\n\n{markdown}\n"
+        f"{len(CONTROLLED.forms)} forms, {len(HUES)} colors: chance is {chance}.\n\n{markdown}\n"
         "![top-1 by method](controlled.png)\n",
         encoding="utf-8",
     )

@@ -23,7 +23,7 @@ from rsa_detectron2.pretrain.method.networks import build_backbone, build_networ
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, REFERENCE_GPUS, RGB_IMAGENET
 from rsa_detectron2.transfer.convert.writers import ENCODERS
-from rsa_detectron2.transfer.data import shapes
+from rsa_detectron2.transfer.data import drawn
 from rsa_detectron2.transfer.data.annotations import COCO_2017, locate_dataset
 from rsa_detectron2.transfer.report import paper
 from rsa_detectron2.transfer.report.runs import load_results
@@ -138,7 +138,7 @@ class Rehearsal:
         except InputError:
             self.drawn.append("COCO")
             for seed, (part, count) in enumerate(COCO_IMAGES.items()):
-                shapes.write_coco(folder, part, count, 160, seed)
+                drawn.write_coco(folder, part, count, 160, seed)
         return folder
 
     def fetched(self, training: paper.Training) -> Path:

@@ -45,9 +45,10 @@ def test_quickstart_fast(tool, tmp_path):
     assert "Warning" not in done.stderr
     assert "| random |" in done.stdout and "| RSA    |" in done.stdout and "kNN top-1" in done.stdout
     written = {path.name for path in folder.iterdir()}
-    assert {"report.md", "report.html", "table.csv", "views.png", "curves.png", "detections.png"} <= written
+    assert {"report.md", "report.html", "table.csv"} <= written
+    assert {"views.png", "neighbors.png", "curves.png", "detections.png"} <= written
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "box AP75" in page and "mask AP75" in page
+    assert page.count("data:image/png;base64") == 4 and "box AP75" in page and "mask AP75" in page
     runs = {
         name: json.loads((folder / engine / name / "results.json").read_text()) for name in ("random", "rsa")
     }

@@ -190,7 +190,7 @@ def test_config_must_fit_the_weights(config, provenance, overrides, message):
 def test_random_weights_must_be_asked_for():
     """A config file that does not name weights means the converted ones, never random initialization
     unasked."""
-    quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R50_FPN")
+    quickstart = configured(torchvision_defaults(), "quickstart_mask_rcnn_R18_FPN")
     assert quickstart.MODEL.WEIGHTS == "output/weights/rsa_r50.pkl"
     assert configured(torchvision_defaults(), "mask_rcnn_R50_FPN_1x_random").MODEL.WEIGHTS == ""
 

@@ -19,7 +19,7 @@ from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.tools.benchmarks import pil
 from rsa_detectron2.tools.benchmarks.options import positive
 from rsa_detectron2.tools.benchmarks.timing import take_turns
-from rsa_detectron2.transfer.data import shapes
+from rsa_detectron2.transfer.data import drawn
 
 FOLDERS = ("datasets/imagenet/train", "output/quickstart/images/train")  # tried without --data
 
@@ -98,7 +98,7 @@ def find_images(path: str | None, scratch: str) -> ImageFolder:
     path = path or next((folder for folder in FOLDERS if Path(folder).is_dir()), None)
     if path is None:
         print("no images found: drawing some of 400 px; photographs (--data PATH) take longer to decode")
-        path = shapes.write_image_folder(scratch, 8, 400, 0)
+        path = drawn.write_image_folder(scratch, 3, 400, 0)
     source = open_images(path)
     if not isinstance(source, ImageFolder):
         raise InputError(

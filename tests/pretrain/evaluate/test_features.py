@@ -46,7 +46,9 @@ def test_knn_equals_a_loop():
     assert found == pytest.approx(100 * correct / 25)
 
 
-@pytest.mark.parametrize("images, classes, k", [(50_000, 10, 200), (10_000, 10, 200), (1600, 8, 50), (6, 3, 1)])
+@pytest.mark.parametrize(
+    "images, classes, k", [(50_000, 10, 200), (10_000, 10, 200), (1600, 8, 50), (6, 3, 1)]
+)
 def test_k_follows_the_bank(images, classes, k):
     assert knn.neighbors(torch.arange(images) % classes) == k
 

@@ -10,7 +10,7 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.evaluate.features import Labeled
 from rsa_detectron2.pretrain.evaluate.parts import PARTS, evaluate_parts, part_of
-from rsa_detectron2.transfer.data.shapes import COLOR_CLASSES
+from rsa_detectron2.transfer.data.drawn import CONTROLLED
 
 
 def source(classes, count=1):
@@ -19,7 +19,7 @@ def source(classes, count=1):
 
 
 def test_parts_of_the_label():
-    classes = sorted(COLOR_CLASSES)
+    classes = sorted(CONTROLLED.classes)
     pair, form, color = (part_of(source(classes), part) for part in PARTS)
     assert pair == list(range(24)) and len({*form}) == 4 and len({*color}) == 6
     assert len({*zip(form, color)}) == 24
@@ -35,8 +35,8 @@ def test_classes_that_are_no_pairs():
 
 def test_features_of_the_color_alone():
     """They tell every color, and the form as often as chance does."""
-    train = source(sorted(COLOR_CLASSES), 40)
-    val = source(sorted(COLOR_CLASSES), 20)
+    train = source(sorted(CONTROLLED.classes), 40)
+    val = source(sorted(CONTROLLED.classes), 20)
     colors = torch.tensor(part_of(train, "color"))
 
     def features(images, description):

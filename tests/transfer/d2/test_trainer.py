@@ -46,7 +46,7 @@ from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.d2 import weights as d2_weights
 from rsa_detectron2.transfer.d2.config import add_rsa_config
 from rsa_detectron2.transfer.data.annotations import dataset_name
-from rsa_detectron2.transfer.data.shapes import write_coco
+from rsa_detectron2.transfer.data.drawn import write_coco
 from rsa_detectron2.transfer.precise_bn import norm_layers
 from rsa_detectron2.transfer.report import paper, run_folder
 from rsa_detectron2.transfer.report.runs import Setup, describe
@@ -301,7 +301,7 @@ def tiny(shapes, folder, *overrides):
             "MODEL.FPN.OUT_CHANNELS",
             16,
             "MODEL.ROI_HEADS.NUM_CLASSES",
-            8,
+            24,
             "MODEL.ROI_BOX_HEAD.CONV_DIM",
             16,
             "MODEL.ROI_BOX_HEAD.FC_DIM",
