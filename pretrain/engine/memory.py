@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.errors import InputError
@@ -73,37 +75,34 @@ def costs(networks: nn.Module, size: int, amp: torch.dtype | None) -> tuple[int,
 
 
 def activations(networks: nn.Module, size: int, amp: torch.dtype | None) -> int:
-    """Bytes that the forward pass of one image leaves for the backward pass, counted on the CPU.
+    """Bytes that the forward pass of one image leaves for the backward pass.
 
     It is the difference of a pass of three images and one of two, so that what does not grow with the batch
-    drops out.
+    drops out. Nothing is computed: the passes run on fake CPU tensors, which have a shape and a dtype only.
     """
-    networks = copy.deepcopy(networks).train()  # the passes change BatchNorm's statistics
+    networks = copy.deepcopy(networks).train()  # a pass leaves keys in MoCo's queue
     return _saved_bytes(networks, size, amp, 3) - _saved_bytes(networks, size, amp, 2)
 
 
 def _saved_bytes(networks, size, amp, count):
     """Bytes that the forward pass of ``count`` images saves; tensors that share a storage count once."""
-    saved = SavedStorages()
-    views = torch.zeros(count, 2, 3, size, size)
+    saved = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    fake = FakeTensorMode()
+    tensors = {**dict(networks.named_parameters()), **dict(networks.named_buffers())}
+    tensors = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
     with (
-        saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+        fake,
+        saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", amp and torch.bfloat16, enabled=amp is not None),
     ):
-        networks(views, views, 0.5)
-    return sum(saved.sizes.values())
-
-
-class SavedStorages:
-    """Notes the storages of the tensors that autograd saves: ``sizes`` {address: bytes}."""
-
-    def __init__(self) -> None:
-        self.sizes = {}
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        views = torch.zeros(count, 2, 3, size, size)
+        functional_call(networks, tensors, (views, views, 0.5))
+    return sum(storage.nbytes() for storage in saved)
 
 
 def free_memory() -> int:

@@ -1,14 +1,18 @@
 """The global batch in micro-batches: which sizes are chosen or refused, and what does not depend on them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.engine import memory
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.engine.checkpoint import LAST
-from rsa_detectron2.pretrain.method.networks import build_backbone
+from rsa_detectron2.pretrain.method.networks import build_backbone, build_networks
+from rsa_detectron2.pretrain.method.objectives import METHODS
 from tests.conftest import rsa_networks, tiny_cfg
 
 
@@ -47,6 +51,47 @@ def test_activations_of_a_known_network():
     inputs = 3 * 128**2 + 6 * 64 * 32**2 + 5 * 128 * 16**2 + 5 * 256 * 8**2 + 3 * 512 * 4**2
     assert 2 * 4 * inputs < large < 2 * 4 * inputs * 5
     assert all(torch.equal(tensor, before[name]) for name, tensor in networks.state_dict().items())
+
+
+def saved_by_a_real_pass(networks, count, amp):
+    """Bytes that autograd saves of ``count`` images of 32 px, counted by the addresses of real tensors."""
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    views = torch.zeros(count, 2, 3, 32, 32)
+    with (
+        saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=amp is not None),
+    ):
+        networks(views, views, 0.5)
+    return sum(sizes.values())
+
+
+def assert_counted_as_by_a_real_pass(amp):
+    for name, method in METHODS.items():
+        cfg = tiny_cfg("images", Path("folder"), "METHOD", name)
+        networks = build_networks(cfg, method)
+        counted = memory.activations(networks, 32, amp)
+        assert not (networks.queue and networks.queue.pending)
+        assert counted == saved_by_a_real_pass(networks, 3, amp) - saved_by_a_real_pass(networks, 2, amp)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_activations_are_those_of_a_real_pass(amp):
+    assert_counted_as_by_a_real_pass(amp)
+
+
+def in_a_group(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    assert_counted_as_by_a_real_pass(None)
+    torch.distributed.destroy_process_group()
+
+
+def test_activations_among_processes_that_gather_views(tmp_path):
+    torch.multiprocessing.spawn(in_a_group, (tmp_path / "store",), nprocs=2)
 
 
 @pytest.fixture
