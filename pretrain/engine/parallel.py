@@ -1,11 +1,12 @@
 """The networks of a run with several processes: gradients are exchanged, BatchNorm may be synchronized."""
 
-import torch
+import timm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.distributed import OWN_BUFFERS
+from rsa_detectron2.common.sync_batch_norm import SyncBatchNorm, without_waiting
 from rsa_detectron2.pretrain.method.networks import Networks
 
 
@@ -53,7 +54,20 @@ def convert_batch_norm(networks: Networks, wanted: bool) -> tuple[Networks, int]
     if not wanted or ranks == 1:
         return networks, 1
     if distributed.device().type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(networks), ranks
+        return synchronize(networks), ranks
     if distributed.rank() == 0:
         print("warning: SyncBatchNorm needs GPUs; each process normalizes over its own micro-batch")
     return networks, 1
+
+
+def synchronize(networks: nn.Module) -> nn.Module:
+    """``networks`` with SyncBatchNorm in place of BatchNorm; the tensors and their names stay."""
+    networks = without_waiting(timm.layers.convert_sync_batchnorm(networks))
+    for layer in networks.modules():
+        if type(layer) is timm.layers.SyncBatchNormAct:
+            layer.__class__ = SyncBatchNormAct
+    return networks
+
+
+class SyncBatchNormAct(timm.layers.SyncBatchNormAct, SyncBatchNorm):
+    """timm's BatchNorm with an activation after it, of SKNet and ResNeSt."""

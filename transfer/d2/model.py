@@ -8,6 +8,7 @@ from detectron2.modeling import build_model as build_stock_model
 from torch import nn
 
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.sync_batch_norm import without_waiting
 
 # What Detectron2 raises for MODEL settings that do not fit each other.
 MISFITS = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
@@ -23,6 +24,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
         raise InputError(
             f"Detectron2 cannot build the network of these MODEL settings ({type(error).__name__}: {reason})"
         ) from error
+    without_waiting(model.backbone)  # each rank has an image in each pass; the heads may have no region
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":  # evaluation profits too, which is slow on a CPU
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
