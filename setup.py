@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "torch>=2.6,<2.15",
         "torchvision>=0.21,<0.30",
-        "timm>=1.0.20,<1.1",
+        "timm>=1.0.31,<1.1",  # the first whose Lars takes all tensors at once
         "fvcore>=0.1.5.post20221221",
         "pycocotools>=2.0.8,!=2.0.9,!=2.0.10,<2.1",  # those two fail on files without "info", after training
         "safetensors",

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -60,12 +61,11 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
         max_restarts=0,
         local_addr="localhost",
     )
-    # The signals that elastic passes on to the processes. Recent versions of torch take them from the
-    # config, earlier ones from the environment.
-    handlers = {number: signal.getsignal(number) for number in stop_signals()}
-    config.signals_to_handle = os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(
-        n.name for n in handlers
-    )
+    # The signals that elastic passes on to the processes. Before torch 2.10 it knows a list of its own, which
+    # lacks SIGUSR1: the handler that it leaves in place does the same.
+    config.signals_to_handle = ",".join(number.name for number in stop_signals())
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there are handlers allowed
+    handlers = {n: signal.signal(n, pass_on) for n in stop_signals()} if in_main_thread else {}
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_a_crash)
     # It would log that it ends the other processes.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -88,10 +88,15 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
             if name == kind.__name__:
                 raise kind(text) from None
         raise
-    finally:  # elastic leaves its own handlers behind; only the main thread can have them
+    finally:  # elastic leaves its own handlers behind
         for number, handler in handlers.items():
-            if handler is not None and threading.current_thread() is threading.main_thread():
+            if handler is not None:
                 signal.signal(number, handler)
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """A handler that makes elastic end its processes by the signal."""
+    raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
 
 
 def is_a_crash(record: logging.LogRecord) -> bool:

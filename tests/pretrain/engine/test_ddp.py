@@ -163,6 +163,22 @@ def test_launcher_leaves_nohups_signal_ignored(monkeypatch, ignored):
     assert set(found[0]) == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGQUIT", *(() if ignored else ("SIGHUP",))}
 
 
+def test_signal_that_elastic_does_not_know(monkeypatch):
+    """torch before 2.10 sets no handler for SIGUSR1."""
+
+    def elastic_launch(config, run):
+        return lambda *_: signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(launch, "elastic_launch", elastic_launch)
+    before = signal.signal(signal.SIGUSR1, ignore := lambda *_: None)
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGUSR1; the same command goes on"):
+            launch.launch(None, None, processes=2)
+        assert signal.getsignal(signal.SIGUSR1) is ignore
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_cores_of_a_process(monkeypatch):
     """srun may have bound a task to some cores of the machine; torchrun does not."""
     for name in ("SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
