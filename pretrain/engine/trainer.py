@@ -327,7 +327,10 @@ class Trainer:
         """Log a row with kNN top-1. The time that it takes does not count as training."""
         self.meter.pause()
         assert_finite(self.networks, step)
-        top1 = evaluate_knn(self.features, self.bank, self.val, self.cfg.KNN.BANK, replace=True)
+        # Not compiled: the last batches are smaller, and torch.compile would make the training graphs anew,
+        # with a batch of any size.
+        with torch.compiler.set_stance("force_eager"):
+            top1 = evaluate_knn(self.features, self.bank, self.val, self.cfg.KNN.BANK, replace=True)
         self.log.row({"step": step, "knn_top1": top1})
         self.networks.train()
         self.meter.reset()
