@@ -5,6 +5,7 @@ Everything here also works in a single process.
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -75,6 +76,21 @@ def amp_dtype(name: str) -> torch.dtype | None:
 def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is true on one of them; also a barrier."""
     return -least(-int(flag)) > 0
+
+
+def any_rank_later(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """Like any_rank(flag()), but the ranks exchange their flags while the caller works: the function that is
+    returned waits for the answer. A single process is asked only then."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag()))
+    exchange = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> bool:
+        exchange.wait()
+        return bool(flags)
+
+    return answer
 
 
 def least(number: int) -> int:

@@ -218,9 +218,10 @@ class Trainer:
         self.meter.reset()
         self.stop.stepping = True
         for step in range(self.start + 1, self.num_steps + 1):
+            stop = distributed.any_rank_later(lambda: self.stop.asked)
             settings = self.train_step(step, views)
             self.report(step, settings)
-            stopping = distributed.any_rank(self.stop.asked)  # all leave at the same step
+            stopping = stop()  # all leave at the same step
             if self.is_first and step % self.steps_per_epoch == 0:
                 self.end_epoch(step, stopping)
             if stopping and step < self.num_steps:

@@ -41,7 +41,8 @@ def join(cfg, rank, ranks, port):
     }
     try:
         launch.join_and_run(train_loop.train, cfg)
-    except Interrupted:
+    except Interrupted as stopped:
+        Path(cfg.OUTPUT_DIR, f"stopped_{rank}.txt").write_text(str(stopped))
         os._exit(train_loop.REQUEUE)
 
 
@@ -112,3 +113,17 @@ def test_another_number_of_processes_is_said(image_folder, tmp_path, uninterrupt
     micro_batch = "SOLVER.MICRO_BATCH", whole.SOLVER.MICRO_BATCH
     train_loop.train(tiny_cfg(image_folder, tmp_path, *RECIPE, *micro_batch))
     assert f"1 instead of {ranks} processes change the order of sums" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_process_stops_both_at_the_same_step(image_folder, tmp_path, rank):
+    cfg = tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", 200, "CHECKPOINT.PERIOD", 200)
+    metrics, group = Path(cfg.OUTPUT_DIR, "metrics.jsonl"), start(cfg, 2)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and not (metrics.is_file() and '"loss"' in metrics.read_text()):
+        time.sleep(0.005)
+    os.kill(group[rank].pid, signal.SIGTERM)
+    assert finish(group) == {train_loop.REQUEUE}
+    said = {Path(cfg.OUTPUT_DIR, f"stopped_{other}.txt").read_text() for other in (0, 1)}
+    step = checkpoint.load(Path(cfg.OUTPUT_DIR, checkpoint.LAST))["step"]
+    assert said == {f"stopped at step {step} of 600, saved; the same command goes on from there"}
