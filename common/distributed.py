@@ -73,6 +73,14 @@ def amp_dtype(name: str) -> torch.dtype | None:
     return torch.float16 if name == "fp16" and torch.cuda.is_available() else torch.bfloat16
 
 
+def precision(amp: torch.dtype | None) -> str:
+    """In what a run computes with autocast to ``amp``, in words."""
+    if amp:
+        return str(amp)
+    tf32 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "float32, convolutions in TF32" if tf32 and torch.backends.cudnn.allow_tf32 else "float32"
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is true on one of them; also a barrier."""
     return -least(-int(flag)) > 0

@@ -143,6 +143,8 @@ KEYS = (
     Key("SOLVER.WARMUP_EPOCHS", 10, at_least(0)),
     # On a CPU fp16 becomes bf16.
     Key("SOLVER.AMP", "fp16", one_of("fp16", "bf16", "off")),
+    # Convolutions of float32 on a GPU round their inputs to TF32, 10 bits of mantissa, which is faster.
+    Key("SOLVER.TF32", True),
     # torch.compile the backbones.
     Key("SOLVER.COMPILE", False),
     # Use only deterministic GPU kernels, so that resuming is exact to the bit.

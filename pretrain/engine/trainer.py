@@ -53,6 +53,9 @@ def _train(cfg: CfgNode, origin: record.Origin, stop: StopSignals) -> str:
     if cfg.SOLVER.DETERMINISTIC:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        # No kernel here reads memory that it has not written, so filling it first would only take time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.allow_tf32 = cfg.SOLVER.TF32
     torch.backends.cudnn.benchmark = not cfg.SOLVER.DETERMINISTIC
     past = find_past(cfg)
     if not (past.complete and past.same_path):
@@ -385,7 +388,7 @@ class Trainer:
             f"{printable(self.images.root)}: {solver.EPOCHS} epochs, "
             f"{self.num_steps} steps of {solver.BATCH_SIZE} = {self.num_processes} {self.device.type} "
             f"x {self.accumulate} accumulated x {self.micro_batch_size}, "
-            f"{self.state.amp or 'float32'}, peak lr {self.peak_lr:g}{resumes}",
+            f"{distributed.precision(self.state.amp)}, peak lr {self.peak_lr:g}{resumes}",
             flush=True,
         )
         if bad_images.removed:
