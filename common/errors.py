@@ -14,3 +14,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or (
         "out of memory" if isinstance(error, MemoryError) else type(error).__name__
     )
+
+
+# What torch's allocator says, and what cuDNN and cuBLAS say where their workspace no longer fits.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch's most likely means that the GPU's memory is full."""
+    return any(words in str(error) for words in OUT_OF_MEMORY)

@@ -12,7 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common import distributed, files, record
-from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory, one_line
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.bad_images import BadImages
 from rsa_detectron2.pretrain.data.datasets import open_images
@@ -266,10 +266,13 @@ class Trainer:
         micro_batches = islice(views, self.accumulate)
         try:
             self.meter.add(train_step(self.state, micro_batches, self.accumulate, beta, tau))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise InputError(
                 f"{self.micro_batch_size} images of {self.cfg.DATA.IMAGE_SIZE} px at once do not fit into "
-                f"the memory of {self.device}: give --micro-batch {max(1, self.micro_batch_size // 2)}"
+                f"the memory of {self.device} ({one_line(error)[:100]}): "
+                f"give --micro-batch {max(1, self.micro_batch_size // 2)}"
             ) from None
         return {"lr": lr, "beta": beta, "tau": tau}
 

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_setup, launch
 
-from rsa_detectron2.common.errors import InputError, one_line
+from rsa_detectron2.common.errors import InputError, is_out_of_memory, one_line
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
 from rsa_detectron2.transfer.convert.needs import check_weights
@@ -48,7 +48,7 @@ POSSIBLE = {
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
 }
-ONE_LINE = (InputError, FloatingPointError, torch.OutOfMemoryError)  # errors that end as one line
+ONE_LINE = (InputError, FloatingPointError)  # errors that end as one line, besides those of memory
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,12 @@ def run_process(job: Job) -> None:
         leave_group()
     except FloatingPointError as error:
         raise InputError(f"{one_line(error)}: lower SOLVER.BASE_LR ({job.cfg.SOLVER.BASE_LR})") from None
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{one_line(error)}: give --accumulate {2 * job.setup.accumulate}") from None
     except (InputError, OSError, MemoryError) as error:
         raise InputError(one_line(error)) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{one_line(error)}: give --accumulate {2 * job.setup.accumulate}") from None
 
 
 def leave_group() -> None:
@@ -279,7 +281,8 @@ def run(job: Job) -> None:
 
 def without_traceback(log: logging.LogRecord) -> bool:
     """A filter of Detectron2's log: no traceback of errors that end as one line."""
-    return not (log.exc_info and isinstance(log.exc_info[1], ONE_LINE))
+    error = log.exc_info and log.exc_info[1]
+    return not (error and (isinstance(error, ONE_LINE) or is_out_of_memory(error)))
 
 
 def fit(job: Job) -> None:

@@ -31,7 +31,7 @@ from torchvision.models.detection import transform
 from tqdm import tqdm
 
 from rsa_detectron2.common import workers
-from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.errors import InputError, is_out_of_memory
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model, load_weights
@@ -279,7 +279,9 @@ def fit(trainer: Trainer, origin: Origin = Origin()) -> None:
         return
     try:
         trainer.fit(origin)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise InputError(
             f"{trainer.cfg.SOLVER.IMS_PER_BATCH} images at once do not fit into the memory of "
             f"{trainer.device}: lower SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR"

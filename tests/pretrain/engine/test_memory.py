@@ -1,6 +1,7 @@
 """The global batch in micro-batches: which sizes are chosen or refused, and what does not depend on them."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -133,10 +134,24 @@ def test_chosen_size_is_kept_with_the_run(image_folder, tmp_path, monkeypatch, s
     assert torch.load(tmp_path / "run" / LAST, weights_only=True)["step"] == 4
 
 
-def test_size_too_large_for_the_memory_is_one_line(image_folder, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear ..."),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_size_too_large_for_the_memory_is_one_line(image_folder, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(train_loop, "train_step", mock.Mock(side_effect=error))
+    words = f"8 images of 32 px at once do not fit .*{str(error)[:20]}.* give --micro-batch 4"
+    with pytest.raises(InputError, match=words):
+        train_loop.train(tiny_cfg(image_folder, tmp_path))
 
-    monkeypatch.setattr(train_loop, "train_step", full)
-    with pytest.raises(InputError, match="8 images of 32 px at once do not fit .* give --micro-batch 4"):
+
+def test_another_error_of_cudnn_is_not_the_memorys(image_folder, tmp_path, monkeypatch):
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    monkeypatch.setattr(train_loop, "train_step", mock.Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
         train_loop.train(tiny_cfg(image_folder, tmp_path))
