@@ -88,6 +88,8 @@ PROGRESS = {
     "tau": ("τ", ".4f"),
     "lr": ("lr", ".3g"),
     "bad_images": ("bad", "d"),
+    "skipped_steps": ("skipped", "d"),
+    "loss_scale": ("scale", ".3g"),
 }
 
 

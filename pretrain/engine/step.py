@@ -18,11 +18,22 @@ class TrainState:
     model: nn.Module  # Networks, or its DistributedDataParallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    amp: torch.dtype | None  # of autocast; None: float32 throughout
+    amp: torch.dtype | None  # of autocast; None: float32
+    skipped: int = 0  # steps that the scaler has skipped since the last reading of scaling()
 
     @property
     def networks(self) -> Networks:
         return getattr(self.model, "module", self.model)
+
+    def scaling(self) -> dict[str, float]:
+        """``loss_scale`` and ``skipped_steps`` since the last call; empty where losses are not scaled.
+
+        On a GPU, it waits for the steps before.
+        """
+        if not self.scaler.is_enabled():
+            return {}
+        skipped, self.skipped = self.skipped, 0
+        return {"loss_scale": self.scaler.get_scale(), "skipped_steps": skipped}
 
 
 def train_step(
@@ -51,6 +62,7 @@ def train_step(
     scaler.step(optimizer)
     hook.remove()
     scaler.update()
+    state.skipped += not stepped
     networks.end_step(tau, skipped=not stepped)
     return figures
 

@@ -284,6 +284,7 @@ class Trainer:
             return
         steps, row = self.meter.steps, self.meter.read()
         if self.is_first:
+            row |= self.state.scaling()
             self.log.row({"step": step, **settings, "bad_images": len(self.bad_images), **row})
             self.alarms.check(step, row, steps)
 

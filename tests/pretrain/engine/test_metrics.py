@@ -138,6 +138,28 @@ def test_metrics_hold_every_figure(image_folder, tmp_path):
     assert 0 <= row["data_wait"] <= 1 and row["beta"] == pytest.approx(0.4 * (1 + math.cos(math.pi / 9)) / 2)
 
 
+def test_loss_scale_and_skipped_steps_of_fp16(image_folder, tmp_path, monkeypatch, capsys):
+    """The first scales overflow even float32. Each step that is skipped halves the scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+    train_loop.train(tiny_cfg(image_folder, tmp_path, "LOG_PERIOD", 3, "SOLVER.EPOCHS", 6))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    skipped = [row["skipped_steps"] for row in rows]
+    assert len(rows) == 6 and 0 < sum(skipped) < 18
+    scales = [2.0 ** (127 - sum(skipped[: i + 1])) for i in range(len(rows))]
+    assert [row["loss_scale"] for row in rows] == scales
+    assert f"skipped {skipped[-1]} scale {scales[-1]:.3g}" in capsys.readouterr().err
+
+
+def test_tf32_is_a_key(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored after the test
+    train_loop.train(tiny_cfg(image_folder, tmp_path, "SOLVER.EPOCHS", 2))
+    assert torch.backends.cudnn.allow_tf32
+    train_loop.train(tiny_cfg(image_folder, tmp_path / "off", "SOLVER.EPOCHS", 2, "SOLVER.TF32", False))
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, monkeypatch):
     """The run has three epochs, with kNN after each. If no image may be bad, a run that goes on stops at its
     start."""
