@@ -28,6 +28,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from rsa_detectron2.common.config import merge_config
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import Origin, flatten
+from rsa_detectron2.common.sync_batch_norm import SyncBatchNorm
 from rsa_detectron2.tools import train_net
 from rsa_detectron2.transfer.config import (
     RGB_IMAGENET,
@@ -816,6 +817,25 @@ def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, proces
     assert all(tensor.isfinite().all() for tensor in final(tmp_path / "run").values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert np.isfinite(rows[0]["total_loss"]) and np.isfinite(rows[0]["loss_mask"])
+
+
+def test_only_the_backbone_takes_it_that_every_rank_has_values(shapes, tmp_path):
+    """A head may get no region on a rank, so it keeps Detectron2's own norm."""
+    model = d2_model.build_model(tiny(shapes, tmp_path))
+    kinds = {
+        part: {type(layer).__name__ for layer in module.modules() if "Norm" in type(layer).__name__}
+        for part, module in model.named_children()
+    }
+    assert kinds == {
+        "backbone": {"SyncBatchNorm"},
+        "proposal_generator": set(),
+        "roi_heads": {"NaiveSyncBatchNorm"},
+    }
+    assert all(
+        type(layer) is SyncBatchNorm
+        for layer in model.backbone.modules()
+        if isinstance(layer, torch.nn.SyncBatchNorm)
+    )
 
 
 def record_gradients(cfg, folder, images):
