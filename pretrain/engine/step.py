@@ -41,9 +41,9 @@ def train_step(
 ) -> dict[str, torch.Tensor]:
     """One optimizer step on ``count`` micro-batches; returns the objective's figures, averaged over them.
 
-    A micro-batch is (weak, aggressive): normalized views, float32 [B, 2, 3, S, S] each. Processes exchange
-    gradients after the last micro-batch only. A step that the scaler skips, because a gradient overflowed,
-    leaves the target untouched as well.
+    A micro-batch is (weak, aggressive): normalized views, [B, 2, 3, S, S] each, or None for the weak views of
+    a method without. Processes exchange gradients after the last micro-batch only. A step that the scaler
+    skips, because a gradient overflowed, leaves the target untouched as well.
     """
     networks, model, optimizer, scaler = state.networks, state.model, state.optimizer, state.scaler
     figures = {}
@@ -51,7 +51,9 @@ def train_step(
     for i, (weak, aggressive) in enumerate(micro_batches, start=1):
         last = i == count
         with contextlib.nullcontext() if last or model is networks else model.no_sync():
-            with torch.autocast(weak.device.type, state.amp or torch.bfloat16, enabled=state.amp is not None):
+            with torch.autocast(
+                aggressive.device.type, state.amp or torch.bfloat16, enabled=state.amp is not None
+            ):
                 part = model(weak, aggressive, beta)
             scaler.scale(part["loss"] / count).backward()
         for name, value in part.items():
@@ -67,15 +69,14 @@ def train_step(
     return figures
 
 
-def normalized_views(batch: dict, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weak and the aggressive views of a micro-batch, float32 [B, 2, 3, S, S] each, on the device that
-    its ``views`` are on.
-
-    ``mean`` and ``std``, float32 [3], are on that device too, which saves a synchronization.
+def normalized_views(
+    batch: dict, output: augment.Output, weak: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The weak and the aggressive views of a micro-batch, [B, 2, 3, S, S] each, as ``output`` says, on the
+    device that its ``views`` are on. Without ``weak``, which not all methods use, None stands for the former.
     """
-    weak = augment.to_float(batch["views"])
-    aggressive = augment.aggressive(batch["views"], batch["params"])
-    return augment.normalize(weak, mean, std), augment.normalize(aggressive, mean, std)
+    views = batch["views"]
+    return augment.weak(views, output) if weak else None, augment.aggressive(views, batch["params"], output)
 
 
 def prefetch(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:

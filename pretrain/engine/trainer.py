@@ -26,6 +26,7 @@ from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, pr
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
 from rsa_detectron2.pretrain.method import schedules
+from rsa_detectron2.pretrain.method.augment import Output
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
@@ -192,9 +193,8 @@ class Trainer:
         views = MultiStageViews(self.images, cfg.DATA.IMAGE_SIZE, cfg.SEED)
         self.loader = build_loader(views, order, cfg.DATA.NUM_WORKERS)
         self.bad_images.start()
-        self.mean, self.std = (
-            torch.tensor(values, device=self.device) for values in (cfg.DATA.MEAN, cfg.DATA.STD)
-        )
+        mean, std = (torch.tensor(values, device=self.device) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
+        self.output = Output(mean, std, self.state.amp or torch.float32)
 
     def describe(self, origin: record.Origin) -> dict:
         return record.describe(
@@ -243,9 +243,9 @@ class Trainer:
         checkpoint.write_config(self.cfg)
         record.write(self.folder, self.record(self.start))
 
-    def prepare(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weak and aggressive views of a batch. Lists the images that could not be decoded; raises
-        InputError when they are too many."""
+    def prepare(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """A batch's normalized_views. Lists the images that could not be decoded; raises InputError when they
+        are too many."""
         if batch["skipped"].any():
             self.bad_images.add(
                 [
@@ -254,7 +254,7 @@ class Trainer:
                     for i in range(skipped)
                 ]
             )
-        return normalized_views(batch, self.mean, self.std)
+        return normalized_views(batch, self.output, METHODS[self.cfg.METHOD].weak)
 
     def train_step(self, step: int, views: Iterator) -> dict[str, float]:
         """One step on the next ``views``; returns its learning rate, beta and tau. Raises InputError."""

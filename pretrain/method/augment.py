@@ -7,10 +7,13 @@ stages are pure functions.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from rsa_detectron2.pretrain.method.color import ColorJitter, runs, to_device
 
 # Columns of ``params``: factors of brightness, contrast, saturation and hue; the operation in each
 # of the four slots of the jitter (-1: none); grayscale (0 or 1); sigma of the blur in pixels
@@ -19,6 +22,7 @@ FACTORS, ORDER, GRAY, SIGMA = slice(0, 4), slice(4, 8), 8, 9
 NUM_PARAMS = 10
 MAX_SIGMA = 2.0
 BLUR_RADIUS = 6  # 3 sigma
+GRAYED, GRAYED_AND_BLURRED, BLURRED = 1, 2, 3
 
 
 # ---- weak stage, on one image in a worker ----
@@ -85,91 +89,120 @@ def to_float(views: torch.Tensor) -> torch.Tensor:
     return views.float() / 255
 
 
-def aggressive(views: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """t_a on a batch: uint8 [B, V, 3, H, W] on any device -> float32 [B, V, 3, H, W] in [0, 1].
+@dataclass(frozen=True)
+class Output:
+    """How views are handed over: (x - mean) / std with mean and std float32 [3] on their device, in
+    ``dtype``."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    dtype: torch.dtype = torch.float32
+
+    def map(self, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(start, divisor), [N, 3, 1, 1] each: a pixel becomes start + pixel / divisor, if ``levels``,
+        [N, 2, 1, 1, 1], are the pixels that mean black and white."""
+        black, white = levels.unbind(1)
+        mean, std = (values.view(3, 1, 1) for values in (self.mean, self.std))
+        span = white - black
+        return -(black / span + mean) / std, span * std
+
+
+def plain(device: torch.device) -> Output:
+    """Views in [0, 1]."""
+    return Output(torch.zeros(3, device=device), torch.ones(3, device=device))
+
+
+def aggressive(views: torch.Tensor, params: torch.Tensor, output: Output | None = None) -> torch.Tensor:
+    """t_a on a batch: uint8 [B, V, 3, H, W] on any device -> [B, V, 3, H, W] as ``output`` says, which
+    without it is float32 in [0, 1]. In memory a [:, v] is contiguous, with channels last.
 
     ``params`` is float32 [B, V, P] on the CPU. There it is known, without a synchronization for each
     operation, which views the operation takes.
     """
-    images, params = to_float(views.flatten(0, 1)), params.flatten(0, 1)
-    # Row: one of 18 operations. Column: whether a view takes it.
-    taken = torch.stack(
-        [
-            *(slot == operation for slot in params[:, ORDER].unbind(1) for operation in range(4)),
-            params[:, GRAY] > 0,
-            params[:, SIGMA] > 0,
-        ]
-    )
-    indices = taken.nonzero()[:, 1]
-    if images.is_cuda:
-        indices = indices.pin_memory().to(images.device, non_blocking=True)
-    *jitter, gray, blurred = indices.split(taken.sum(1).tolist())
-    params = params.to(images.device, non_blocking=True)
-    for n, picked in enumerate(jitter):
-        if len(picked):
-            factor = params[picked, n % 4, None, None, None]
-            images[picked] = ADJUST[n % 4](images[picked], factor)
-    if len(gray):
-        images[gray] = grayscale(images[gray]).expand(-1, 3, -1, -1)
-    if len(blurred):
-        images[blurred] = gaussian_blur(images[blurred], params[blurred, SIGMA])
-    return images.view(views.shape)
+    output = output or plain(views.device)
+    shape, views, params = views.shape, views.flatten(0, 1), params.flatten(0, 1)
+    order = processing_order(params)
+    params = params[order]
+    jitter = ColorJitter(views[to_device(order, views.device)], params[:, FACTORS], params[:, ORDER])
+    jitter.apply()
+    result = torch.empty(views.shape, dtype=output.dtype, device=views.device)
+    start, divisor = output.map(jitter.levels[..., None])
+    sigma = params[:, SIGMA]
+    blur = Blur(to_device(sigma[sigma > 0], views.device), shape[-2:])
+    for finish, part in runs(finishes(params)):
+        pixels = jitter.gray(part) if finish in (GRAYED, GRAYED_AND_BLURRED) else jitter.pixels[part]
+        pixels = pixels.unflatten(2, shape[-2:])
+        if finish in (GRAYED_AND_BLURRED, BLURRED):
+            pixels = blur.next(pixels)
+        torch.addcdiv(start[part], pixels, divisor[part], out=result[part])
+    batch = empty_batch(shape, output.dtype, views.device)
+    back = order.argsort().view(shape[:2]).T.flatten()  # to all first views, then all second ones
+    torch.index_select(result, 0, to_device(back, views.device), out=batch.transpose(0, 1).flatten(0, 1))
+    return batch
 
 
-def grayscale(images: torch.Tensor) -> torch.Tensor:
-    """Luma of ITU-R 601: [N, 3, H, W] -> [N, 1, H, W]."""
-    r, g, b = images.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+def empty_batch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for views [B, V, 3, H, W], of which the [:, v] are contiguous, with channels last."""
+    batch, views, channels, height, width = shape
+    rows = torch.empty(views, batch, height, width, channels, dtype=dtype, device=device)
+    return rows.permute(1, 0, 4, 2, 3)
 
 
-def _blend(images, other, factor):
-    return (factor * images + (1 - factor) * other).clamp_(0, 1)
+def weak(views: torch.Tensor, output: Output) -> torch.Tensor:
+    """Weak views as :func:`aggressive` hands over its own: uint8 [B, V, 3, H, W] -> [B, V, 3, H, W]."""
+    levels = to_device(torch.tensor([0.0, 255.0]), views.device).view(1, 2, 1, 1, 1)
+    start, divisor = output.map(levels)
+    return torch.addcdiv(start, views, divisor, out=empty_batch(views.shape, output.dtype, views.device))
 
 
-def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (images * factor).clamp_(0, 1)
+def processing_order(params: torch.Tensor) -> torch.Tensor:
+    """An order of the views [N] in which those with the same operations follow each other.
+
+    Within an order of the jitter they are sorted by their finish, within the next one the other way around:
+    so there are fewer changes of the finish.
+    """
+    orders = params[:, ORDER].numpy() @ 5 ** np.arange(4)[::-1]
+    group = np.unique(orders, return_inverse=True)[1]
+    finish = finishes(params)
+    keys = 4 * group + np.where(group % 2, 3 - finish, finish)
+    return torch.from_numpy(keys.argsort(kind="stable"))
 
 
-def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _blend(images, grayscale(images).mean((-3, -2, -1), keepdim=True), factor)
+def finishes(params: torch.Tensor) -> np.ndarray:
+    """What follows the jitter of each view, [N]: 0 for nothing, GRAYED, GRAYED_AND_BLURRED or BLURRED."""
+    gray, blurred = ((params[:, column] > 0).numpy() for column in (GRAY, SIGMA))
+    return np.where(blurred, BLURRED - gray, gray.astype(int) * GRAYED)
 
 
-def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _blend(images, grayscale(images), factor)
+class Blur:
+    """Separable Gaussian, each image with its own sigma, [N] in pixels. The border is reflected."""
+
+    def __init__(self, sigma: torch.Tensor, size: tuple[int, int]) -> None:
+        height, width = size
+        self.down = blur_matrices(sigma, height)
+        self.across = self.down if width == height else blur_matrices(sigma, width)
+        self.done = 0
+
+    def next(self, images: torch.Tensor) -> torch.Tensor:
+        """Blur the next of the images: [n, 3, H, W] -> the same, with channels last in memory."""
+        count, channels, height, width = images.shape
+        part = slice(self.done, self.done + count)
+        self.done = part.stop
+        # Each product turns the axes of an image, here (c, h, w), once: to (w, c, h), then to (h, w, c).
+        rows = images.reshape(count, -1, width)
+        rows = torch.bmm(self.across[part], rows.transpose(1, 2)).view(count, -1, height)
+        rows = torch.bmm(self.down[part], rows.transpose(1, 2))
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
-def adjust_hue(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Turn the hue by ``factor`` [N, 1, 1, 1] of a full circle, through HSV."""
-    r, g, b = images.unbind(1)
-    value, lowest = images.amax(1), images.amin(1)
-    chroma = value - lowest
-    divisor = torch.where(chroma == 0, 1, chroma)
-    sector = torch.where(
-        value == r, (g - b) / divisor, torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
-    )
-    hue = sector / 6 + factor[:, 0]
-    # The farther a channel is from the hue, the more of the chroma is taken from the value.
-    channels = []
-    for offset in (5, 3, 1):
-        k = (offset + 6 * hue) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, 1)
-
-
-ADJUST = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue  # in the order of FACTORS
-
-
-def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Separable Gaussian, each image with its own sigma: [N, 3, H, W], sigma [N] in pixels. The border is
-    reflected."""
-    count, channels, height, width = images.shape
-    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
+def blur_matrices(sigma: torch.Tensor, size: int) -> torch.Tensor:
+    """The matrices [N, size, size] that blur a line of ``size`` pixels by ``sigma`` [N]."""
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
-    planes = F.pad(images.reshape(1, count * channels, height, width), (BLUR_RADIUS,) * 4, mode="reflect")
-    planes = F.conv2d(planes, kernel[:, :, None, :], groups=count * channels)
-    planes = F.conv2d(planes, kernel[:, :, :, None], groups=count * channels)
-    return planes.view(images.shape)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    pixels = (torch.arange(size, device=sigma.device) + offsets[:, None]).abs()
+    reflected = size - 1 - (size - 1 - pixels).abs()
+    return (kernel @ torch.eye(size, device=sigma.device)[reflected].flatten(1)).view(-1, size, size)
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

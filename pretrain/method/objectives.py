@@ -1,10 +1,11 @@
 """The objectives: RSA (paper, eq. 2, 4-6) and the methods that it is compared with.
 
 Each is a function of the networks, the views and beta, which only rsa and simsiam_rsa use. ``weak`` and
-``aggressive`` are float [B, 2, 3, H, W]. It returns ``loss``, a scalar to minimize, in float32 at least,
-and detached metrics: the parts of the loss, the mean cosines of the pairs, and ``feature_std``. That is the
-standard deviation over the batch of the l2-normalized online outputs, times sqrt(dim): about 1 when
-healthy, 0 when collapsed. A trailing underscore marks the other one of two views.
+``aggressive`` are float [B, 2, 3, H, W]; ``weak`` is None for methods that do not use it (``Method.weak``).
+It returns ``loss``, a scalar to minimize, in float32 at least, and detached metrics: the parts of the loss,
+the mean cosines of the pairs, and ``feature_std``. That is the standard deviation over the batch of the
+l2-normalized online outputs, times sqrt(dim): about 1 when healthy, 0 when collapsed. A trailing underscore
+marks the other one of two views.
 """
 
 from collections.abc import Callable
@@ -151,18 +152,19 @@ class Method:
     heads: Callable  # one of networks.py
     target: bool = False  # a target network that follows the online one
     queue: bool = False  # a queue of earlier steps' keys
+    weak: bool = True  # its objective uses the weak views, too
     fix_predictor_lr: bool = False  # the predictor's learning rate does not decay (Chen and He 2021, 4.2)
 
 
 # The keys are those of config.METHODS.
 METHODS = {
     "rsa": Method(rsa, byol_heads, target=True),
-    "byol": Method(byol, byol_heads, target=True),
+    "byol": Method(byol, byol_heads, target=True, weak=False),
     "byol_aw": Method(byol_aw, byol_heads, target=True),
-    "simsiam": Method(simsiam, simsiam_heads, fix_predictor_lr=True),
+    "simsiam": Method(simsiam, simsiam_heads, weak=False, fix_predictor_lr=True),
     "simsiam_rsa": Method(simsiam_rsa, simsiam_heads, fix_predictor_lr=True),
-    "simclr": Method(simclr, simclr_heads),
-    "moco": Method(moco, moco_heads, target=True, queue=True),
+    "simclr": Method(simclr, simclr_heads, weak=False),
+    "moco": Method(moco, moco_heads, target=True, queue=True, weak=False),
 }
 
 

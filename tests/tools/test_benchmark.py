@@ -17,6 +17,7 @@ from rsa_detectron2.tools.benchmarks import pil, step_timer
 from rsa_detectron2.tools.benchmarks.augment import one_by_one, synthetic_views
 from rsa_detectron2.tools.benchmarks.step_timer import PARTS, StepTimer, synthetic_batches
 from rsa_detectron2.tools.benchmarks.timing import take_turns
+from rsa_detectron2.tools.benchmarks.traffic import measure_traffic
 
 
 @pytest.fixture
@@ -189,11 +190,31 @@ def test_hooks_leave_the_step_as_it_is():
     measured, plain = (StepTimer(small_cfg(), "rsa") for _ in range(2))
     measured.run(synthetic_batches(small_cfg()), 3)
     views, params = synthetic_views(4, 32)
-    pair = normalized_views({"views": views, "params": params}, plain.mean, plain.std)
+    pair = normalized_views({"views": views, "params": params}, plain.output)
     for _ in range(3):
         train_step(plain.state, [pair], 1, 0.2, 0.99)
     weights = measured.networks.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.networks.state_dict().items())
+
+
+def test_methods_without_weak_views_take_none():
+    timer = StepTimer(small_cfg(), "byol")
+    weak, _ = next(timer.views(synthetic_batches(small_cfg())))
+    assert weak is None
+
+
+def test_traffic_of_the_parts_is_that_of_the_step():
+    """The counts of the parts add up; the optimizer reads weights, gradients and momentum at least."""
+    timer = StepTimer(small_cfg(), "rsa")
+    timer.warm_up()
+    batches = synthetic_batches(small_cfg())
+    parts = timer.count_traffic(batches)
+    assert set(parts) == set(PARTS) and not parts["data wait"].bytes
+    whole = measure_traffic(lambda _: timer.step(batches), "cpu")
+    assert sum(part.bytes for part in parts.values()) == whole.bytes
+    trained = sum(p.nbytes for p in timer.networks.parameters() if p.requires_grad)
+    assert parts["optimizer"].bytes >= 5 * trained
+    assert parts["EMA"].bytes >= 3 * sum(p.nbytes for p in timer.networks.target.parameters())
 
 
 def test_parts_add_up_to_the_step(monkeypatch):

@@ -1,4 +1,4 @@
-"""Milliseconds per view of the aggressive stage: this project, torchvision, kornia."""
+"""Milliseconds per view of the aggressive stage, and bytes moved: this project, torchvision, kornia."""
 
 import argparse
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from rsa_detectron2.pretrain.method.augment import (
 )
 from rsa_detectron2.tools.benchmarks.options import add_recipe
 from rsa_detectron2.tools.benchmarks.timing import device_clock, take_turns
+from rsa_detectron2.tools.benchmarks.traffic import measure_traffic
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """Time the stage from uint8 views on the device to float views."""
+    """Time the stage from uint8 views on the device to float views, and count what its operators move."""
     size, batch_size = args.cfg.DATA.IMAGE_SIZE, args.cfg.SOLVER.BATCH_SIZE
     views, params = synthetic_views(batch_size, size)
     views = views.to(device())
@@ -41,6 +42,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     except ImportError:
         print("kornia is not installed: skipped (pip install kornia)")
     with torch.no_grad():
+        traffic = {name: measure_traffic(work, device().type) for name, work in variants.items()}
         seconds = take_turns(variants, [None], args.repeats, device_clock)
     num_views = 2 * batch_size
     return [
@@ -51,6 +53,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
             "ms per view": 1000 * value / num_views,
             "ms": 1000 * value,
             "x this project": value / seconds["this project"],
+            "GB": traffic[name].bytes / 1e9,
+            "operators": traffic[name].operators,
         }
         for name, value in seconds.items()
     ]

@@ -7,12 +7,14 @@ import torch
 
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader, resolve_workers
 from rsa_detectron2.pretrain.engine.step import prefetch
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.tools.benchmarks.options import add_recipe, positive
 from rsa_detectron2.tools.benchmarks.step_timer import StepTimer, synthetic_batches
+from rsa_detectron2.tools.benchmarks.timing import bandwidth
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +49,32 @@ def measure(args: argparse.Namespace) -> list[dict]:
         workers = resolve_workers(-1 if args.workers is None else args.workers)
         turns = with_loader(timers, workers, args)
         rows += [make_row(timer, f"{workers} workers", turns[timer], args) for timer in timers]
+    print_traffic([timer for timer in timers if not timer.compiled], rows, args)
     first = rows[0]["ms"]
     return [{**row, f"x {rows[0]['method']}": row["ms"] / first} for row in rows]
+
+
+def print_traffic(timers: list[StepTimer], rows: list[dict], args: argparse.Namespace) -> None:
+    """Print what the operators of each part move, beside the time of the part on synthetic batches."""
+    on_gpu = device().type == "cuda"
+    rate = bandwidth() if on_gpu else None
+    cells = [["method", "part", "ms", *(["floor ms"] if on_gpu else []), "GB", "operators"]]
+    batches = synthetic_batches(args.cfg)
+    for timer in timers:
+        row = next(row for row in rows if row["method"] == timer.label)
+        for part, traffic in timer.count_traffic(batches).items():
+            floor = [f"{1000 * traffic.bytes / rate:.2f}"] if on_gpu else []
+            moved = f"{traffic.bytes / 1e9:.3f}", str(traffic.operators)
+            cells.append([timer.label, part, f"{row[part]:.2f}", *floor, *moved])
+        if on_gpu:
+            print(f"{timer.label}: {timer.count_synchronizations(batches)} synchronizations in a step")
+    print(f"\n{to_markdown(cells)}")
+    if on_gpu:
+        print(f"floor: the bytes at {rate / 1e9:.0f} GB/s, as fast as a copy; operators: about a kernel each")
+    else:
+        print("no GPU: synchronizations, and the floor by the bytes, are left out")
+    if args.compile:
+        print("compiled: kernels of torch.compile are not counted")
 
 
 def on_synthetic(timers: list[StepTimer], args: argparse.Namespace) -> dict[StepTimer, list[dict]]:

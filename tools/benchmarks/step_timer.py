@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,11 +10,13 @@ from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, train_step
+from rsa_detectron2.pretrain.method.augment import Output
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
 from rsa_detectron2.tools.benchmarks.augment import synthetic_views
 from rsa_detectron2.tools.benchmarks.timing import device_clock
+from rsa_detectron2.tools.benchmarks.traffic import Traffic, TrafficCounter
 
 PARTS = ("data wait", "aggressive stage", "forward target", "forward online", "backward", "optimizer", "EMA")
 WARM_UP = 3  # steps in which cuDNN chooses its algorithms and torch.compile compiles
@@ -41,10 +44,10 @@ class StepTimer:
             enabled=amp == torch.float16,
         )
         self.state = TrainState(self.networks, optimizer, scaler, amp)
-        self.mean, self.std = (
-            torch.tensor(values, device=device()) for values in (cfg.DATA.MEAN, cfg.DATA.STD)
-        )
-        self.marks = []
+        mean, std = (torch.tensor(values, device=device()) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
+        self.output = Output(mean, std, amp or torch.float32)
+        self.weak, self.compiled = METHODS[method].weak, compiled
+        self.marks, self.counter = [], None
         self.add_hooks()
 
     def add_hooks(self) -> None:
@@ -59,6 +62,9 @@ class StepTimer:
 
     def mark(self, part: str | None) -> None:
         """Note the time: ``part`` has run since the last mark."""
+        if self.counter:
+            self.counter.end_part(part)
+            return
         if device().type == "cuda":
             point = torch.cuda.Event(enable_timing=True)
             point.record()
@@ -86,6 +92,26 @@ class StepTimer:
             parts[part] += milliseconds(before, after) / steps
         return {"ms": sum(parts.values()), **parts}
 
+    def count_traffic(self, batches: Iterator[dict]) -> dict[str, Traffic]:
+        """What the operators of each part of a step move."""
+        with TrafficCounter(device().type) as self.counter:
+            self.step(batches)
+            self.mark("EMA")
+        parts, self.counter = self.counter.parts, None
+        return parts
+
+    def count_synchronizations(self, batches: Iterator[dict]) -> int:
+        """How often a step waits for the GPU."""
+        device_clock()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.step(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
     def step(self, batches: Iterator[dict]) -> None:
         train_step(self.state, self.views(batches), 1, beta=0.2, tau=0.99)
 
@@ -94,7 +120,7 @@ class StepTimer:
         self.mark("optimizer")  # it has cleared the gradients
         batch = next(batches)
         self.mark("data wait")
-        views = normalized_views(batch, self.mean, self.std)
+        views = normalized_views(batch, self.output, self.weak)
         self.mark("aggressive stage")
         yield views
 

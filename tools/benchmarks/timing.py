@@ -38,3 +38,14 @@ def device_clock() -> float:
     if device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def bandwidth() -> float:
+    """Bytes per second that a copy reads and writes in the GPU's memory: the best of several."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        before = device_clock()
+        target.copy_(source)
+        times.append(device_clock() - before)
+    return 2 * source.nbytes / min(times)

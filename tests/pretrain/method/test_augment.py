@@ -1,6 +1,7 @@
 """Each aggressive operation against torchvision's functional, the weak stage against its transform."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -14,17 +15,13 @@ from rsa_detectron2.pretrain.method.augment import (
     NUM_PARAMS,
     ORDER,
     SIGMA,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
+    Output,
     aggressive,
     crop_box,
     draw_params,
-    gaussian_blur,
-    grayscale,
     normalize,
     to_float,
+    weak,
     weak_view,
 )
 
@@ -76,41 +73,91 @@ def test_every_sample_equals_torchvision(views):
             assert error < 1e-4, (i, v, params[i, v])
 
 
+def apply_one(views, **settings):
+    """The views, float32 [24, 3, H, W], after one operation with its strength, or grayscale, or blur."""
+    params = off()
+    for name, value in settings.items():
+        if name in ("gray", "sigma"):
+            params[{"gray": GRAY, "sigma": SIGMA}[name]] = value
+        else:
+            operation = [f"adjust_{name}" == adjust.__name__ for adjust in ADJUST].index(True)
+            params[operation], params[ORDER.start] = value, operation
+    return aggressive(views, params.expand(12, 2, -1)).flatten(0, 1)
+
+
 @pytest.mark.parametrize(
-    "operation, adjust, factors",
+    "name, operation, factors",
     [
-        (TF.adjust_brightness, adjust_brightness, (0.6, 1.0, 1.4)),
-        (TF.adjust_contrast, adjust_contrast, (0.6, 1.0, 1.4)),
-        (TF.adjust_saturation, adjust_saturation, (0.6, 1.0, 1.4)),
-        (TF.adjust_hue, adjust_hue, (-0.1, 0.0, 0.1, 0.5)),
+        ("brightness", TF.adjust_brightness, (0.6, 1.0, 1.4)),
+        ("contrast", TF.adjust_contrast, (0.6, 1.0, 1.4)),
+        ("saturation", TF.adjust_saturation, (0.6, 1.0, 1.4)),
+        ("hue", TF.adjust_hue, (-0.3, -0.1, 0.0, 0.1, 0.2, 0.5)),
     ],
 )
-def test_operation_equals_torchvision(views, operation, adjust, factors):
+def test_operation_equals_torchvision(views, name, operation, factors):
     """Float images are equal; on uint8 torchvision truncates the luma and then the result, by at most
     1.4/255.
     """
     images = views.flatten(0, 1)
     for factor in factors:
-        result = adjust(to_float(images), torch.full((len(images), 1, 1, 1), factor))
+        result = apply_one(views, **{name: factor})
         assert (result - operation(to_float(images), factor)).abs().max() <= 1e-5
         assert (result - operation(images, factor).float() / 255).abs().max() <= 1.4 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("orders", [list(permutations(range(4)))[i::4] for i in range(4)])
+def test_every_order_equals_torchvision_at_the_strongest(views, orders):
+    """Strong factors, so that each operation clamps; all views take the same order."""
+    for order in orders:
+        for factors in ((1.4, 1.4, 1.4, 0.1), (0.6, 1.4, 0.6, -0.1), (1.4, 0.6, 1.4, -0.1)):
+            params = off()
+            params[FACTORS], params[ORDER] = torch.tensor(factors), torch.tensor(order).float()
+            result = aggressive(views, params.expand(12, 2, -1))
+            for image, view in zip(views.flatten(0, 1), result.flatten(0, 1)):
+                assert (view - reference(image, params)).abs().max() < 1e-5, (order, factors)
+
+
 def test_grayscale_equals_torchvision_on_uint8(views):
     images = views.flatten(0, 1)
-    assert (
-        grayscale(to_float(images)) - TF.rgb_to_grayscale(images).float() / 255
-    ).abs().max() <= 1 / 255 + 1e-6
+    result = apply_one(views, gray=1)
+    assert (result - TF.rgb_to_grayscale(images, 3).float() / 255).abs().max() <= 1 / 255 + 1e-6
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_a_gaussian(views, sigma):
     """Compared with a kernel that is wide enough for all of the Gaussian; what lies beyond three sigma may
-    make a difference of 2/255.
+    make a difference of 2/255. Images need not be square.
     """
-    images = to_float(views.flatten(0, 1))
-    result = gaussian_blur(images, torch.full((len(images),), sigma))
-    assert (result - TF.gaussian_blur(images, 31, sigma)).abs().max() <= 2 / 255
+    for part in (views, views[..., :20, :]):
+        images = to_float(part.flatten(0, 1))
+        result = apply_one(part, sigma=sigma)
+        assert (result - TF.gaussian_blur(images, 31 if part is views else 13, sigma)).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_is_normalized_rounded_and_channels_last(views, dtype):
+    """What is handed over is the plain result, normalized and rounded once; each [:, i] is in the layout of
+    the convolutions.
+    """
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    params = torch.stack([draw_params(np.random.default_rng(i)) for i in range(24)]).view(12, 2, -1)
+    output = Output(mean, std, dtype)
+    for result, images in (
+        (weak(views, output), to_float(views)),
+        (aggressive(views, params, output), aggressive(views, params)),
+    ):
+        assert result.dtype == dtype and result.shape == views.shape
+        assert all(result[:, i].is_contiguous(memory_format=torch.channels_last) for i in (0, 1))
+        expected = normalize(images, mean, std)
+        assert (result.float() - expected).abs().max() <= 2 * torch.finfo(dtype).eps * 3
+
+
+def test_a_view_does_not_depend_on_the_others(views):
+    params = torch.stack([draw_params(np.random.default_rng(i)) for i in range(24)]).view(12, 2, -1)
+    together = aggressive(views, params)
+    for i in range(12):
+        alone = aggressive(views[i : i + 1], params[i : i + 1])[0]
+        assert (alone - together[i]).abs().max() < 1e-6
 
 
 def test_normalize_equals_torchvision(views):
