@@ -228,21 +228,24 @@ def draw_neighbors(
     features: {title: float [N, D] of the N images}. Where images have labels, a green frame means
     the class of the query, a red one another class.
     """
-    columns = 1 + NEIGHBORS * len(features)
-    figure = Figure(figsize=(0.9 * columns + 0.3, 0.95 * len(queries) + 0.5), dpi=130, layout="constrained")
-    grid = figure.subplots(len(queries), columns, squeeze=False)
+    group = [0.2, *[1] * NEIGHBORS]  # widths: a gap, and the neighbors
+    widths = [1, *group * len(features)]
+    size = (0.9 * sum(widths) + 0.3, 0.95 * len(queries) + 0.5)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    grid = figure.subplots(len(queries), len(widths), squeeze=False, width_ratios=widths)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
+    grid[0][0].set_title("image", fontsize=9)
+    starts = range(2, len(widths), len(group))
+    for start, title in zip(starts, features):
+        grid[0][start].set_title(title, fontsize=9, loc="left")
     for row, query in zip(grid, queries):
         row[0].imshow(square(images.read(query), 96))
-        for start, vectors in zip(range(1, columns, NEIGHBORS), features.values()):
+        for start, vectors in zip(starts, features.values()):
             for ax, index in zip(row[start:], nearest(vectors, query)):
                 ax.imshow(square(images.read(index), 96))
                 frame(ax, images.labels[query], images.labels[index])
-    grid[0][0].set_title("image", fontsize=9)
-    for start, title in zip(range(1, columns, NEIGHBORS), features):
-        grid[0][start].set_title(title, fontsize=9, loc="left")
     figure.savefig(path)
     return path
 

@@ -39,7 +39,7 @@ def test_quickstart_fast(tool, tmp_path):
     """It runs with the engine that it chooses; each engine has its own tests."""
     engine = "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
     folder = tmp_path / "quick start"
-    done = tool("quickstart", "--fast", "--output-dir", folder)
+    done = tool("quickstart", "--fast", "--seed", 3, "--output-dir", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"detection engine: {engine}" in done.stderr
     assert "Warning" not in done.stderr
@@ -54,7 +54,9 @@ def test_quickstart_fast(tool, tmp_path):
     }
     assert runs["random"]["weights"] is None and runs["rsa"]["weights"]["method"] == "rsa"
     assert all(run["engine"] == engine and run["ap"]["bbox"]["AP"] is not None for run in runs.values())
+    assert json.loads((folder / "pretrain" / "run.json").read_text())["settings"]["SEED"] == 3
     configs = [yaml.safe_load(run["config"]) for run in runs.values()]
+    assert [config["SEED"] for config in configs] == [4, 4]
     for config in configs:
         del config["OUTPUT_DIR"], config["MODEL"]["WEIGHTS"]
     assert configs[0] == configs[1]
@@ -77,7 +79,7 @@ def test_quickstart_fast(tool, tmp_path):
     assert results["ap"] == runs["rsa"]["ap"] and results["weights"] == runs["rsa"]["weights"]
 
     before = (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns
-    again = tool("quickstart", "--fast", "--output-dir", folder)
+    again = tool("quickstart", "--fast", "--seed", 3, "--output-dir", folder)
     assert again.returncode == 0 and (folder / "pretrain" / "model_final.pth").stat().st_mtime_ns == before
 
 

@@ -43,7 +43,7 @@ PANELS = {
         {},
     ),
     "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
-    "Similarity of views, and collapse": (
+    "Similarity": (
         "cosine",
         {"cos_aa": "aggressive–aggressive", "cos_aw": "aggressive–weak"},
         "feature std",
