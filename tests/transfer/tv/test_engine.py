@@ -589,7 +589,8 @@ def test_a_key_of_another_architecture_names_the_other_engine(tmp_path, monkeypa
         "sys.argv", ["train_net", "--engine", "torchvision", "--config-file", str(tmp_path / "c.yaml")]
     )
     with pytest.raises(
-        InputError, match="key: MODEL.RETINANET, which the torchvision engine does not have.*--engine detec"
+        InputError,
+        match="no key MODEL.RETINANET; the torchvision engine trains Mask and .*--engine detectron2",
     ):
         train_net.main()
 
