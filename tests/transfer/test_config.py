@@ -174,6 +174,7 @@ MSRA = {
             "FPN.NORM is FrozenBN.*MoCo",
         ),
         ("1x", RSA, ["MODEL.BACKBONE.FREEZE_AT", 2], "BACKBONE.FREEZE_AT is 2.*self-supervised.*FREEZE_AT 0"),
+        ("1x", RSA, ["MODEL.BACKBONE.FREEZE_AT", 5], None),
         ("1x_msra", MSRA, ["MODEL.BACKBONE.FREEZE_AT", 2], None),
     ],
 )

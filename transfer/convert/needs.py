@@ -20,7 +20,7 @@ def check_weights(cfg: CfgNode, provenance: dict | None) -> None:
 
     provenance: that of the converted file, with :data:`RGB_IMAGENET` for what it lacks; None stands for
     random initialization, which fits every config. Raises InputError for another network, other pixels or
-    stride, or frozen BatchNorm.
+    stride, or BatchNorm that is frozen in part.
     """
     if provenance is None:
         return
@@ -31,7 +31,8 @@ def check_weights(cfg: CfgNode, provenance: dict | None) -> None:
     if frozen and needed.get("method") != "supervised":
         raise InputError(
             f"MODEL.{frozen[0]}, but {cfg.MODEL.WEIGHTS} is not known to be supervised (method "
-            f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0"
+            f"{needed.get('method')}): self-supervised weights need SyncBN, and FREEZE_AT 0 (or 5, which "
+            "leaves the whole backbone as it is)"
         )
 
 
@@ -65,7 +66,8 @@ def _network_fixes(cfg, needed):
 def _frozen_parts(cfg):
     """Settings of ``cfg`` that freeze BatchNorm, as texts."""
     frozen = [f"{part}.NORM is FrozenBN" for part in NORM_PARTS if cfg.MODEL[part].NORM == "FrozenBN"]
-    # Detectron2 turns the BatchNorm of the stages that it freezes into FrozenBN.
-    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+    # Detectron2 turns the BatchNorm of the stages that it freezes into FrozenBN. By default it freezes two of
+    # the five, which suits supervised weights. Freezing all of them is a choice: it tests the features.
+    if 0 < cfg.MODEL.BACKBONE.FREEZE_AT < 5:
         frozen.append(f"BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}")
     return frozen

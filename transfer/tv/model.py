@@ -10,19 +10,21 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import anchor_utils, backbone_utils, faster_rcnn, mask_rcnn
-from torchvision.ops import poolers
+from torchvision.ops import FrozenBatchNorm2d, poolers
 
 from rsa_detectron2.transfer.config import check_possible
 from rsa_detectron2.transfer.convert import architectures
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
+# The lowest FREEZE_AT that freezes a part of the backbone.
+FREEZE_FROM = {"conv1": 1, "bn1": 1, "layer1": 2, "layer2": 3, "layer3": 4, "layer4": 5}
 STAGES, LEVELS = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
 POSSIBLE = {  # key: the supported values, or (test of a value, which values pass it)
     "MODEL.META_ARCHITECTURE": ["GeneralizedRCNN"],
     "MODEL.DEVICE": ["cuda", "cpu"],
     "MODEL.MASK_ON": [True, False],
     "MODEL.BACKBONE.NAME": ["build_resnet_fpn_backbone"],
-    "MODEL.BACKBONE.FREEZE_AT": [0],
+    "MODEL.BACKBONE.FREEZE_AT": list(range(6)),
     "MODEL.RESNETS.DEPTH": [18, 34, 50, 101, 152],
     "MODEL.RESNETS.NORM": ["BN", "SyncBN"],
     "MODEL.RESNETS.STRIDE_IN_1X1": [False],
@@ -144,7 +146,30 @@ def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:
     for layer, std in outputs:
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
+    freeze(model.backbone.body, net.BACKBONE.FREEZE_AT)
     return model
+
+
+def freeze(body: nn.Module, freeze_at: int) -> None:
+    """Freeze the first stages of a ResNet, as Detectron2 does: 0 none, 1 the stem, ..., 5 all of them.
+
+    Their parameters get no gradient, and their BatchNorm becomes an affine map with fixed statistics.
+    """
+    for name, part in list(body.named_children()):
+        if FREEZE_FROM.get(name, 6) <= freeze_at:
+            part.requires_grad_(False)
+            setattr(body, name, fixed_statistics(part))
+
+
+def fixed_statistics(module: nn.Module) -> nn.Module:
+    """``module`` with FrozenBatchNorm2d in place of every BatchNorm2d."""
+    if isinstance(module, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
+    for name, part in list(module.named_children()):
+        setattr(module, name, fixed_statistics(part))
+    return module
 
 
 def bfloat16_inside(module: nn.Module, device: torch.device) -> None:

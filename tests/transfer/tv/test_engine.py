@@ -10,6 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 from pycocotools import mask as rle
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet50
 
 from rsa_detectron2.common.config import CONFIGS
@@ -26,6 +27,7 @@ from rsa_detectron2.transfer.tv import engine
 from tests.transfer.report.test_run_folder import full_after
 
 BASE = str(CONFIGS / "transfer" / "base_mask_rcnn_R50_FPN.yaml")
+RESNET18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 CATEGORIES = [3, 7, 90]  # with gaps, as COCO's
 
 
@@ -133,7 +135,7 @@ def config(coco="", folder="", *overrides):
     "key, value",
     [
         ("MODEL.RESNETS.DEPTH", 77),
-        ("MODEL.BACKBONE.FREEZE_AT", 2),
+        ("MODEL.BACKBONE.FREEZE_AT", 6),
         ("MODEL.RESNETS.STRIDE_IN_1X1", True),
         ("INPUT.FORMAT", "BGR"),
         ("MODEL.FPN.NORM", "GN"),
@@ -262,6 +264,40 @@ def test_equals_detectron2_part_by_part():
     assert len(got) == len(wanted) == 5
     for ours_map, theirs_map in zip(got.values(), wanted.values()):
         assert (ours_map - theirs_map).norm() <= 1e-4 * theirs_map.norm()
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_freezes_what_detectron2_freezes(freeze_at):
+    resnet = pytest.importorskip("detectron2.modeling.backbone.resnet")
+    cfg = config("coco_2017_val", "", "MODEL.BACKBONE.FREEZE_AT", freeze_at, *RESNET18)
+    theirs = pytest.importorskip("detectron2.config").get_cfg()
+    theirs.merge_from_file(BASE)
+    theirs.merge_from_list(["MODEL.BACKBONE.FREEZE_AT", freeze_at, *RESNET18])
+    body = engine.build_model(cfg).backbone.body
+    bottom_up = resnet.build_resnet_backbone(theirs, resnet.ShapeSpec(channels=3))
+
+    def learned(module, name=str):
+        return {name(key) for key, p in module.named_parameters() if p.requires_grad}
+
+    def batch_norms(module):
+        return sum(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+    assert learned(body, detectron2_name) == learned(bottom_up)
+    assert bool(learned(body)) == (freeze_at < 5)
+    assert batch_norms(body) == batch_norms(bottom_up)
+
+
+def test_a_frozen_backbone_stays_as_it_was(coco, tmp_path):
+    """Bit for bit, precise BatchNorm included, while the rest learns."""
+    cfg = config(coco, tmp_path, "MODEL.BACKBONE.FREEZE_AT", 5, "SOLVER.MAX_ITER", 3, "SEED", 0, *RESNET18)
+    cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
+    torch.manual_seed(0)
+    before = {name: tensor.clone() for name, tensor in engine.build_model(cfg).state_dict().items()}
+    engine.train(cfg)
+    after = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("backbone.body.")}
 
 
 @pytest.mark.parametrize("max_iter, warmup", [(90, 10), (8, 1000)])
