@@ -47,7 +47,7 @@ PRETRAIN_CONFIG = CONFIGS / "pretrain" / f"quickstart_rsa_{NETWORK}.yaml"
 TRANSFER_CONFIG = CONFIGS / "transfer" / f"quickstart_mask_rcnn_{NETWORK}_FPN.yaml"
 
 # Images per class, and images of the COCO-format set: few have labels.
-SIZES = {"train": 134, "val": 16, "coco_train": 60, "coco_val": 60}
+SIZES = {"train": 134, "val": 20, "coco_train": 60, "coco_val": 60}
 # What --fast reduces: these numbers, and settings of the two configs.
 FAST_SIZES = {"train": 8, "val": 2, "coco_train": 12, "coco_val": 4}
 FAST_PRETRAIN = "SOLVER.EPOCHS 2 SOLVER.WARMUP_EPOCHS 0 DATA.IMAGE_SIZE 32 DATA.EVAL_RESIZE 32".split()

@@ -100,7 +100,7 @@ def at_border(rng: np.random.Generator) -> np.ndarray:
     return rng.permutation([rng.choice([0.03, 0.97]), rng.uniform(0, 1)])
 
 
-TOYS = World(("circle", "square", "triangle", "star"), draw_toy)
+TOYS = World(("circle", "square", "star"), draw_toy)
 
 
 # ---- the controlled test ----
@@ -188,7 +188,7 @@ def write_coco(root: str | Path, name: str, num_images: int, size: int, seed: in
     """Write ``root/images/<name>_<nnnn>.jpg`` and ``root/<name>.json`` (COCO instances); returns
     the JSON's Path.
 
-    One to three TOYS per image. Category ids are 1..24; ``file_name`` is relative to
+    One to three TOYS per image. Category ids are 1..18; ``file_name`` is relative to
     ``root/images``; ``segmentation`` is compressed RLE of the visible pixels, ``area`` their number
     and ``bbox`` the tight [x, y, width, height] in pixels. Splits that share ``root`` need
     different names, and different seeds, or they hold the same pictures. The JSON is written last:

@@ -45,7 +45,6 @@ FORMS = {
 MARKINGS = {
     "circle": lambda u, v: np.sin(8 * u),
     "square": lambda u, v: np.sin(6 * u) * np.sin(6 * v),
-    "triangle": lambda u, v: np.sin(13 * np.hypot(u, v)),
     "star": lambda u, v: np.sin(5 * np.arctan2(v, u)),
 }
 # Those of the controlled test.

@@ -302,7 +302,7 @@ def tiny(shapes, folder, *overrides):
             "MODEL.FPN.OUT_CHANNELS",
             16,
             "MODEL.ROI_HEADS.NUM_CLASSES",
-            24,
+            18,
             "MODEL.ROI_BOX_HEAD.CONV_DIM",
             16,
             "MODEL.ROI_BOX_HEAD.FC_DIM",

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def test_coco_annotations_describe_the_visible_pixels(coco):
     root, data = coco
     assert [c["name"] for c in data.loadCats(data.getCatIds())] == TOYS.classes
-    assert data.getCatIds() == list(range(1, 24 + 1)) and len(data.imgs) == 12
+    assert data.getCatIds() == list(range(1, 18 + 1)) and len(data.imgs) == 12
     for n, image in enumerate(data.loadImgs(sorted(data.imgs))):
         picture = np.asarray(Image.open(root / "images" / image["file_name"]), dtype=float)
         assert picture.shape == (image["height"], image["width"], 3) == (96, 96, 3)
@@ -71,7 +71,7 @@ def test_coco_annotations_describe_the_visible_pixels(coco):
             assert annotation["area"] == mask.sum() and annotation["iscrowd"] == 0
         # Image n is a pure function of (seed, n), whatever came before it.
         rng = np.random.default_rng((3, n))
-        labels = rng.integers(24, size=rng.integers(1, 4))
+        labels = rng.integers(18, size=rng.integers(1, 4))
         drawn, expected, shown = draw_toys(rng, 96, [TOYS.classes[label] for label in labels])
         found = [annotation["category_id"] - 1 for annotation in annotations]
         assert (masks == expected).all() and found == labels[shown].tolist()
@@ -80,7 +80,7 @@ def test_coco_annotations_describe_the_visible_pixels(coco):
 
 def test_image_folder_loads_with_every_class(folder):
     data = ImageFolder(str(folder))
-    assert data.classes == sorted(TOYS.classes) and len(data) == 3 * 24
+    assert data.classes == sorted(TOYS.classes) and len(data) == 3 * 18
     assert all(image.size == (64, 64) for image, _ in data)
 
 
@@ -119,13 +119,13 @@ def test_a_foreign_json_is_not_overwritten(tmp_path):
 
 def test_toys_are_apart_large_and_of_their_color():
     for seed in range(10):
-        names = [TOYS.classes[(7 * seed + i) % 24] for i in range(3)]
+        names = [TOYS.classes[(7 * seed + i) % 18] for i in range(3)]
         image, masks, shown = draw_toys(np.random.default_rng(seed), 128, names)
         assert shown.tolist() == [0, 1, 2] and masks.sum((1, 2)).min() > 300
         for name, mask in zip(names, masks):
             hue = colorsys.rgb_to_hsv(*image[mask].mean(0))[0] * 360
             assert abs((hue - HUES[name.split("-")[1]] + 180) % 360 - 180) < 30
-    assert len({TOYS.draw(np.random.default_rng(0), 32, name).tobytes() for name in TOYS.classes}) == 24
+    assert len({TOYS.draw(np.random.default_rng(0), 32, name).tobytes() for name in TOYS.classes}) == 18
 
 
 # ---- the controlled test ----
