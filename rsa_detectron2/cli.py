@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "kNN top-1 and linear evaluation of a backbone",
     "report": "table, curves and pictures of fine-tuning runs",
     "report_top1": "tables of top-1 beside the paper's",
-    "reproduce": "the tables and figures of the paper, and the controlled test",
+    "reproduce": "the tables and figures of the paper, and two tests of its claim",
     "show_views": "aggressive views, and the pairs that drifted most",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
     "benchmark": "speed of the parts, beside what they replace",

@@ -8,16 +8,15 @@ alone and the color alone from its features of center crops.
 """
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.tables import cell, mean_std, to_markdown, write_rows
 from rsa_detectron2.pretrain.evaluate.parts import PARTS
+from rsa_detectron2.tools._points import plot_seeds
 from rsa_detectron2.tools._steps import Step
 from rsa_detectron2.transfer.data.drawn import CONTROLLED, HUES, write_image_folder
 from rsa_detectron2.transfer.report import paper
@@ -31,11 +30,9 @@ CHANCE = {
     "form": 100 / len(CONTROLLED.forms),
     "color": 100 / len(HUES),
 }
-JUDGES = {"linear": ("linear", "#0072b2"), "knn": ("kNN", "#d55e00")}  # name and color in the picture
+JUDGES = {"linear": "linear", "knn": "kNN"}
 FIGURES = {
-    f"{judge}_{part}": f"{name}, {words}"
-    for judge, (name, _) in JUDGES.items()
-    for part, words in PARTS.items()
+    f"{judge}_{part}": f"{name}, {words}" for judge, name in JUDGES.items() for part, words in PARTS.items()
 }
 
 
@@ -147,23 +144,12 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     """A panel for each part of the label. ``results``: {title of a row: results of its seeds}."""
     figure = Figure(figsize=(11, 0.42 * len(results) + 1.3), dpi=150, layout="constrained")
     for ax, (part, words) in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS.items()):
-        plot_part(ax, part, list(results.values()))
+        figures = {
+            name: [[seed[f"{judge}_{part}"] for seed in seeds] for seeds in results.values()]
+            for judge, name in JUDGES.items()
+        }
+        plot_seeds(ax, figures, list(results))
         ax.axvline(CHANCE[part], color="0.5", lw=1, ls="--", label="chance")
-        ax.set(title=words, xlabel="top-1 (%)", yticks=range(len(results)), yticklabels=list(results))
-        ax.grid(axis="x", alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].invert_yaxis()
+        ax.set(title=words, xlabel="top-1 (%)")
     figure.axes[-1].legend(fontsize=8, loc="best")
     figure.savefig(path)
-
-
-def plot_part(ax: Axes, part: str, rows: list[list[dict]]) -> None:
-    """Every seed is a point, their mean a bar."""
-    for offset, (judge, (name, color)) in zip((-0.13, 0.13), JUDGES.items()):
-        for y, seeds in enumerate(rows):
-            values = [seed[f"{judge}_{part}"] for seed in seeds]
-            label = name if y == 0 else None
-            heights = [y + offset] * len(values)
-            ax.plot(values, heights, "o", ms=4, color=color, alpha=0.5, mec="none", label=label)
-            bar = [y + offset - 0.1, y + offset + 0.1]
-            ax.plot([statistics.fmean(values)] * 2, bar, color=color, lw=2)

@@ -14,7 +14,7 @@ SERVES = {
     "weights": ("ap",),
     "num_gpus": ("ap",),
     "accumulate": ("ap",),
-    "engine": ("ap",),
+    "engine": ("ap", "miniature"),
     "rehearse": ("top1", "hours", "ap", "pictures"),
     "overrides": ("ap", "test"),
 }
@@ -43,7 +43,9 @@ def add_paper_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, help="for fine-tuning; pre-training takes all")
     parser.add_argument("--accumulate", type=int, metavar="N", help="as in tools/train_net.py")
     parser.add_argument(
-        "--engine", choices=("detectron2", "torchvision"), default="detectron2", help="for fine-tuning"
+        "--engine",
+        choices=("detectron2", "torchvision"),
+        help="for fine-tuning (default detectron2, in miniature torchvision)",
     )
 
 

@@ -92,7 +92,7 @@ class Plan:
             training.recipe,
             "--resume",
             "--engine",
-            args.engine,
+            args.engine or "detectron2",
             "--num-gpus",
             args.num_gpus,
             *(["--accumulate", args.accumulate] if args.accumulate else []),

@@ -6,11 +6,12 @@
     tools/reproduce.py table2 --rows rsa byol --columns cifar10
     tools/reproduce.py table5 --weights infomin=infomin.pth --weights mine=my.pth --num-gpus 8
     tools/reproduce.py controlled                         # the controlled test, which is none of the paper's
+    tools/reproduce.py miniature                          # Table 5 in miniature, on drawn images
 
 Stopped at any point, the same command goes on. A run that several rows need is made once. It is
 recognized by its run.json, not by its folder's name. Rows of other methods in Tables 5 and 6 need their
 authors' checkpoints (--weights ROW=FILE); any other name makes a row of its own. configs/paper.yaml has the
-rows, what each is compared with, and the costs. The controlled test draws its own images.
+rows, what each is compared with, and the costs. The two tests draw their own images.
 """
 
 import argparse
@@ -20,13 +21,15 @@ from pathlib import Path
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.tools import report, report_top1
 from rsa_detectron2.tools._controlled import ControlledTest
+from rsa_detectron2.tools._miniature import MiniatureTest
 from rsa_detectron2.tools._options import SERVES, add_paper_options, check_options
 from rsa_detectron2.tools._plan import Plan, check_names, choose, differences
 from rsa_detectron2.tools._rehearsal import Rehearsal
 from rsa_detectron2.tools._steps import Runner, Step, missing_steps, refuse_other_runs
 from rsa_detectron2.transfer.report import paper
 
-TESTS = {"controlled": ControlledTest}  # of this project, without a number of the paper
+# Of this project, without a number of the paper.
+TESTS = {"controlled": ControlledTest, "miniature": MiniatureTest}
 
 
 def main() -> int:
@@ -39,13 +42,15 @@ def run_test(args: argparse.Namespace) -> int:
     rows = args.rows or list(test_class.ROWS)
     check_names(args.table, "row", rows, test_class.ROWS)
     folder = Path(args.output_dir, args.table)
-    test = test_class(folder, rows, args.seeds or test_class.SEEDS, args.overrides)
+    engine = {"engine": args.engine} if args.engine else {}  # refused for a test that has none
+    test = test_class(folder, rows, args.seeds or test_class.SEEDS, args.overrides, **engine)
     steps = test.steps()
     refuse_other_runs(steps, test.differences)
     missing = missing_steps(steps)
     for step in steps:
         print(step.line(missing))
-    print(f"{len(missing)} of {len(steps)} to run", flush=True)
+    minutes = 60 * sum(step.hours for step in missing)
+    print(f"{len(missing)} of {len(steps)} to run, about {minutes:.0f} minutes of a CPU core", flush=True)
     if args.dry_run:
         return 0
     test.prepare()
@@ -127,13 +132,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("table", choices=("all", *paper.load()["tables"], *TESTS))
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all whose weights can be had")
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="runs of each row (default: the paper's trials, of the test 3)"
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="runs of each row (default: the paper's trials, of a test 3)",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="steps at a time (default 1; of the controlled test the number of cores, 4 at most)",
+        help="steps at a time (default 1; of the two tests the number of cores, 4 at most)",
     )
     parser.add_argument(
         "--output-dir", metavar="DIR", help="default output/reproduce, of a rehearsal output/rehearsal"
@@ -145,8 +153,7 @@ def parse() -> argparse.Namespace:
         dest="overrides",
         default=[],
         metavar="KEY VALUE",
-        help="for every fine-tuning, e.g. SOLVER.AMP.ENABLED True; of the controlled test for every "
-        "pre-training",
+        help="for every fine-tuning, e.g. SOLVER.AMP.ENABLED True; of the two tests for every pre-training",
     )
     add_paper_options(parser)
     args = parser.parse_args()
