@@ -135,7 +135,10 @@ def only(operation: str, params: torch.Tensor) -> torch.Tensor:
     jitter, gray, blur = OPERATIONS[operation]
     params = params.clone()
     kept = torch.isin(params[..., ORDER], torch.tensor(list(jitter), dtype=params.dtype))
-    params[..., ORDER] = torch.where(kept, params[..., ORDER], -1)
+    order = torch.where(kept, params[..., ORDER], -1)
+    # The operations come first: aggressive() takes an order that ends in -1, not one with gaps.
+    front = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)
+    params[..., ORDER] = order.gather(-1, front)
     params[..., GRAY] *= gray
     params[..., SIGMA] *= blur
     return params

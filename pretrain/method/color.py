@@ -28,8 +28,8 @@ class ColorJitter:
     """Views under the jitter: after all operations, x = (pixels - black) / (white - black) is in [0, 1].
 
     ``views`` are uint8 [N, 3, H, W]. ``factors`` and ``order``, [N, 4] on the CPU, are those columns of
-    ``params``; views with the same order should follow each other. ``pixels`` are float32 [N, 3, H * W],
-    ``levels`` float32 [N, 2, 1, 1].
+    ``params``; views with the same order should follow each other, and -1, no operation, comes last.
+    ``pixels`` are float32 [N, 3, H * W], ``levels`` float32 [N, 2, 1, 1].
     """
 
     def __init__(self, views: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> None:

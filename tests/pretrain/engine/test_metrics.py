@@ -140,6 +140,7 @@ def test_metrics_hold_every_figure(image_folder, tmp_path):
 
 def test_loss_scale_and_skipped_steps_of_fp16(image_folder, tmp_path, monkeypatch, capsys):
     """The first scales overflow even float32. Each step that is skipped halves the scale."""
+    monkeypatch.setenv("COLUMNS", "300")  # a narrow bar would cut its last figures off
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
     train_loop.train(tiny_cfg(image_folder, tmp_path, "LOG_PERIOD", 3, "SOLVER.EPOCHS", 6))

@@ -991,7 +991,7 @@ def test_other_architectures_train_from_our_weights(
 
     monkeypatch.setattr(d2_trainer, "assert_backbone_arrived", compare)
     cfg = stock(name, weights, shapes, tmp_path, val=one_image)
-    assert value_of(cfg, key) == 8
+    assert value_of(cfg, key) == 18
     results = d2_engine.train(cfg)
     assert arrived == [265] and results["weights"]["format"] == "this project's pre-training"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
@@ -1003,7 +1003,7 @@ def test_other_architectures_train_from_our_weights(
     }[loss]
     sizes = {tensor.shape[0] for n, tensor in final(tmp_path / "run").items() if classifier + "bias" in n}
     # without and with a background, and for each of nine anchors
-    assert sizes <= {8, 9, 72} and len(sizes) == 1
+    assert sizes <= {18, 19, 162} and len(sizes) == 1
     assert protocol_of(yaml.safe_load(results["config"])) == "other"
 
 

@@ -8,8 +8,8 @@ from pycocotools import mask as rle
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.checks import check_datasets
+from rsa_detectron2.transfer.data.drawn import write_coco
 from rsa_detectron2.transfer.data.masks import run_lengths
-from rsa_detectron2.transfer.data.shapes import write_coco
 
 
 def masks():
@@ -60,7 +60,7 @@ def test_the_drawn_shapes_are_sound(tmp_path, capsys):
     cfg = torchvision_defaults()
     name = dataset_name(write_coco(tmp_path, "val", 6, 64, 0), tmp_path / "images")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
-    cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NUM_CLASSES = True, 8
+    cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NUM_CLASSES = True, 18
     (dataset,) = check_datasets(cfg)
     assert (len(dataset.images), dataset.annotated(), dataset.has_rle()) == (6, 6, True)
     assert "warning" not in capsys.readouterr().err
