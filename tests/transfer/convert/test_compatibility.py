@@ -42,10 +42,14 @@ def test_an_old_checkpoint_resumes(tmp_path, monkeypatch):
     expected = json.loads((DATA / "resumed_0.1.0.json").read_text())
     assert final["step"] == 9
     assert final["model"].keys() == expected.keys()
-    # Other versions of torch sum in another order. Since 0.2.0 views differ by 1.4e-6, which grows.
+    # The first step after the resume is as exact as the views. The learning rate is 1, so a change of the views
+    # by 1e-7 makes up to 4 % in the statistics four steps later.
+    rows = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    losses = {row["step"]: row["loss"] for row in rows}
+    assert losses[5] == pytest.approx(3.884628, rel=1e-4) and losses[6] == pytest.approx(2.560508, rel=1e-3)
     for name, tensor in final["model"].items():
         found = [tensor.double().mean().item(), tensor.double().abs().mean().item()]
-        assert found == pytest.approx(expected[name], rel=2e-2, abs=5e-3), name
+        assert found == pytest.approx(expected[name], rel=5e-2, abs=1e-2), name
 
 
 def test_an_old_checkpoint_converts(tmp_path):
