@@ -42,8 +42,8 @@ def test_an_old_checkpoint_resumes(tmp_path, monkeypatch):
     expected = json.loads((DATA / "resumed_0.1.0.json").read_text())
     assert final["step"] == 9
     assert final["model"].keys() == expected.keys()
-    # The first step after the resume is as exact as the views. The learning rate is 1, so a change of the views
-    # by 1e-7 makes up to 4 % in the statistics four steps later.
+    # The first steps after the resume are as exact as the views. At this learning rate of 1, a change of
+    # the views by 1e-7 changes the statistics by up to 4 % four steps later.
     rows = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
     losses = {row["step"]: row["loss"] for row in rows}
     assert losses[5] == pytest.approx(3.884628, rel=1e-4) and losses[6] == pytest.approx(2.560508, rel=1e-3)
