@@ -99,7 +99,7 @@ def refuse_stray_words(cfg: CfgNode, words: Sequence) -> None:
             raise InputError(f"{word} is no KEY: give a config file as --config-file {word}")
         if "/" in word or path.exists():
             pretrain = "--data PATH for images"
-            transfer = "--train JSON IMAGES, --val JSON IMAGES for data, or MODEL.WEIGHTS FILE for weights"
+            transfer = "--data FOLDER for data, or MODEL.WEIGHTS FILE for weights"
             raise InputError(f"{word} is no KEY: give {pretrain if is_pretraining(cfg) else transfer}")
 
 

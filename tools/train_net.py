@@ -3,7 +3,7 @@
 
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
-        --train train.json images --val val.json images
+        --data export
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
         --eval-only MODEL.WEIGHTS model_final.pth
 
@@ -35,6 +35,7 @@ from rsa_detectron2.transfer.config import (
     torchvision_defaults,
 )
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset, locate_dataset
+from rsa_detectron2.transfer.data.parts import locate_parts
 
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: install a prebuilt wheel "
@@ -166,6 +167,7 @@ def processes(args: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with --data as the --train and --val that it stands for. Raises InputError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,6 +212,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--engine", choices=("detectron2", "torchvision"), default="detectron2")
     parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="train and evaluate on the COCO-format data sets in FOLDER: train/ and valid/ or val/, each "
+        "with its JSON, or COCO's own layout",
+    )
+    parser.add_argument(
         "--train",
         nargs=2,
         metavar=("JSON", "IMAGES"),
@@ -220,7 +228,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--val", nargs=2, metavar=("JSON", "IMAGES"), help="evaluate on this COCO-format data set"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    return parser.parse_intermixed_args(arguments)  # KEY VALUE pairs may stand between options
+    args = parser.parse_intermixed_args(arguments)  # KEY VALUE pairs may stand between options
+    if args.data:
+        if args.train or args.val:
+            raise InputError("--data takes the place of --train and --val: leave these out")
+        args.train, args.val = locate_parts(args.data)
+    return args
 
 
 if __name__ == "__main__":

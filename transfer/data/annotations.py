@@ -44,15 +44,13 @@ def locate_dataset(name: str) -> tuple[str, str]:
     elif "::" in name:
         annotations, images = (Path(part).expanduser() for part in name.split("::", 1))
     else:
-        raise InputError(
-            f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --train/--val JSON IMAGES"
-        )
+        raise InputError(f"unknown data set {name!r}: use {', '.join(COCO_2017)}, or --data FOLDER")
     if annotations.is_dir():
         raise InputError(f"{annotations} is a folder: the order is JSON IMAGES")
     if not annotations.is_file():
         advice = "give --train/--val JSON IMAGES"
         if name in COCO_2017:
-            advice = f"put COCO 2017 under {root}/coco (or set DETECTRON2_DATASETS), or {advice}"
+            advice = f"put COCO 2017 under {root}/coco (or set DETECTRON2_DATASETS), or give --data FOLDER"
         raise InputError(f"no annotation file {annotations}: {advice}")
     if not images.is_dir():
         raise InputError(f"no image folder {images}, which belongs to {annotations}")

@@ -36,7 +36,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> list[Dataset]:
             f"DATASETS.TEST is {cfg.DATASETS.TEST}: give exactly one data set, because results are of one"
         )
     if not cfg.DATASETS.TRAIN and not eval_only:
-        raise InputError("DATASETS.TRAIN is empty: give --train JSON IMAGES")
+        raise InputError("DATASETS.TRAIN is empty: give --data FOLDER")
     training, masks = () if eval_only else cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
     names = dict.fromkeys((*training, *cfg.DATASETS.TEST))
     for name in names:
