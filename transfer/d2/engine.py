@@ -266,8 +266,6 @@ def run(job: Job) -> None:
     """Train, unless ``eval_only``, then evaluate the saved model and write its results."""
     start, cfg = time.perf_counter(), job.cfg
     logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
-    # Detectron2 calls a deprecated function.
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
     register_datasets(cfg, job.eval_only)  # a process that launch has started has none registered

@@ -1,5 +1,6 @@
 """The model of a configuration, as Detectron2 builds it."""
 
+import logging
 import traceback
 
 import torch
@@ -16,6 +17,8 @@ MISFITS = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeEr
 
 def build_model(cfg: CfgNode) -> nn.Module:
     """The model on MODEL.DEVICE. Raises InputError where its settings do not fit each other."""
+    # Detectron2 calls a deprecated function.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         model = build_stock_model(with_empty_passes(cfg))
     except MISFITS as error:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.data.dataset import Dataset
+from rsa_detectron2.transfer.data.images import read_image
 from rsa_detectron2.transfer.data.masks import to_rle
 
 
@@ -37,21 +36,14 @@ class CocoInstances:
         """Image id -> uint8 [3, H, W], RGB, upright."""
         info = self.images[image_id]
         path = Path(self.dataset.folder, info["file_name"])
-        try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL raises errors of almost any type for a damaged file
+        image = read_image(path)
+        size = image.shape[1], image.shape[0]
+        if size != (info["width"], info["height"]):
             raise InputError(
-                f"{path} cannot be used ({type(error).__name__}: {error}): restore the image, or remove it "
-                "from the annotation file"
-            ) from None
-        if image.size != (info["width"], info["height"]):
-            raise InputError(
-                f"{path} is {image.size}, but {self.dataset.path} says {info['width'], info['height']}:"
+                f"{path} is {size}, but {self.dataset.path} says {info['width'], info['height']}:"
                 " correct its width and height there"
             )
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(image).permute(2, 0, 1)
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         index, flip = key

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
-from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.transfer.data.coco_json import read_coco
 from rsa_detectron2.transfer.data.dataset import Dataset
+from rsa_detectron2.transfer.data.images import read_image
 from rsa_detectron2.transfer.data.masks import to_rle
 from rsa_detectron2.transfer.report.tables import COLUMNS, Row, difference_cell
 
@@ -60,6 +61,7 @@ SMALL, SMALL_WIDTH = "Schedules", 0.75  # the panel that tells least
 
 
 THRESHOLD = 0.5  # of the scores of detections that are drawn
+LARGEST_JPEG = 65500  # pixels a side
 DEJAVU = "DejaVu Sans"  # matplotlib's own font
 
 
@@ -305,21 +307,30 @@ def plot_sweep(rows: list[Row], titles: dict[str, str], path: Path) -> Path:
     return path
 
 
+def tint(image: np.ndarray, code: dict, color: np.ndarray) -> None:
+    """Mix ``color`` (0-255) into the pixels of a mask, pycocotools' RLE, and draw its outline, in place.
+
+    Only the mask's box is touched: a photograph has millions of pixels.
+    """
+    x, y, w, h = rle.toBbox(code).astype(int)
+    inside, part = rle.decode(code)[y : y + h, x : x + w].astype(bool), image[y : y + h, x : x + w]
+    part[inside] = 0.5 * part[inside] + 0.5 * color
+    p = np.pad(inside, 1)
+    core = p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    part[inside & ~core] = color
+
+
 def draw_instances(
     ax: Axes, image: np.ndarray, instances: list[dict], names: dict[int, str], colors: dict[int, str]
 ) -> None:
     """Draw COCO instances over an image, uint8 [H, W, 3]: mask, box, class name and, if any, score."""
     height, width = image.shape[:2]
-    blended = image.astype(np.float32)
+    tinted = image.copy()
     for instance in instances:
         if instance.get("segmentation"):
-            inside = rle.decode(to_rle(instance["segmentation"], height, width)).astype(bool)
-            color = 255 * np.array(to_rgb(colors[instance["category_id"]]))
-            blended[inside] = 0.5 * blended[inside] + 0.5 * color
-            p = np.pad(inside, 1)
-            core = p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
-            blended[inside & ~core] = color
-    ax.imshow(blended.astype(np.uint8))
+            code = to_rle(instance["segmentation"], height, width)
+            tint(tinted, code, 255 * np.array(to_rgb(colors[instance["category_id"]])))
+    ax.imshow(tinted)
     taken = []
     for instance in instances:
         x, y, w, h = instance["bbox"]
@@ -349,6 +360,25 @@ def draw_instances(
             bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
             clip_on=True,
         )
+
+
+def draw_on_copy(image: np.ndarray, detections: list[dict], categories: list[dict], path: Path) -> None:
+    """Draw detections on an image, uint8 [H, W, 3], and write it as JPEG to ``path``, whole or not at all.
+
+    The picture has the image's size, up to the largest that JPEG can hold.
+    """
+    scale = min(1, LARGEST_JPEG / max(image.shape))
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    names = {category["id"]: category["name"] for category in categories}
+    colors = {category["id"]: PALETTE[n % len(PALETTE)] for n, category in enumerate(categories)}
+    # draw_instances is made for a width of three inches. Half a pixel more, because matplotlib rounds down.
+    dpi, (wide, high) = width / 3, (width + 0.5, height + 0.5)
+    figure = Figure(figsize=(wide / dpi, high / dpi), dpi=dpi)
+    ax = figure.add_axes((0, 0, width / wide, height / high))
+    with literal_text(*names.values()):
+        draw_instances(ax, image, detections, names, colors)
+        ax.set_axis_off()
+        write_atomically(path, lambda file: figure.savefig(file, format="jpeg", pil_kwargs={"quality": 92}))
 
 
 def draw_detections(
@@ -418,11 +448,7 @@ def draw_grid(
     )
     grid = figure.subplots(len(images), len(columns), squeeze=False, height_ratios=heights)
     for row, info in zip(grid, images):
-        try:
-            image = Image.open(Path(dataset.folder, info["file_name"]))
-            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # as both engines read it
-        except OSError as error:
-            raise InputError(f"cannot read an image of {dataset.path}: {error}") from None
+        image = read_image(Path(dataset.folder, info["file_name"]))
         for ax, (title, (instances, categories)) in zip(row, columns.items()):
             shown = [a for a in instances if a["image_id"] == info["id"]]
             if title != "ground truth":

@@ -294,27 +294,22 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
 
     bbox is [x, y, w, h] in pixels; a model with masks adds segmentation as compressed RLE.
     """
-    model.eval()
-    model.transform.min_size, model.transform.max_size = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
+    test_mode(cfg, model)
     device = next(model.parameters()).device
     detections = []
     for image_id in tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None):
         image = dataset.image(image_id).to(device).float() / 255
         instances = detect_one(model, image)
-        if cfg.MODEL.MASK_ON:
-            codes = paste_rles(instances["masks"], instances["boxes"], image.shape[1:])
-        rows = zip(*(instances[key].tolist() for key in BOX_FIELDS))
-        for n, ((x0, y0, x1, y1), score, label) in enumerate(rows):
-            detection = {
-                "image_id": image_id,
-                "category_id": dataset.categories[label - 1],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            if cfg.MODEL.MASK_ON:
-                detection["segmentation"] = codes[n]
-            detections.append(detection)
+        for detection in detections_of(instances, image.shape[1:]):
+            category_id = dataset.categories[detection["category_id"]]
+            detections.append({"image_id": image_id, **detection, "category_id": category_id})
     return detections
+
+
+def test_mode(cfg: CfgNode, model: nn.Module) -> None:
+    """Let ``model`` detect, in images of the size for tests."""
+    model.eval()
+    model.transform.min_size, model.transform.max_size = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
 
 
 def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -330,6 +325,21 @@ def detect_one(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]
     size = images.image_sizes[0]
     instances["boxes"] = transform.resize_boxes(instances["boxes"], size, image.shape[1:])
     return {key: values.cpu() for key, values in instances.items()}
+
+
+def detections_of(instances: dict[str, torch.Tensor], size: tuple[int, int]) -> list[dict]:
+    """What :func:`detect_one` found in an image of ``size`` (H, W), in COCO's format.
+
+    category_id is the index of the class, from 0; segmentation, where there are masks, is compressed RLE.
+    """
+    detections = [
+        {"category_id": label - 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for (x0, y0, x1, y1), score, label in zip(*(instances[key].tolist() for key in BOX_FIELDS))
+    ]
+    if "masks" in instances:
+        for detection, code in zip(detections, paste_rles(instances["masks"], instances["boxes"], size)):
+            detection["segmentation"] = code
+    return detections
 
 
 def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: Origin = Origin()) -> dict:

@@ -1,0 +1,193 @@
+"""tools/predict.py: the detections of --eval-only, images of all kinds, and what an interruption leaves."""
+
+import json
+import signal
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from rsa_detectron2.common.config import CONFIGS, merge_config
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.signals import STOP_SIGNALS
+from rsa_detectron2.tools import predict
+from rsa_detectron2.tools.train_net import import_detectron2
+from rsa_detectron2.transfer.config import torchvision_defaults
+from rsa_detectron2.transfer.data.annotations import dataset_name
+from rsa_detectron2.transfer.data.coco_json import read_coco
+from rsa_detectron2.transfer.data.drawn import TOYS, write_coco
+
+CONFIG = str(CONFIGS / "transfer" / "quickstart_mask_rcnn_R18_FPN.yaml")
+# A step of one image, after which every proposal is a detection.
+SETTINGS = (
+    "MODEL.DEVICE cpu SOLVER.MAX_ITER 1 SOLVER.IMS_PER_BATCH 2 SOLVER.AMP.ENABLED False TEST.EVAL_PERIOD 0 "
+    "TEST.PRECISE_BN.ENABLED False DATALOADER.NUM_WORKERS 0 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0 "
+    "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96"
+).split()
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """A folder with val.json and images/, where one image is not square and is turned by its EXIF."""
+    root = tmp_path_factory.mktemp("coco")
+    path = write_coco(root, "val", 4, 64, 0)
+    content = json.loads(path.read_text())
+    turned = content["images"][1]
+    turned["height"] = 48
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != turned["id"]]
+    path.write_text(json.dumps(content))
+    file = root / "images" / turned["file_name"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    upright = Image.open(file).crop((0, 0, 64, 48))
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif, quality=95)
+    return root
+
+
+@pytest.fixture(scope="module", params=("torchvision", "detectron2"))
+def trained(request, coco, tmp_path_factory):
+    """The folder of a run on ``coco``, evaluated again by --eval-only --resume."""
+    if request.param == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+        engine, get_cfg = import_detectron2()
+        cfg = get_cfg()
+    else:
+        from rsa_detectron2.transfer.tv import engine
+
+        cfg = torchvision_defaults()
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    data = (dataset_name(coco / "val.json", coco / "images"),)
+    settings = ["MODEL.WEIGHTS", "", "OUTPUT_DIR", str(folder), "DATASETS.TRAIN", data, "DATASETS.TEST", data]
+    merge_config(cfg, CONFIG, [*SETTINGS, *settings])
+    engine.train(cfg.clone())
+    engine.train(cfg.clone(), resume=True, eval_only=True)
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """``call(model, images, ...)`` runs the tool and returns its detections.json."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def run(*arguments, output="out", threshold=0):
+        words = [*arguments, "--output", tmp_path / output, "--threshold", threshold]
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, words)])
+        predict.main()
+        return json.loads((tmp_path / output / "detections.json").read_text())
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def by_file(images, detections):
+    """What counts of detections, in their order, with the name of the file for the image's id."""
+    names = {image["id"]: image["file_name"] for image in images}
+    keys = ("category_id", "bbox", "score", "segmentation")
+    return [(names[d["image_id"]], *(d[key] for key in keys)) for d in detections]
+
+
+def test_detections_are_those_of_an_evaluation(trained, coco, call):
+    evaluated = json.loads((trained / "inference" / "coco_instances_results.json").read_text())
+    annotations = json.loads((trained / "inference" / "annotations.json").read_text())
+    found = call(trained, coco / "images")
+    assert len(evaluated) > 20
+    assert by_file(found["images"], found["annotations"]) == by_file(annotations["images"], evaluated)
+    assert [category["name"] for category in found["categories"]] == TOYS.classes
+    kept = call(trained / "model_final.pth", coco / "images", output="kept", threshold=0.06)["annotations"]
+    assert 0 < len(kept) < len(evaluated)
+    assert [d["score"] for d in kept] == [d["score"] for d in evaluated if d["score"] >= 0.06]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A model that finds one square in every image. ``fake.interrupt``: at which image a signal comes."""
+
+    def detect(image):
+        detect.calls += 1
+        if detect.calls == detect.interrupt:
+            signal.raise_signal(signal.SIGTERM)
+        mask = {"size": list(image.shape[:2]), "counts": [0, 5, image[..., 0].size - 5]}
+        return [{"category_id": 1, "bbox": [0.0, 0.0, 2.0, 3.0], "score": 0.75, "segmentation": mask}]
+
+    detect.calls, detect.interrupt = 0, None
+    categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    monkeypatch.setattr(predict, "load", lambda trained: (detect, categories))
+    monkeypatch.setattr(predict, "sha256", lambda path: "0")
+    monkeypatch.setattr(predict, "find_trained", lambda path: type("Trained", (), {"path": path}))
+    return detect
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Images of several kinds and sizes in folders of several depths, and files that are none."""
+    root, rng = tmp_path / "photographs", np.random.default_rng(0)
+    sizes = {"a.jpg": (30, 40), "b/c/a.png": (90, 20), "b/gray.JPEG": (25, 25), "wide.webp": (10, 300)}
+    for name, (height, width) in sizes.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        (image.convert("L") if "gray" in name else image).save(root / name)
+    (root / "b" / "damaged.jpg").write_bytes((root / "a.jpg").read_bytes()[:300])
+    (root / "empty.png").write_bytes(b"")
+    (root / "notes.txt").write_text("x")
+    return root, sizes
+
+
+def test_a_folder_of_anything(photographs, fake, call, tmp_path, capsys):
+    root, sizes = photographs
+    found = call("model", root)
+    said = capsys.readouterr()
+    assert "4 detections in 4 images; 2 files left out, named above" in said.out
+    assert "damaged.jpg cannot be used" in said.err and "empty.png cannot be used" in said.err
+    assert "files left out: 1 .txt" in said.err
+    assert {i["file_name"]: (i["height"], i["width"]) for i in found["images"]} == sizes
+    assert found["info"] == {"model": "0", "threshold": 0.0, "folder": str(root)}
+    for name, (height, width) in sizes.items():
+        picture = tmp_path / "out" / (name if name.lower().endswith((".jpg", ".jpeg")) else name + ".jpg")
+        assert Image.open(picture).size == (width, height)
+
+
+def test_the_file_is_a_data_set_and_holds_results(photographs, fake, call, tmp_path, capsys):
+    found = call("model", photographs[0])
+    truth = COCO(tmp_path / "out" / "detections.json")
+    assert truth.loadCats([7])[0]["name"] == "dog"
+    results = COCO(tmp_path / "out" / "detections.json").loadRes(found["annotations"])
+    assert len(results.anns) == 4 and [a["area"] for a in found["annotations"]] == [5] * 4
+    read = read_coco(str(tmp_path / "out" / "detections.json"), found["info"]["folder"])
+    assert not read.notes and len(read.annotations) == 4
+
+
+def test_files_and_folders_together(photographs, fake, call):
+    root, _ = photographs
+    found = call("model", root / "a.jpg", root / "b" / "c", root / "b" / "c" / "a.png")
+    assert [image["file_name"] for image in found["images"]] == ["a.jpg", "b/c/a.png"]
+
+
+def test_an_interrupted_run_goes_on(photographs, fake, call, tmp_path, capsys):
+    whole = call("model", photographs[0], output="whole")
+    fake.calls, fake.interrupt = 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        call("model", photographs[0])
+    half = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert half["images"] == whole["images"][:2] and half["annotations"] == whole["annotations"][:2]
+    assert call("model", photographs[0]) == whole and fake.calls == 5
+    with pytest.raises(InputError, match="detections.json is there already, of another model, threshold or"):
+        call("model", photographs[0], threshold=0.5)
+
+
+def test_what_is_refused(photographs, fake, call, tmp_path):
+    root, _ = photographs
+    for words, message in {
+        (root / "absent",): "no image or folder .*absent: correct the path",
+        (tmp_path,): "--output .* lies in .*: give a folder outside",
+        (root / "b" / "damaged.jpg",): "no image can be read",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            call("model", *words)
+    with pytest.raises(InputError, match="--threshold 50.0: it must lie between 0 and 1"):
+        call("model", root, threshold=50)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images in .*empty"):
+        call("model", tmp_path / "empty")
