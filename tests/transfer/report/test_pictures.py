@@ -25,9 +25,9 @@ def test_tint_mixes_inside_and_draws_the_outline():
     assert np.array_equal(image, expected)
 
 
-@pytest.mark.parametrize("size", ((301, 203), (64, 64), (33, 1000), (700, 21), (1, 1)))
+@pytest.mark.parametrize("size", ((301, 203), (480, 44), (333, 100), (33, 1000), (700, 21), (1, 1)))
 def test_a_copy_has_the_size_and_the_pixels_of_the_image(tmp_path, size):
-    """A tenth of the image on each side is free of boxes and captions, up to what JPEG changes."""
+    """Up to what JPEG changes. Of the sizes, matplotlib would make some a pixel smaller."""
     ramp = np.linspace(0, 250, size[1])[None, :, None] * np.ones((size[0], 1, 3))
     image = ramp.astype(np.uint8)
     draw_on_copy(image, [], [{"id": 1, "name": "a"}], tmp_path / "a.jpg")
