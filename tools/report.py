@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Report fine-tuning runs: an AP table, and a page with curves and detections.
+"""Report fine-tuning runs: an AP table, and a page with curves, errors, classes and detections.
 
     tools/report.py output/transfer                                       # one run
     tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, with pre-training curves
     tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # differ only in seed: mean ± std
 
-Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png and
-detections.png. A run needs only results.json; what its other files would show is left out if they are
-missing. Below a row of Tables 5 and 6 stand the published numbers and the difference, marked if it is more
-than another seed may change. Below a run that is almost such a row, a line says how it differs. Runs of
-different protocols or test sets are refused.
+Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png,
+precision_recall.png, errors.png and detections.png. A run needs only results.json; what its other files
+would show is left out if they are missing. Below a row of Tables 5 and 6 stand the published numbers and
+the difference, marked if it is more than another seed may change. Below a run that is almost such a row, a
+line says how it differs. Runs of different protocols or test sets are refused.
 """
 
 import argparse
@@ -22,12 +22,15 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.data.annotations import locate_dataset
+from rsa_detectron2.transfer.data.detection_errors import KINDS
 from rsa_detectron2.transfer.report import paper
 from rsa_detectron2.transfer.report.page import write_report
 from rsa_detectron2.transfer.report.pictures import draw_detections, plot_ap, plot_curves
+from rsa_detectron2.transfer.report.quality_pictures import plot_errors, plot_precision_recall
 from rsa_detectron2.transfer.report.runs import load_results
 from rsa_detectron2.transfer.report.tables import (
     check_comparable,
+    class_table,
     make_rows,
     table_cells,
     write_csv,
@@ -112,14 +115,26 @@ def write(
         ]
         if plot_curves(pictures.pretrain, folders, output / "curves.png"):
             sections.append(("Curves", output / "curves.png"))
+        if plot_precision_recall(folders, output / "precision_recall.png"):
+            sections.append(("Precision and recall, mean over classes", output / "precision_recall.png"))
+        if plot_errors({name: results[folder] for name, folder in folders.items()}, output / "errors.png"):
+            sections += [("Errors by kind", output / "errors.png"), ("Kinds of errors", kinds_table())]
         try:
             name = next(iter(results.values()))["settings"]["DATASETS.TEST"][0]
             draw_detections(*locate_dataset(name), folders, output / "detections.png", pictures.num_images)
             sections.append(("Detections", output / "detections.png"))
         except InputError as error:
             print(f"no picture of detections: {error}", file=sys.stderr)
+        for name, folder in folders.items():
+            if lines := class_table(results[folder]):
+                sections.append((f"Classes of {name}, AP (%)", lines))
     write_report(output, title, sections)
     print(f"{output}/report.html")
+
+
+def kinds_table() -> list[list[str]]:
+    """What the kinds of errors are: header and rows of strings."""
+    return [["kind", "a false detection, or a missed object"], *(list(kind) for kind in KINDS.items())]
 
 
 def settings_table(

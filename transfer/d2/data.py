@@ -69,6 +69,13 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         )
 
 
+def categories_of(name: str) -> list[dict]:
+    """COCO's [{"id": int, "name": str}] of a registered data set, in the order of the model's classes."""
+    metadata = MetadataCatalog.get(name)
+    places = metadata.thing_dataset_id_to_contiguous_id
+    return [{"id": number, "name": metadata.thing_classes[place]} for number, place in places.items()]
+
+
 def sound_annotations(cfg: CfgNode) -> Path:
     """Path of the annotations that a run is evaluated on: those of the test set, after the checks mended
     them."""

@@ -18,7 +18,7 @@ from rsa_detectron2.common.record import Origin
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model
-from rsa_detectron2.transfer.d2.data import register_datasets, sound_annotations
+from rsa_detectron2.transfer.d2.data import categories_of, register_datasets, sound_annotations
 from rsa_detectron2.transfer.d2.evaluation import evaluate
 from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.trainer import Trainer
@@ -26,6 +26,7 @@ from rsa_detectron2.transfer.d2.weights import read_provenance
 from rsa_detectron2.transfer.data.annotations import forget_datasets, load_datasets
 from rsa_detectron2.transfer.data.checks import check_datasets
 from rsa_detectron2.transfer.data.keypoints import check_keypoints
+from rsa_detectron2.transfer.report.quality import judge
 from rsa_detectron2.transfer.report.run_folder import find_start, trained_model
 from rsa_detectron2.transfer.report.runs import (
     Outcome,
@@ -179,6 +180,7 @@ def use_local_batch_norm(cfg: CfgNode, processes: int) -> None:
 def save_annotations(cfg: CfgNode, eval_only: bool) -> None:
     """Write the annotations of the test set as they are evaluated, unless the set is Detectron2's own."""
     datasets = load_datasets(cfg, eval_only, own_only=True)
+    sound_annotations(cfg).unlink(missing_ok=True)  # of an evaluation on another set
     if cfg.DATASETS.TEST[0] in datasets:
         datasets[cfg.DATASETS.TEST[0]].save(sound_annotations(cfg))
 
@@ -289,7 +291,8 @@ def fit(job: Job) -> None:
     forget_datasets()  # the trainer has its own copy, serialized
     trainer.resume_or_load(job.resume)
     if comm.is_main_process() and trainer.start_iter == 0:
-        trainer.about.update(begin_training(job.cfg, job.setup, len(trainer.images)))
+        categories = categories_of(job.cfg.DATASETS.TRAIN[0])
+        trainer.about.update(begin_training(job.cfg, job.setup, categories, len(trainer.images)))
     if trainer.start_iter < trainer.max_iter:
         trainer.train()
     comm.synchronize()  # only the main process writes the file that all read now
@@ -317,4 +320,4 @@ def evaluate_saved_model(job: Job, start: float) -> None:
         processes, accumulate = own["processes"], own["accumulate"]
     setup = Setup("detectron2", weights, processes, accumulate, setup.origin)
     seconds = time.perf_counter() - start
-    write_results(cfg, setup, Outcome(ap, iterations, seconds, job.eval_only and not own))
+    write_results(cfg, setup, Outcome(ap, iterations, seconds, job.eval_only and not own, judge(cfg)))

@@ -26,6 +26,7 @@ from rsa_detectron2.transfer.data.coco_json import read_coco
 from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.images import read_image
 from rsa_detectron2.transfer.data.masks import to_rle
+from rsa_detectron2.transfer.report.quality import evaluated_set, read_detections
 from rsa_detectron2.transfer.report.tables import COLUMNS, Row, difference_cell
 
 Series = tuple[tuple[float, ...], tuple[float, ...]]  # values of x, and of y
@@ -406,20 +407,6 @@ def draw_detections(
     with literal_text(*runs, *(c["name"] for _, categories in columns.values() for c in categories)):
         draw_grid(dataset, images, columns, path)
     return path
-
-
-def evaluated_set(folder: str | Path, annotations: str | Path, image_folder: str | Path) -> Dataset:
-    """The data set that a run's detections belong to: the run's own copy, if it has one, knows their ids."""
-    own = Path(folder, "inference", "annotations.json")
-    return read_coco(str(own if own.is_file() else annotations), str(image_folder))
-
-
-def read_detections(folder: str | Path) -> list[dict]:
-    """Run folder -> COCO detections. Raises InputError."""
-    file = Path(folder, "inference", "coco_instances_results.json")
-    if not file.is_file():
-        raise InputError(f"no detections in {file}: tools/train_net.py writes them when it evaluates")
-    return json.loads(file.read_text())
 
 
 def what_is_shown(detections: list[dict]) -> str:

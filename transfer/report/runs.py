@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -44,6 +44,7 @@ class Outcome:
     iterations: int  # of the training that led to the evaluated model
     seconds: float  # wall time of the command that ended the run
     eval_only: bool = False  # the model may have been trained with another configuration
+    quality: dict = field(default_factory=dict)  # what report/quality.py says of the detections
 
 
 def describe(cfg: CfgNode, setup: Setup) -> dict:
@@ -81,6 +82,7 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
         "eval_only": outcome.eval_only,
         "seconds": float(outcome.seconds),
         "data": (read_training(cfg.OUTPUT_DIR) or {}).get("data"),
+        **outcome.quality,
     }
     record.write(cfg.OUTPUT_DIR, results, RESULTS)
     if not outcome.eval_only:
@@ -131,6 +133,11 @@ def load_results(folder: str | Path) -> dict:
             for value in results["ap"][task].values()
             if not isinstance(value, (*NUMBER, NOTHING))
         ]
+        # Versions before 0.3 did not write these.
+        for part in results.get("per_class", {}).values():
+            part["objects"], part["bbox"]["AP"], part["segm"]["AP"]
+        for error in (e for task in results.get("errors", {}).values() for e in task.values()):
+            error["count"], error["dAP50"]
         weights = results["weights"] or {}
         wrong += [
             f"weights' {key}"
@@ -172,15 +179,19 @@ EVALUATION = re.compile(
 NETWORK = re.compile(r"INPUT\.FORMAT|MODEL\.(PIXEL_.*|BACKBONE\.NAME|RESNETS\..*|.*\.NORM)")
 
 
-def begin_training(cfg: CfgNode, setup: Setup, num_images: int | None = None) -> dict:
-    """Write the record of a run that begins, and return it. ``num_images``: the number of training images.
+def begin_training(
+    cfg: CfgNode, setup: Setup, categories: Sequence[dict] = (), num_images: int | None = None
+) -> dict:
+    """Write the record of a run that begins, and return it.
 
-    Empties the metrics.json of an earlier run that came to no checkpoint.
+    categories: COCO's [{"id": int, "name": str}], in the order of the model's classes. num_images: the
+    number of training images. Empties the metrics.json of an earlier run that came to no checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / "metrics.json").is_file():
         os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
     about = describe(cfg, setup)
+    about["categories"] = list(categories)
     about["annotations"] = annotation_digests(cfg)
     about["data"] = {
         "name": ", ".join(set_names(cfg.DATASETS.TRAIN)),
@@ -207,7 +218,7 @@ def read_training(folder: str | Path) -> dict | None:
         training.setdefault("annotations", None)  # early versions did not write it
         return {
             key: training[key] for key in ("weights", "config", "processes", "accumulate", "annotations")
-        } | {"data": training.get("data")}
+        } | {key: training.get(key) for key in ("data", "categories")}
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise InputError(
             f"{path} is not what tools/train_net.py writes when a run begins: restore it, or give another "

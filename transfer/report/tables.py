@@ -294,6 +294,28 @@ def table_cells(kind: str, rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def class_table(results: dict) -> list[list[str]] | None:
+    """Header and lines of strings: the APs of each class, best box AP first, those without objects last.
+
+    None for the results of versions before 0.3, which have none.
+    """
+    if not results.get("per_class"):
+        return None
+    classes = {
+        name: {column: found[task][key] for column, (task, key) in AP.items()}
+        for name, found in results["per_class"].items()
+    }
+    columns = [c for c in COLUMNS["ap"] if any(values[c] is not None for values in classes.values())]
+    ranked = sorted(
+        classes, key=lambda name: (classes[name]["box AP"] is None, -(classes[name]["box AP"] or 0))
+    )
+    lines = [["class", "objects", *columns]]
+    for name in ranked:
+        texts = [cell(mean_std([classes[name][column]])) for column in columns]
+        lines.append([name, str(results["per_class"][name]["objects"]), *texts])
+    return lines
+
+
 def difference_cell(row: Row, name: str) -> str:
     """ "+0.4 *"."""
     difference = row.difference(name)

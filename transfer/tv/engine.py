@@ -40,6 +40,7 @@ from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
 from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.precise_bn import update_statistics
+from rsa_detectron2.transfer.report.quality import judge
 from rsa_detectron2.transfer.report.run_folder import FINAL, find_start, save_checkpoint
 from rsa_detectron2.transfer.report.runs import (
     Outcome,
@@ -180,7 +181,8 @@ class Trainer:
         solver = self.cfg.SOLVER
         if not self.start:
             setup = Setup("torchvision", self.provenance, origin=origin)
-            self.about = begin_training(self.cfg, setup, len(self.dataset.ids))
+            categories = self.dataset.dataset.categories
+            self.about = begin_training(self.cfg, setup, categories, len(self.dataset.ids))
         self.model.train()
         recent = []  # losses since the last row of metrics.json
         with (
@@ -378,7 +380,7 @@ def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: O
     model.load_state_dict(state)
     ap = evaluate(cfg, model, val_set)
     other_model = eval_only and not (resume and own_training(cfg))
-    outcome = Outcome(ap, iterations, time.time() - began, other_model)
+    outcome = Outcome(ap, iterations, time.time() - began, other_model, judge(cfg))
     return write_results(cfg, Setup("torchvision", weights, origin=origin), outcome)
 
 
