@@ -118,7 +118,7 @@ def write(
         if plot_precision_recall(folders, output / "precision_recall.png"):
             sections.append(("Precision and recall, mean over classes", output / "precision_recall.png"))
         if plot_errors({name: results[folder] for name, folder in folders.items()}, output / "errors.png"):
-            sections += [("Errors by kind", output / "errors.png"), ("Kinds of errors", kinds_table())]
+            sections += [("Errors by kind", output / "errors.png"), ("Kinds of errors", kinds_of_errors())]
         try:
             name = next(iter(results.values()))["settings"]["DATASETS.TEST"][0]
             draw_detections(*locate_dataset(name), folders, output / "detections.png", pictures.num_images)
@@ -132,9 +132,9 @@ def write(
     print(f"{output}/report.html")
 
 
-def kinds_table() -> list[list[str]]:
-    """What the kinds of errors are: header and rows of strings."""
-    return [["kind", "a false detection, or a missed object"], *(list(kind) for kind in KINDS.items())]
+def kinds_of_errors() -> str:
+    kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
+    return f"False detections at IoU 0.5, and missed objects; each counts once. {kinds}."
 
 
 def settings_table(

@@ -1,6 +1,7 @@
 """Pictures of what models are good at: precision-recall curves, and errors by kind."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -36,10 +37,9 @@ def plot_precision_recall(runs: dict[str, str | Path], path: Path) -> Path | Non
             ax.set(xlim=(0, 100), ylim=(0, 101))
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
-        lines = [Line2D([], [], color=color) for _, color in zip(runs, PALETTE * len(runs))]
-        lines += [Line2D([], [], color="0.4", linestyle=style) for style in STYLES.values()]
-        labels = [*(" " + name for name in runs), *(f"IoU {iou:g}" for iou in IOUS)]
-        figure.legend(lines, labels, loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+        styles = [Line2D([], [], color="0.4", linestyle=style) for style in STYLES.values()]
+        figure.axes[0].legend(styles, [f"IoU {iou:g}" for iou in STYLES], loc="upper right", frameon=False)
+        add_names(figure, runs)
         figure.savefig(path)
     return path
 
@@ -61,28 +61,34 @@ def plot_errors(runs: dict[str, dict], path: Path) -> Path | None:
     Bars show how much AP50 a run would gain if it made no errors of this kind, figures how many there are.
     Returns the path, or None where no run has errors in its results.
     """
-    runs = {name: results["errors"] for name, results in runs.items() if results.get("errors")}
-    tasks = [task for task in TASKS if any(task in errors for errors in runs.values())]
+    found = {name: results.get("errors", {}) for name, results in runs.items()}
+    tasks = [task for task in TASKS if any(task in errors for errors in found.values())]
     if not tasks:
         return None
     height = 1.6 + len(KINDS) * (0.2 + 0.2 * len(runs))
     figure = Figure(figsize=(5.5 * len(tasks), height), dpi=150, layout="constrained")
     with literal_text(*runs):
-        for ax, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
-            draw_errors(ax, {name: errors.get(task) for name, errors in runs.items()})
+        axes = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, task in zip(axes, tasks):
+            draw_errors(ax, [errors.get(task) for errors in found.values()])
             ax.set_title(TASKS[task].capitalize())
-        if len(runs) > 1:
-            bars = [Patch(color=color) for _, color in zip(runs, PALETTE * len(runs))]
-            names = [" " + name for name in runs]
-            figure.legend(bars, names, loc="outside lower center", fontsize=8, frameon=False)
+        add_names(figure, runs)
         figure.savefig(path)
     return path
 
 
-def draw_errors(ax: Axes, runs: dict[str, dict | None]) -> None:
-    """Draw {name: {kind: {"count", "dAP50"}}} as groups of bars."""
+def add_names(figure: Figure, runs: Iterable[str]) -> None:
+    """A legend of the runs' colors below the panels, where there are several runs."""
+    names = [f" {name}" for name in runs]  # a space, because legends leave out "_..."
+    if len(names) > 1:
+        colors = [Patch(color=color) for _, color in zip(names, PALETTE * len(names))]
+        figure.legend(colors, names, loc="outside lower center", fontsize=8, frameon=False)
+
+
+def draw_errors(ax: Axes, runs: list[dict | None]) -> None:
+    """Draw {kind: {"count": number, "dAP50": AP50}} of each run, if it has any, as groups of bars."""
     width, most = 0.8 / len(runs), 0
-    for n, (errors, color) in enumerate(zip(runs.values(), PALETTE * len(runs))):
+    for n, (errors, color) in enumerate(zip(runs, PALETTE * len(runs))):
         for place, kind in enumerate(KINDS if errors else ()):
             gain, count, y = errors[kind]["dAP50"], errors[kind]["count"], place + (n + 0.5) * width - 0.4
             ax.barh(y, gain, 0.9 * width, color=color)
@@ -96,9 +102,11 @@ def draw_errors(ax: Axes, runs: dict[str, dict | None]) -> None:
             )
             most = max(most, gain)
     ax.set(
-        yticks=range(len(KINDS)), yticklabels=KINDS, xlabel="AP50 gained without these errors  (their number)"
+        yticks=range(len(KINDS)),
+        yticklabels=KINDS,
+        xlabel="AP50 gained without these errors (number of errors)",
     )
-    ax.set_xlim(0, 1.35 * most or 1)
+    ax.set_xlim(0, max(1.35 * most, ax.get_xlim()[1]))  # of both panels; the figures need room
     ax.set_ylim(len(KINDS) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)

@@ -522,11 +522,17 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
         and about["changed"]["SOLVER.MAX_ITER"] == 40000
     )
     assert about["bn_batch_size"] == 1 and about["processes"] == 2 and about["data"]["images"] > 0
+    assert about["categories"] == results["categories"] and len(results["per_class"]) == 18
+    for task, ap in results["ap"].items():  # Detectron2's own, and the mean of pycocotools' of each class
+        of_classes = [found[task]["AP"] for found in results["per_class"].values()]
+        assert np.mean([v for v in of_classes if v is not None]) == pytest.approx(ap["AP"], abs=1e-9)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in row for row in rows) and max(row["iteration"] for row in rows) == 3
     assert rows[-1]["segm/AP"] == results["ap"]["segm"]["AP"] and rows[-1]["iteration"] == 3
     table = tool("report", tmp_path / "run", "--output", tmp_path / "report")
     assert table.returncode == 0 and "run (random)" in table.stdout, table.stderr
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "(errors.png)" in page and "(precision_recall.png)" in page and "## Classes of " in page
     again = tool("train_net", *arguments, "--eval-only", "--num-processes", 1)  # still the training's results
     assert again.returncode == 0, again.stderr[-3000:]
     again = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -548,6 +554,18 @@ def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_pat
     assert judged.returncode == 0, judged.stderr[-3000:]
     judged = json.loads((tmp_path / "judged" / "results.json").read_text())
     assert judged["ap"] == results["ap"] and judged["eval_only"] and judged["iterations"] == 4
+
+
+def test_cocos_own_set_has_its_names_and_no_annotations_of_an_earlier_set(shapes, tmp_path):
+    categories = d2_data.categories_of("coco_2017_train")
+    assert len(categories) == 80 and categories[0] == {"id": 1, "name": "person"}
+    assert categories[-1] == {"id": 90, "name": "toothbrush"}
+    cfg = tiny(shapes, tmp_path)
+    d2_engine.save_annotations(cfg, eval_only=True)
+    assert (tmp_path / "inference" / "annotations.json").is_file()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
+    d2_engine.save_annotations(cfg, eval_only=True)  # the detections belong to COCO's own file
+    assert not (tmp_path / "inference" / "annotations.json").exists()
 
 
 @pytest.mark.parametrize(

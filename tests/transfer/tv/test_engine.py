@@ -385,6 +385,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     assert parts["run"] == about and about["kind"] == "finetune" and about["engine"] == "torchvision"
     assert about["settings"]["SOLVER.MAX_ITER"] == about["steps"] == 6 and about["data"]["images"] > 0
     assert len(about["data"]["sha256"][0]) == 64
+    assert about["categories"] == [{"id": i, "name": str(i)} for i in CATEGORIES]
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert {p.name for p in folder.glob("*.pth")} == {
         "model_0000002.pth",
@@ -411,6 +412,10 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     detections = (folder / "inference" / "coco_instances_results.json").read_text()
     stamp = (folder / "model_final.pth").stat().st_mtime_ns
     cfg, again = run("parts", 6, resume=True)
+    assert again["categories"] == about["categories"] and set(again["errors"]) == {"bbox", "segm"}
+    for task, ap in again["ap"].items():
+        of_classes = [again["per_class"][str(i)][task]["AP"] for i in CATEGORIES]
+        assert np.mean(of_classes) == pytest.approx(ap["AP"], abs=1e-9)
     assert (folder / "model_final.pth").stat().st_mtime_ns == stamp
     assert (folder / "inference" / "coco_instances_results.json").read_text() == detections
     cfg.merge_from_list(
