@@ -180,12 +180,22 @@ def test_one_error_in_the_order_of_the_kinds():
 
 
 def test_the_best_error_on_an_object_is_mended_and_the_others_go():
-    truth = [instance(0, 2, (0, 0, 40, 40)), instance(0, 2, (70, 70, 40, 40))]
-    detections = [instance(0, 2, (20 + n, 0, 40, 40), score=score) for n, score in enumerate((0.4, 0.8, 0.6))]
-    detections.append(instance(0, 2, (70, 70, 40, 40), score=0.7))
-    counts, errors = kinds_of(truth, detections)
-    assert counts == {"localization": 3}
-    assert errors.ap50[0] + errors.gains[0, list(KINDS).index("localization")] == pytest.approx(100)
+    """All go that are on an object which is detected, even if their score is higher."""
+    box, shifted, far = (0, 0, 40, 40), (20, 0, 40, 40), (70, 70, 40, 40)
+    truth = [instance(0, 2, box), instance(0, 2, far), instance(1, 2, box)]
+    wrong = [instance(0, 2, shifted, score=score) for score in (0.4, 0.8, 0.6)]
+    wrong.append(instance(1, 2, shifted, score=0.9))
+    others = [
+        instance(0, 2, far, score=0.7),
+        instance(1, 2, box, score=0.3),
+        instance(1, 2, far, score=0.75),  # background
+    ]
+    counts, errors = kinds_of(truth, [*wrong, *others])
+    assert counts == {"localization": 4, "background": 1}
+    mended = errors.ap50[0] + errors.gains[0, list(KINDS).index("localization")]
+    by_hand = [instance(0, 2, box, score=0.8), *others]
+    assert mended == pytest.approx(ap50(make_set(truth), by_hand, "bbox"), abs=1e-9)
+    assert mended == pytest.approx(100 * (34 + 67 * 0.75) / 101)
 
 
 def test_crowds_and_images_without_objects():

@@ -100,8 +100,8 @@ def test_classes_are_sorted_by_ap():
         return {"objects": objects, "bbox": values, "segm": dict.fromkeys(AP_KEYS)}
 
     per_class = {
-        "low": entry(3, 0.0),
         "absent": entry(0, None),
+        "low": entry(3, 0.0),
         "high": entry(20, 61.25),
         "mid": entry(9, 7.0),
     }
