@@ -134,7 +134,10 @@ def write(
 
 def kinds_of_errors() -> str:
     kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
-    return f"False detections at IoU 0.5, and missed objects; each counts once. {kinds}."
+    return (
+        "False detections at IoU 0.5 and missed objects. Each counts once; a bar is the AP50 that mending "
+        f"this kind alone would gain. {kinds[0].upper()}{kinds[1:]}."
+    )
 
 
 def settings_table(

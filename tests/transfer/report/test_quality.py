@@ -77,6 +77,20 @@ def test_boxes_alone(tmp_path):
     assert list(found["errors"]) == ["bbox"] and found["per_class"]["a"]["segm"] == dict.fromkeys(AP_KEYS)
 
 
+def test_cocos_own_set_is_read_where_it_lies(tmp_path, monkeypatch):
+    """Detectron2 evaluates on COCO's file itself, and no copy of it lies beside the detections."""
+    cfg, _ = evaluated(tmp_path)
+    found = judge(cfg)
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    own = tmp_path / "inference" / "annotations.json"
+    own.rename(root / "annotations" / "instances_val2017.json")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
+    assert judge(cfg) == found
+
+
 def test_without_annotations_nothing_is_measured(tmp_path):
     cfg, _ = evaluated(tmp_path)
     path = tmp_path / "inference" / "annotations.json"

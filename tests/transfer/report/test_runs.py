@@ -139,6 +139,8 @@ def test_a_model_is_evaluated_as_it_was_trained(tmp_path, key, value):
         {"ap": {"bbox": {"AP": "41.1"}, "segm": {}}},
         {"ap": {"bbox": [1], "segm": [2]}},
         {"ap": {"bbox": None, "segm": None}},
+        {"per_class": {"cat": {"objects": 3, "bbox": {"AP": 1.0}}}},
+        {"errors": {"bbox": {"missed": 4}}},
         {"seconds": None},
         {"seed": None},
         {"weights": "rsa.pkl"},
