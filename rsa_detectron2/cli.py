@@ -16,6 +16,7 @@ COMMANDS = {
     "report_top1": "tables of top-1 beside the paper's",
     "reproduce": "the tables and figures of the paper, and two tests of its claim",
     "show_views": "aggressive views, and the pairs that drifted most",
+    "check_device": "does this machine train rightly, and how fast?",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
     "benchmark": "speed of the parts, beside what they replace",
     "quickstart": "the whole chain at a small size, in minutes on a CPU",

@@ -19,6 +19,7 @@ from rsa_detectron2.tools.benchmarks.timing import device_clock
 from rsa_detectron2.tools.benchmarks.traffic import Traffic, TrafficCounter
 
 PARTS = ("data wait", "aggressive stage", "forward target", "forward online", "backward", "optimizer", "EMA")
+BETA, TAU = 0.2, 0.99
 WARM_UP = 3  # steps in which cuDNN chooses its algorithms and torch.compile compiles
 
 
@@ -112,8 +113,9 @@ class StepTimer:
             torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing" in str(warning.message) for warning in caught)
 
-    def step(self, batches: Iterator[dict]) -> None:
-        train_step(self.state, self.views(batches), 1, beta=0.2, tau=0.99)
+    def step(self, batches: Iterator[dict]) -> dict[str, torch.Tensor]:
+        """One step; returns the figures of the objective."""
+        return train_step(self.state, self.views(batches), 1, beta=BETA, tau=TAU)
 
     def views(self, batches: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The one micro-batch of a step: normalized weak and aggressive views."""
