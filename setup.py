@@ -43,6 +43,7 @@ setup(
     extras_require={
         "torchcodec": ["torchcodec>=0.16,<0.18"],  # for torch 2.11 or later
         "hf": ["datasets"],
+        "onnx": ["onnx", "onnxruntime"],
         "dev": ["setuptools>=70.1", "pytest", "pytest-xdist", "ruff", "scikit-learn", "datasets"],
     },
 )

@@ -11,6 +11,7 @@ COMMANDS = {
     "convert_to_d2": "write a checkpoint's backbone for Detectron2, torchvision or timm",
     "train_net": "fine-tune a detector from converted weights, and evaluate it",
     "predict": "detections of a fine-tuned model in images, drawn and as COCO JSON",
+    "export_onnx": "write a detector of the embedded engine as ONNX",
     "evaluate": "kNN top-1 and linear evaluation of a backbone",
     "report": "table, curves and pictures of fine-tuning runs",
     "report_top1": "tables of top-1 beside the paper's",

@@ -15,6 +15,8 @@ from rsa_detectron2.transfer.convert.formats import IMAGENET, OTHER_STRIDES, SAI
 from rsa_detectron2.transfer.convert.stored import Call
 
 DILATED = ("deeplab", "fcn", "pspnet", "lraspp")
+# What torchvision's and timm's ResNets have, of the settings of a fine-tuned detector.
+NEEDED_SETTINGS = {"INPUT.FORMAT": "RGB", "MODEL.RESNETS.STRIDE_IN_1X1": False}
 NAMED_PIXELS = {"imagenet": IMAGENET, "unscaled": UNSCALED}
 
 
@@ -55,8 +57,18 @@ def beside(path: str | Path, most: int = 1 << 20) -> dict:
         ) from None
 
 
+def finetune_settings(contents: dict) -> dict:
+    """{"INPUT.FORMAT": "RGB", ...} in the record of a detector that this project fine-tuned, else {}."""
+    settings = peek(contents, "run.settings")
+    return settings if type(settings) is dict and peek(contents, "run.kind") == "finetune" else {}
+
+
 def stated_pixels(contents: dict) -> Pixels | None:
-    """Mean and std in [0, 1] that a file of another project says it was trained on, or None."""
+    """Mean and std in [0, 1] that a file says it was trained on, or None."""
+    settings = finetune_settings(contents)
+    found = [settings.get(key) for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")]
+    if all(map(is_rgb, found)):
+        return [[value / 255 for value in values] for values in found]
     found = [
         next((list(value) for value in (peek(contents, key) for key in SAID[what]) if is_rgb(value)), None)
         for what in ("mean", "std")
@@ -134,6 +146,10 @@ def check_network(contents: dict, architecture: str, path: str | Path) -> None:
     Some networks have a ResNet's names and shapes, but other strides or another pooling.
     """
     name = said(contents, "network")
+    for key, value in NEEDED_SETTINGS.items():
+        found = finetune_settings(contents).get(key, value)
+        if found != value:
+            raise InputError(f"{path} was fine-tuned with {key} {found}; what is converted has {key} {value}")
     if peek(contents, "hub.downsample_in_bottleneck") is True:
         raise InputError(
             f"{path} strides in the 1x1 convolution (downsample_in_bottleneck in its config.json), which "

@@ -1383,6 +1383,18 @@ def test_a_fine_tuned_detector_must_state_its_pixels(tmp_path):
         state, provenance = read_checkpoint(path, pixels=parse_pixels("imagenet"))
         assert provenance["pixel_source"] == "given"
         assert [tensor.unique().tolist() for tensor in state.values()] == [[i] for i in range(265)]
+        settings = {
+            "MODEL.PIXEL_MEAN": [51, 102, 153],
+            "MODEL.PIXEL_STD": [51, 51, 51],
+            "INPUT.FORMAT": "RGB",
+        }
+        contents["run"] = {"kind": "finetune", "settings": settings}
+        _, provenance = read_checkpoint(save(contents, path))
+        assert provenance["pixel_mean"] == [51, 102, 153] and provenance["pixel_source"] == "file"
+        for key, value in (("INPUT.FORMAT", "BGR"), ("MODEL.RESNETS.STRIDE_IN_1X1", True)):
+            contents["run"] = {"kind": "finetune", "settings": settings | {key: value}}
+            with pytest.raises(InputError, match=f"was fine-tuned with {key} {value}; what is converted has"):
+                read_checkpoint(save(contents, path))
 
 
 def test_untrained_weights_are_named(tmp_path):
