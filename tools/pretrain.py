@@ -40,8 +40,8 @@ def main() -> int | None:
     given = [item for key, value in options.items() if value is not None for item in (key, value)]
     cfg, came_from, note = load_recipe(recipe, given + args.overrides)
     # Only now that the options are known to be right, because torch is slow to import.
-    from rsa_detectron2.common import distributed
-    from rsa_detectron2.pretrain.engine import launch
+    from rsa_detectron2.common import distributed, launch
+    from rsa_detectron2.common.signals import REQUEUE
     from rsa_detectron2.pretrain.engine import trainer as train_loop
     from rsa_detectron2.pretrain.method import networks
 
@@ -57,11 +57,11 @@ def main() -> int | None:
         )
     try:
         train = partial(train_loop.train, origin=came_from)
-        final = launch.launch(train, cfg, launch.num_processes(args.num_processes))
+        final = launch.launch(train, cfg, launch.Processes(launch.num_processes(args.num_processes)))
     except Interrupted as interruption:
         if distributed.is_first_process():
             say_last(interruption)
-        return train_loop.REQUEUE
+        return REQUEUE
     if distributed.is_first_process():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
 

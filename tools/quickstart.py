@@ -25,6 +25,7 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS, merge_config, origin
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.signals import REQUEUE
 from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
@@ -81,7 +82,7 @@ def main() -> int | None:
         checkpoint = trainer.train(cfg, origin(PRETRAIN_CONFIG, overrides, get_cfg()))
     except Interrupted as interruption:
         say(str(interruption))
-        return trainer.REQUEUE
+        return REQUEUE
 
     say("3/5 converting it")
     weights, _ = convert(checkpoint, folder / f"rsa_{NETWORK.lower()}.pkl")

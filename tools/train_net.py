@@ -13,18 +13,21 @@ the end override the config, as in Detectron2.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fvcore.common.config import CfgNode
 
-from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.cli import run, say_last
 from rsa_detectron2.common.config import NoSuchKey, find_config, merge_config, origin
-from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.common.files import locked
 from rsa_detectron2.transfer.config import (
     DEFAULT_WEIGHTS,
@@ -37,6 +40,9 @@ from rsa_detectron2.transfer.config import (
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset, locate_dataset
 from rsa_detectron2.transfer.data.parts import locate_parts
 
+if TYPE_CHECKING:
+    from rsa_detectron2.common.launch import Processes
+
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: install a prebuilt wheel "
     "(torch 2.4-2.10: pip install detectron2 --extra-index-url "
@@ -48,9 +54,14 @@ FEWER_KEYS = (
 )
 
 
-def main() -> None:
+def main() -> int | None:
     args = parse()
-    find_config(args.config_file)  # before Detectron2, which is slow to import
+    find_config(args.config_file)  # before torch and Detectron2, which are slow to import
+    from rsa_detectron2.common.distributed import is_first_process
+    from rsa_detectron2.common.launch import adopt_slurm
+    from rsa_detectron2.common.signals import REQUEUE
+
+    adopt_slurm(os.environ)
     engine, cfg, options = setup(args)
     defaults = cfg.clone()
     cfg.MODEL.WEIGHTS = DEFAULT_WEIGHTS  # random weights need MODEL.WEIGHTS ""
@@ -61,9 +72,16 @@ def main() -> None:
             raise InputError(f"{error}; {FEWER_KEYS}") from None
         raise
     came_from = origin(find_config(args.config_file), args.overrides, defaults)
-    with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
-        engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
-    print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
+    first = is_first_process() and args.machine_rank == 0
+    try:
+        with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR") if first else contextlib.nullcontext():
+            engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
+    except Interrupted as interruption:
+        if first:
+            say_last(interruption)
+        return REQUEUE
+    if first:
+        print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
 
 
 def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
@@ -74,12 +92,14 @@ def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
     if args.engine == "detectron2":
         engine, get_cfg = import_detectron2()
         return engine, get_cfg(), {"passes": engine.Passes(processes(args), args.accumulate)}
+    from rsa_detectron2.common.distributed import launched
     from rsa_detectron2.transfer.tv import engine
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    if max(args.num_gpus, args.num_processes or 1, args.accumulate or 1) > 1 or args.scale_schedule:
+    several = max(args.num_gpus, args.num_processes or 1, args.num_machines, args.accumulate or 1) > 1
+    if several or args.scale_schedule or launched():
         raise InputError(
-            "--num-gpus, --num-processes, --accumulate and --scale-schedule need --engine detectron2: "
+            "several processes or machines, --accumulate and --scale-schedule need --engine detectron2: "
             "the torchvision engine trains on one device, all images at once"
         )
     return engine, torchvision_defaults(), {}
@@ -133,9 +153,17 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
     scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in RECIPE_LENGTHS
     if scaled:
         images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
-        print(scale_schedule(cfg.SOLVER, max(1, images)), flush=True)
+        say(scale_schedule(cfg.SOLVER, max(1, images)))
     if trains and cfg.SOLVER.IMS_PER_BATCH != recipe_images and "SOLVER.BASE_LR" not in keys:
-        print(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)), flush=True)
+        say(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)))
+
+
+def say(line: str) -> None:
+    """Print a line in the first process."""
+    from rsa_detectron2.common.distributed import is_first_process
+
+    if is_first_process():
+        print(line, flush=True)
 
 
 def refuse_absent_val(cfg: CfgNode) -> None:
@@ -149,13 +177,20 @@ def refuse_absent_val(cfg: CfgNode) -> None:
             ) from None
 
 
-def processes(args: argparse.Namespace) -> int:
-    """How many processes the options ask for: one per GPU, or several on the CPU where there is none.
+def processes(args: argparse.Namespace) -> "Processes":
+    """The processes that a launcher has started or the options ask for: one per GPU, or several on the CPU
+    where there is none.
 
     Raises InputError.
     """
     import torch
 
+    from rsa_detectron2.common.distributed import launched, local_world_size
+    from rsa_detectron2.common.launch import Processes
+
+    if launched():
+        here = local_world_size()
+        return Processes(here, int(os.environ["WORLD_SIZE"]) // here)
     if args.num_processes and torch.cuda.is_available():
         raise InputError("--num-processes is for a machine without a GPU: use --num-gpus")
     if args.num_gpus > max(1, torch.cuda.device_count()):
@@ -163,7 +198,18 @@ def processes(args: argparse.Namespace) -> int:
         raise InputError(
             f"--num-gpus {args.num_gpus}, but this machine shows {torch.cuda.device_count()}{advice}"
         )
-    return max(1, args.num_processes or args.num_gpus)
+    here, several = max(1, args.num_processes or args.num_gpus), args.num_machines > 1
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise InputError(
+            f"--machine-rank {args.machine_rank}: the machines are 0 to --num-machines - 1, which is "
+            f"{args.num_machines - 1}"
+        )
+    if several and not re.fullmatch(r"tcp://[^/:]+:\d+", args.dist_url):
+        raise InputError(
+            f"--dist-url {args.dist_url!r}: give tcp://HOST:PORT, the first machine's address and a free port"
+        )
+    address = args.dist_url.removeprefix("tcp://")
+    return Processes(here, args.num_machines, args.machine_rank, address) if several else Processes(here)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -178,6 +224,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="number of processes on the CPU, to try distributed training without GPUs",
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="N", help="each with --num-gpus and one command"
+    )
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="number of this machine")
+    parser.add_argument(
+        "--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0, the same on all"
     )
     share = parser.add_mutually_exclusive_group()
     share.add_argument(

@@ -26,7 +26,7 @@ def update_statistics(model: nn.Module, batches: Iterable) -> None:
     as ``model(batch)``.
 
     In a process group the statistics are those of all ranks' batches, the same on each rank. A layer
-    that saw no values keeps its own.
+    that saw no values keeps its own, and so does each one when ``batches`` raises.
     """
     layers = norm_layers(model)
     # For each channel: the number of values, their sum, and the sum of their squares.
@@ -42,20 +42,22 @@ def update_statistics(model: nn.Module, batches: Iterable) -> None:
             moments[layer] += count * torch.stack([torch.ones_like(mean), mean, var + mean.square()])
 
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    kept = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     try:
-        kept = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
         for batch in batches:
             model(batch)
     finally:
         for hook in hooks:
             hook.remove()
+        for layer, buffers in zip(layers, kept):
+            for buffer, before in zip(layer.buffers(), buffers):
+                buffer.copy_(before)
 
-    for layer, (mean, var) in zip(layers, kept):
+    for layer in layers:
         if dist.is_initialized():
             dist.all_reduce(moments[layer])
         count, total, squares = moments[layer]
         if count[0]:
             mean = total / count
-            var = (squares / count - mean.square()).clamp(min=0)
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(var)
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_((squares / count - mean.square()).clamp(min=0))

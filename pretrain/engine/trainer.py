@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common import distributed, files, record
 from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory, one_line
+from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.bad_images import BadImages
 from rsa_detectron2.pretrain.data.datasets import open_images
@@ -20,7 +21,7 @@ from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
-from rsa_detectron2.pretrain.engine.guards import Alarms, Stopped, StopSignals, assert_finite
+from rsa_detectron2.pretrain.engine.guards import Alarms, assert_finite
 from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -30,8 +31,6 @@ from rsa_detectron2.pretrain.method.augment import Output
 from rsa_detectron2.pretrain.method.networks import build_networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
-
-REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 
 
 def train(cfg: CfgNode, origin: record.Origin = record.Origin()) -> str:

@@ -17,9 +17,8 @@ from tqdm import tqdm
 from rsa_detectron2.common import workers
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.common.signals import STOP_SIGNALS, stop_signals
+from rsa_detectron2.common.signals import STOP_SIGNALS, StopSignals, stop_signals
 from rsa_detectron2.pretrain.data.images import UnreadableImage
-from rsa_detectron2.pretrain.engine.guards import StopSignals
 from rsa_detectron2.tools import prepare_data
 from tests.conftest import ROOT, TINY, processes
 

@@ -4,9 +4,12 @@ import contextlib
 import time
 from collections.abc import Iterable
 
+import detectron2.utils.comm as comm
 import torch
 from detectron2.engine import SimpleTrainer
 from torch.nn.parallel import DistributedDataParallel
+
+from rsa_detectron2.transfer.d2.data import seed_of
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -14,8 +17,10 @@ class AccumulatingTrainer(SimpleTrainer):
 
     ``data_loader`` gives the images of one pass, each time the same number. BatchNorm sees only those; the
     gradient is the mean over the passes, as it is over GPUs. amp: float16 on a GPU, with one gradient
-    scaler for all passes.
+    scaler for all passes. seed: of all that a pass draws, if it is not negative.
     """
+
+    seed = -1
 
     def __init__(
         self,
@@ -36,6 +41,9 @@ class AccumulatingTrainer(SimpleTrainer):
             start = time.perf_counter()
             images = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
+            if self.seed >= 0:
+                # Of the samples among anchors and proposals: a resumed run must draw the same.
+                torch.manual_seed(seed_of(self.seed, comm.get_rank(), self.iter, n))
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and n < self.accumulate else contextlib.nullcontext():
                 with torch.autocast("cuda", torch.float16, enabled=self.amp):

@@ -1,10 +1,16 @@
 """Detectron2's configuration for weights of tools/convert_to_d2.py."""
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2 import config
+from detectron2.config import CfgNode
 
-from rsa_detectron2.transfer.config import RGB_IMAGENET
+from rsa_detectron2.transfer.config import RGB_IMAGENET, add_best_model
 
-__all__ = ["add_rsa_config", "get_cfg"]  # tools import nothing of detectron2 themselves
+
+def get_cfg() -> CfgNode:
+    """Detectron2's defaults, and the keys of tools/train_net.py."""
+    cfg = config.get_cfg()
+    add_best_model(cfg)
+    return cfg
 
 
 def add_rsa_config(cfg: CfgNode) -> None:

@@ -1,14 +1,15 @@
 """The data sets in Detectron2: how they are registered, read and sampled."""
 
 import functools
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import detectron2.utils.comm as comm
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
 
 from rsa_detectron2.common.errors import InputError
@@ -20,9 +21,19 @@ NUM_WORKERS = "DATALOADER.NUM_WORKERS"  # the key, for messages
 
 
 class Mapper(DatasetMapper):
-    """DatasetMapper whose errors name the image's file."""
+    """DatasetMapper whose errors name the image's file.
+
+    The augmentation of an image that :class:`Places` has given a place follows from SEED and the place alone.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool):
+        super().__init__(cfg, is_train)
+        self.seed = cfg.SEED
 
     def __call__(self, dataset_dict: dict) -> dict:
+        place = dataset_dict.pop("place", None)
+        if place is not None and self.seed >= 0:
+            np.random.seed(seed_of(self.seed, place))  # which Detectron2's augmentations draw from
         try:
             return super().__call__(dataset_dict)
         except MemoryError:
@@ -35,14 +46,52 @@ class Mapper(DatasetMapper):
             ) from error
 
 
-class SkipFirst(torch.utils.data.Sampler):
-    """The indices of ``sampler`` without the first ``count``."""
+def seed_of(*key: int) -> int:
+    """A seed from 0 to 2**32 - 1 for random numbers that are a function of ``key``."""
+    return int(np.random.default_rng(key).integers(2**32))
 
-    def __init__(self, sampler: Iterable[int], count: int):
-        self.sampler, self.count = sampler, count
+
+class Places(torch.utils.data.Dataset):
+    """``images``, each with the place in training at which it is drawn.
+
+    An index stands for both: place * len(images) + image.
+    """
+
+    def __init__(self, images: torch.utils.data.Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        place, image = divmod(index, len(self.images))
+        return {**self.images[image], "place": place}
+
+
+class Order(torch.utils.data.Sampler):
+    """The indices of :class:`Places` in the order of training, from batch ``start`` on.
+
+    ``sampler`` gives the images of this process. A batch has images of one of the ``kinds``, as Detectron2
+    groups wide and high ones.
+    """
+
+    def __init__(self, sampler: Iterable[int], kinds: Sequence[int], batch_size: int, start: int):
+        self.sampler, self.kinds, self.batch_size, self.start = sampler, kinds, batch_size, start
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.islice(iter(self.sampler), self.count, None)
+        for n, batch in enumerate(self.batches()):
+            if n >= self.start:
+                for place, image in enumerate(batch, n * self.batch_size):
+                    yield (place * self.world_size + self.rank) * len(self.kinds) + image
+
+    def batches(self) -> Iterator[list[int]]:
+        groups = {}
+        for image in self.sampler:
+            group = groups.setdefault(self.kinds[image], [])
+            group.append(image)
+            if len(group) == self.batch_size:
+                yield groups.pop(self.kinds[image])
 
 
 def register_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -95,8 +144,16 @@ def image_dicts(images: list[dict], folder: str) -> list[dict]:
     ]
 
 
+def validation_dicts(cfg: CfgNode) -> list[dict]:
+    """Detectron2's dicts of the test set, with the objects of its images."""
+    (name,) = cfg.DATASETS.TEST
+    if name in load_datasets(cfg, own_only=True):
+        return training_dicts(name, cfg)
+    return get_detection_dataset_dicts(name, filter_empty=False)
+
+
 def training_dicts(name: str, cfg: CfgNode) -> list[dict]:
-    """Detectron2's dicts of a training set, with the objects that are trained on."""
+    """Detectron2's dicts of a data set, with the objects that are trained on."""
     dataset = load_datasets(cfg, own_only=True)[name]
     classes = {category["id"]: n for n, category in enumerate(dataset.categories)}
     found = image_dicts(dataset.images, dataset.folder)

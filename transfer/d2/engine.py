@@ -2,8 +2,6 @@
 
 import gc
 import logging
-import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,13 @@ from pathlib import Path
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_setup, launch
+from detectron2.engine import DefaultTrainer, default_setup
 
-from rsa_detectron2.common.errors import InputError, is_out_of_memory, one_line
+from rsa_detectron2.common import distributed
+from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory, one_line
+from rsa_detectron2.common.launch import Processes, launch
 from rsa_detectron2.common.record import Origin
+from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model
@@ -24,10 +25,12 @@ from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.trainer import Trainer
 from rsa_detectron2.transfer.d2.weights import read_provenance
 from rsa_detectron2.transfer.data.annotations import forget_datasets, load_datasets
+from rsa_detectron2.transfer.data.average_precision import METRICS
 from rsa_detectron2.transfer.data.checks import check_datasets
 from rsa_detectron2.transfer.data.keypoints import check_keypoints
+from rsa_detectron2.transfer.report.best import keep_final_if_best
 from rsa_detectron2.transfer.report.quality import judge
-from rsa_detectron2.transfer.report.run_folder import find_start, trained_model
+from rsa_detectron2.transfer.report.run_folder import AGAIN_WITH_RESUME, FINAL, find_start, trained_model
 from rsa_detectron2.transfer.report.runs import (
     Outcome,
     Setup,
@@ -48,25 +51,39 @@ POSSIBLE = {
     "MODEL.LOAD_PROPOSALS": [False],
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": [False],
     "MODEL.ROI_HEADS.NAME": ["StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"],
+    "TEST.BEST_METRIC": METRICS,
 }
-ONE_LINE = (InputError, FloatingPointError)  # errors that end as one line, besides those of memory
+# What ends as one line, besides errors of memory.
+ONE_LINE = (InputError, Interrupted, FloatingPointError)
 
 
 @dataclass(frozen=True)
 class Passes:
     """How the images of an iteration are split: among processes, and into several passes of each."""
 
-    processes: int = 1  # one per GPU, or on the CPU
+    processes: Processes = Processes()
     accumulate: int | None = None  # passes of each process; None: by memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`train`."""
+
+    cfg: CfgNode
+    passes: Passes
+    resume: bool
+    eval_only: bool
+    origin: Origin
 
 
 @dataclass
 class Job:
-    """What each process of a fine-tuning gets."""
+    """What each process of a fine-tuning does."""
 
     cfg: CfgNode
     setup: Setup
-    resume: bool  # training: from the last checkpoint; evaluation: the model of OUTPUT_DIR
+    start: Path | None  # the checkpoint that training goes on from
+    resume: bool  # evaluation: of the model of OUTPUT_DIR
     eval_only: bool
 
 
@@ -82,13 +99,21 @@ def train(
     resume: go on from the last checkpoint in OUTPUT_DIR, if there is one; with ``eval_only``, evaluate the
     model there. origin: where ``cfg`` came from, for the run's record.
     """
-    processes, accumulate = passes.processes, passes.accumulate
+    request = Request(cfg, passes, resume, eval_only, origin)
+    launch(run_process, request, passes.processes, AGAIN_WITH_RESUME)
+    return load_results(cfg.OUTPUT_DIR)
+
+
+def plan(request: Request) -> Job:
+    """Check a fine-tuning, and settle what is left open. Raises InputError."""
+    cfg, passes, resume, eval_only = request.cfg, request.passes, request.resume, request.eval_only
+    processes, accumulate = passes.processes.all, passes.accumulate
     check_possible(cfg, POSSIBLE, "the detectron2 engine")
     start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     datasets = check_datasets(cfg, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
         check_keypoints(cfg, eval_only)
-    choose_device(cfg, processes)
+    choose_device(cfg, passes.processes.here)
     if eval_only:
         check_model(cfg, resume)
     if not eval_only or resume:
@@ -100,15 +125,12 @@ def train(
         if not start:
             provenance = check_start(cfg)
     use_local_batch_norm(cfg, processes)
-    setup = Setup("detectron2", provenance, processes, accumulate or 1, origin)
+    setup = Setup("detectron2", provenance, processes, accumulate or 1, request.origin)
     if start:
         check_unchanged(cfg, processes, setup.accumulate)
     del datasets  # The cache that forget_datasets clears would otherwise live on.
     save_annotations(cfg, eval_only)
-    if processes > 1:
-        forget_datasets()  # each process loads its own
-    run_processes(Job(cfg, setup, resume if eval_only else bool(start), eval_only))
-    return load_results(cfg.OUTPUT_DIR)
+    return Job(cfg, setup, start, resume, eval_only)
 
 
 def choose_device(cfg: CfgNode, processes: int) -> None:
@@ -217,66 +239,40 @@ def plan_passes(cfg: CfgNode, processes: int, accumulate: int | None = None) -> 
     return accumulate
 
 
-def run_processes(job: Job) -> None:
-    """Run the job in its processes. Raises InputError for errors that the user can mend."""
-    processes = job.setup.processes
-    # torch would log which processes it terminates.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+def run_process(request: Request) -> None:
+    """What each process runs. Raises InputError for errors that the user can mend, or Interrupted."""
+    if distributed.launched():
+        comm.create_local_process_group(distributed.local_world_size())
+    job = None
     try:
-        launch(run_process, processes, dist_url="auto", args=(job,))
-    except torch.multiprocessing.ProcessRaisedException as error:
-        # torch passes on a process's error only as the text of its traceback.
-        text = str(error)
-        if not (found := re.search(r".*^[\w.]*InputError: (.*)", text, re.M | re.DOTALL)):
-            raise
-        raise InputError(found[1].strip()) from None
-    except torch.multiprocessing.ProcessExitedException as error:
-        cause = error.signal_name or error.exit_code
-        memory = ", most likely because memory ran out" if error.signal_name == "SIGKILL" else ""
-        raise InputError(
-            f"process {error.error_index} of {processes} ended by itself ({cause}{memory}): "
-            "the same command with --resume goes on"
-        ) from None
-
-
-def run_process(job: Job) -> None:
-    """What each process runs. Raises InputError for errors that the user can mend."""
-    try:
-        run(job)
-        leave_group()
+        with StopSignals(AGAIN_WITH_RESUME) as stop:
+            job = distributed.from_first(plan(request) if comm.is_main_process() else None)
+            run(job, stop)
+    except Stopped as stopped:
+        raise Interrupted(str(stopped)) from None
     except FloatingPointError as error:
-        raise InputError(f"{one_line(error)}: lower SOLVER.BASE_LR ({job.cfg.SOLVER.BASE_LR})") from None
+        raise InputError(f"{one_line(error)}: lower SOLVER.BASE_LR ({request.cfg.SOLVER.BASE_LR})") from None
     except (InputError, OSError, MemoryError) as error:
         raise InputError(one_line(error)) from None
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if job is None or not is_out_of_memory(error):
             raise
         raise InputError(f"{one_line(error)}: give --accumulate {2 * job.setup.accumulate}") from None
 
 
-def leave_group() -> None:
-    """Take the process group down, after DistributedDataParallel, which reference cycles of the trainer hold.
-
-    At the end of the interpreter their order would be random, and the group's threads might abort.
-    """
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
-
-
-def run(job: Job) -> None:
+def run(job: Job, stop: StopSignals) -> None:
     """Train, unless ``eval_only``, then evaluate the saved model and write its results."""
     start, cfg = time.perf_counter(), job.cfg
     logging.getLogger("detectron2.engine.train_loop").addFilter(without_traceback)
-    if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_world_size()))
-    register_datasets(cfg, job.eval_only)  # a process that launch has started has none registered
+    register_datasets(cfg, job.eval_only)
     cfg.freeze()
     default_setup(cfg, None)
     if not job.eval_only:
-        fit(job)
-    evaluate_saved_model(job, start)
+        fit(job, stop)
+    evaluate_saved_model(job, start, stop)
     comm.synchronize()  # no process may take the group down while another still reads
+    # DistributedDataParallel, which reference cycles of the trainer hold, must go before the group.
+    gc.collect()
 
 
 def without_traceback(log: logging.LogRecord) -> bool:
@@ -285,20 +281,22 @@ def without_traceback(log: logging.LogRecord) -> bool:
     return not (error and (isinstance(error, ONE_LINE) or is_out_of_memory(error)))
 
 
-def fit(job: Job) -> None:
-    """Train to SOLVER.MAX_ITER."""
-    trainer = Trainer(job.cfg, job.setup.accumulate)
+def fit(job: Job, stop: StopSignals) -> None:
+    """Train to SOLVER.MAX_ITER. Raises Interrupted when a signal has stopped it."""
+    trainer = Trainer(job.cfg, job.setup.accumulate, stop)
     forget_datasets()  # the trainer has its own copy, serialized
-    trainer.resume_or_load(job.resume)
+    trainer.resume_or_load(bool(job.start))
     if comm.is_main_process() and trainer.start_iter == 0:
         categories = categories_of(job.cfg.DATASETS.TRAIN[0])
         trainer.about.update(begin_training(job.cfg, job.setup, categories, len(trainer.images)))
-    if trainer.start_iter < trainer.max_iter:
+    stop.stepping = True
+    if not (job.start and job.start.name == FINAL):
         trainer.train()
+    stop.stepping = False
     comm.synchronize()  # only the main process writes the file that all read now
 
 
-def evaluate_saved_model(job: Job, start: float) -> None:
+def evaluate_saved_model(job: Job, start: float, stop: StopSignals) -> None:
     """Read the saved model, evaluate it, and write results.json. ``start``: when the run began, by
     time.perf_counter."""
     cfg, setup = job.cfg, job.setup
@@ -306,7 +304,7 @@ def evaluate_saved_model(job: Job, start: float) -> None:
     final = trained_model(cfg.OUTPUT_DIR) if job.resume or not job.eval_only else cfg.MODEL.WEIGHTS
     state, iterations, _ = load_model(final, model.state_dict())
     model.load_state_dict(state, strict=False)  # num_batches_tracked of a frozen layer is in neither
-    ap = evaluate(cfg, model)
+    ap = evaluate(cfg, model, stop)
     if not comm.is_main_process():
         return
     if cfg.MODEL.KEYPOINT_ON:
@@ -319,5 +317,7 @@ def evaluate_saved_model(job: Job, start: float) -> None:
     if own:
         processes, accumulate = own["processes"], own["accumulate"]
     setup = Setup("detectron2", weights, processes, accumulate, setup.origin)
+    finest = None if job.eval_only else keep_final_if_best(cfg, ap, iterations)
     seconds = time.perf_counter() - start
-    write_results(cfg, setup, Outcome(ap, iterations, seconds, job.eval_only and not own, judge(cfg)))
+    outcome = Outcome(ap, iterations, seconds, job.eval_only and not own, judge(cfg), finest)
+    write_results(cfg, setup, outcome)

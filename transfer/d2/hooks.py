@@ -1,24 +1,100 @@
-"""Hooks of the training loop: precise BatchNorm over all ranks, and a progress bar."""
+"""Hooks of the training loop: checkpoints, precise BatchNorm over all processes, evaluation, a progress bar.
 
-import itertools
+What is due after an iteration is due again when a run goes on from there: it may have been stopped before.
+"""
+
 import sys
 
-from detectron2.engine import HookBase, hooks
+import detectron2.utils.comm as comm
+import torch
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
+from rsa_detectron2.common import distributed
+from rsa_detectron2.common.signals import Stopped
+from rsa_detectron2.transfer.d2.data import seed_of
+from rsa_detectron2.transfer.d2.evaluation import evaluate, validation_losses
 from rsa_detectron2.transfer.precise_bn import update_statistics
+from rsa_detectron2.transfer.report import best
 
 
-class PreciseBN(hooks.PreciseBN):
-    """Precise BatchNorm over the images of all ranks. By Detectron2's hook each rank has its own
-    statistics."""
+class OutOfPatience(Exception):
+    """TEST.PATIENCE evaluations have brought no better model."""
 
-    def update_stats(self) -> None:
-        if self._data_iter is None:
-            self._data_iter = iter(self._data_loader)
-        with EventStorage():  # the layers log here, not into the training's storage
-            update_statistics(self._model, itertools.islice(self._data_iter, self._num_iter))
+    def __init__(self, iterations: int) -> None:
+        super().__init__(f"no better model until iteration {iterations}: training ends")
+        self.iterations = iterations
+
+
+class Checkpoints(HookBase):
+    """Saves every SOLVER.CHECKPOINT_PERIOD iterations, and when a signal asks the training to stop."""
+
+    def before_step(self) -> None:
+        self.stopping = distributed.any_rank_later(lambda: self.trainer.stop.asked)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.stopping():  # all leave after the same iteration
+            self.trainer.leave(done)
+        if done % self.trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0:
+            self.trainer.save(done)
+
+
+class Due(HookBase):
+    """What is due every TEST.EVAL_PERIOD iterations."""
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter:
+            self.work(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        self.work(self.trainer.iter + 1)
+
+    def is_due(self, done: int) -> bool:
+        period = self.trainer.cfg.TEST.EVAL_PERIOD
+        return period > 0 and done % period == 0
+
+    def work(self, done: int) -> None:
+        raise NotImplementedError
+
+
+class PreciseBN(Due):
+    """BatchNorm's statistics over the batches that follow, of all processes, before each evaluation and at
+    the end. By Detectron2's hook each process has its own."""
+
+    def work(self, done: int) -> None:
+        trainer = self.trainer
+        if not (self.is_due(done) or done == trainer.max_iter):
+            return
+        if trainer.cfg.SEED >= 0:
+            torch.manual_seed(seed_of(trainer.cfg.SEED, comm.get_rank(), done))
+        try:
+            with EventStorage():  # the layers log here, not into the training's storage
+                update_statistics(trainer.model, trainer.stop.watch(trainer.following_batches(done)))
+        except Stopped:
+            trainer.leave(done)
+
+
+class Evaluation(Due):
+    """AP and losses on DATASETS.TEST. The last evaluation is engine.py's, of the saved file."""
+
+    def work(self, done: int) -> None:
+        trainer = self.trainer
+        if not self.is_due(done) or done == trainer.max_iter:
+            return
+        try:
+            ap = evaluate(trainer.cfg, trainer.model, trainer.stop)
+            losses = validation_losses(trainer.cfg, trainer.model, trainer.stop)
+        except Stopped:
+            trainer.leave(done)
+        if comm.is_main_process():
+            figures = flatten_results_dict({**ap, "validation": losses})
+            trainer.storage.put_scalars(**figures, smoothing_hint=False)
+            best.keep_if_best(trainer.cfg, ap, done, lambda: trainer.content(done))
+        if distributed.any_rank(comm.is_main_process() and best.out_of_patience(trainer.cfg, done)):
+            raise OutOfPatience(done)
 
 
 class ProgressBar(HookBase):

@@ -5,7 +5,10 @@ in the data where it stopped; precise BatchNorm statistics are the same on all p
 work on a CPU too; and training starts only if every tensor of the backbone has arrived.
 """
 
+import itertools
 import weakref
+from collections.abc import Iterator
+from typing import NoReturn
 
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
@@ -15,16 +18,15 @@ from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.utils.env import seed_all_rng
 
-from rsa_detectron2.common import workers
+from rsa_detectron2.common import distributed, workers
 from rsa_detectron2.common.distributed import OWN_BUFFERS
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.signals import StopSignals
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.accumulation import AccumulatingTrainer
-from rsa_detectron2.transfer.d2.data import NUM_WORKERS, Mapper, SkipFirst
-from rsa_detectron2.transfer.d2.evaluation import evaluate
-from rsa_detectron2.transfer.d2.hooks import PreciseBN, ProgressBar
+from rsa_detectron2.transfer.d2.data import NUM_WORKERS, Mapper, Order, Places
+from rsa_detectron2.transfer.d2.hooks import Checkpoints, Evaluation, OutOfPatience, PreciseBN, ProgressBar
 from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.weights import (
     ZOO,
@@ -34,6 +36,7 @@ from rsa_detectron2.transfer.d2.weights import (
     unwrap,
 )
 from rsa_detectron2.transfer.precise_bn import norm_layers
+from rsa_detectron2.transfer.report.run_folder import AGAIN_WITH_RESUME, leave
 
 if not hasattr(SimpleTrainer, "_data_loader_iter"):
     raise ImportError("Detectron2 0.6 and older cannot resume their data loader: install its main branch")
@@ -50,13 +53,19 @@ class Record(dict):
 
 
 class Trainer(TrainerBase):
-    """Trains the model of ``cfg``. ``accumulate``: the passes of each process in an iteration."""
+    """Trains the model of ``cfg``, until ``stop`` asks it to save and end.
 
-    def __init__(self, cfg: CfgNode, accumulate: int = 1):
+    accumulate: the passes of each process in an iteration.
+    """
+
+    def __init__(self, cfg: CfgNode, accumulate: int = 1, stop: StopSignals | None = None):
         super().__init__()
-        self.cfg, self.accumulate = cfg, accumulate
+        self.cfg, self.accumulate, self.stop = cfg, accumulate, stop or StopSignals(AGAIN_WITH_RESUME)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.images = load_images(cfg)
+        images = load_images(cfg)
+        self.wide = [image["width"] > image["height"] for image in images]
+        # Serialized: as Python objects, COCO's annotations would take gigabytes in each process.
+        self.images = DatasetFromList(images, copy=False)
         model = build_model(cfg)
         self.optimizer = build_optimizer(cfg, model)
         on_gpu = cfg.MODEL.DEVICE != "cpu"
@@ -65,6 +74,7 @@ class Trainer(TrainerBase):
         amp = cfg.SOLVER.AMP.ENABLED and on_gpu
         loader = self.build_loader(cfg)
         self._trainer = AccumulatingTrainer(self.model, loader, self.optimizer, accumulate, amp)
+        self._trainer.seed = cfg.SEED
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.about = Record()
         trainer = weakref.proxy(self)
@@ -72,11 +82,37 @@ class Trainer(TrainerBase):
         self.register_hooks(self.build_hooks())
 
     def train(self) -> None:
-        super().train(self.start_iter, self.max_iter)
+        """Train to SOLVER.MAX_ITER, or until TEST.PATIENCE runs out. Raises Interrupted."""
+        done = self.max_iter
+        try:
+            super().train(self.start_iter, self.max_iter)
+        except OutOfPatience as reason:
+            done = reason.iterations
+        self.checkpointer.save("model_final", iteration=done - 1)
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
         self._trainer.run_step()
+
+    def save(self, done: int) -> bool:
+        """Write a checkpoint after ``done`` iterations; returns whether this process has written it."""
+        return self.checkpointer.save(f"model_{done - 1:07d}", iteration=done - 1)
+
+    def leave(self, done: int) -> NoReturn:
+        """Save after ``done`` iterations and raise Interrupted."""
+        leave(done, self.max_iter, distributed.any_rank(self.save(done)))
+
+    def content(self, done: int) -> dict:
+        """The model after ``done`` iterations, and what led to it."""
+        return {"model": unwrap(self.model).state_dict(), "iteration": done - 1, "run": dict(self.about)}
+
+    def following_batches(self, done: int) -> Iterator[list[dict]]:
+        """The TEST.PRECISE_BN.NUM_ITER batches that come after ``done`` iterations."""
+        without_workers = self.cfg.clone()  # those of training keep running
+        without_workers.defrost()
+        without_workers.DATALOADER.NUM_WORKERS = 0
+        passes = self.cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate
+        return itertools.islice(self.build_loader(without_workers, done), passes)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
@@ -94,12 +130,14 @@ class Trainer(TrainerBase):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH //= self.accumulate
-        sampler = None
+        mapper, images, sampler = workers.Reader(Mapper(cfg, True), NUM_WORKERS), self.images, None
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
-            seen = start * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-            sampler = SkipFirst(TrainingSampler(len(self.images), seed=cfg.SEED), seen)
-        mapper = workers.Reader(Mapper(cfg, True), NUM_WORKERS)
-        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=self.images, sampler=sampler)
+            sampler = TrainingSampler(len(images), seed=cfg.SEED)
+            kinds = self.wide if cfg.DATALOADER.ASPECT_RATIO_GROUPING else [False] * len(images)
+            batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+            images, sampler = Places(images), Order(sampler, kinds, batch_size, start * self.accumulate)
+            cfg.DATALOADER.ASPECT_RATIO_GROUPING = False  # it is in the order already
+        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=images, sampler=sampler)
         if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             return workers.Loader(loader, NUM_WORKERS)
         loader.dataset = workers.Loader(loader.dataset, NUM_WORKERS)
@@ -107,23 +145,11 @@ class Trainer(TrainerBase):
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
-        result = [hooks.IterationTimer(), hooks.LRScheduler()]
+        result = [hooks.IterationTimer(), hooks.LRScheduler(), Checkpoints()]
         if cfg.TEST.PRECISE_BN.ENABLED and norm_layers(self.model):
-            without_workers = cfg.clone()  # those of training keep running
-            without_workers.defrost()
-            without_workers.DATALOADER.NUM_WORKERS = 0
-            passes = cfg.TEST.PRECISE_BN.NUM_ITER * self.accumulate
-            loader = self.build_loader(without_workers)
-            result.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, passes))
-        if comm.is_main_process():
-            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+            result.append(PreciseBN())
         if cfg.TEST.EVAL_PERIOD:
-            # engine.py makes the last evaluation, of the saved file.
-            result.append(
-                hooks.EvalHook(
-                    cfg.TEST.EVAL_PERIOD, lambda: evaluate(cfg, self.model), eval_after_train=False
-                )
-            )
+            result.append(Evaluation())
         if comm.is_main_process():
             writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
             result += [hooks.PeriodicWriter(writers, period=20), ProgressBar()]
@@ -156,18 +182,11 @@ class Trainer(TrainerBase):
             ) from None
         self.start_iter = self.iter + 1
         self._trainer.data_loader = self.build_loader(self.cfg, self.start_iter)
-        # Without this the random numbers of the first iterations would be drawn again.
-        if self.cfg.SEED >= 0:
-            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
 
 
-def load_images(cfg: CfgNode) -> DatasetFromList:
-    """The training set, serialized as by Detectron2.
-
-    As Python objects, COCO's annotations would take gigabytes in each process.
-    """
+def load_images(cfg: CfgNode) -> list[dict]:
+    """Detectron2's dicts of the training set."""
     least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    images = get_detection_dataset_dicts(
+    return get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=least
     )
-    return DatasetFromList(images, copy=False)

@@ -86,13 +86,15 @@ class Checkpointer(DetectionCheckpointer):
 
     absent = unused = ("nothing was loaded",)
 
-    def save(self, name: str, **more: object) -> None:
-        """Write a checkpoint whole or not at all. Detectron2 writes into the file itself: a kill leaves
-        half of it, and a full disk ends training."""
+    def save(self, name: str, **more: object) -> bool:
+        """Write a checkpoint whole or not at all; returns whether this process has. Detectron2 writes into
+        the file itself: a kill leaves half of it, and a full disk ends training."""
         if not self.save_to_disk:  # not the main process
-            return
+            return False
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        save_checkpoint(self.save_dir, f"{name}.pth", {"model": self.model.state_dict(), **parts, **more})
+        return save_checkpoint(
+            self.save_dir, f"{name}.pth", {"model": self.model.state_dict(), **parts, **more}
+        )
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
 
 AP_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = [f"{task}/{key}" for task in ("bbox", "segm") for key in AP_KEYS]
 
 
 def coco_ap(
@@ -79,3 +81,8 @@ def precision_at(evaluation: COCOeval, iou: float) -> np.ndarray:
     (place,) = np.flatnonzero(np.isclose(evaluation.params.iouThrs, iou))
     precision = evaluation.eval["precision"][place, :, :, 0, -1].T
     return np.where(precision < 0, np.nan, precision)
+
+
+def finite(value: float | None) -> float | None:
+    """A number as float; None where it is missing, NaN or infinite."""
+    return float(value) if value is not None and math.isfinite(value) else None

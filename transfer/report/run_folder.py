@@ -5,14 +5,17 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.common.files import check_tensors, save_tensors, write_atomically
 
 FINAL = "model_final.pth"
+BEST = "model_best.pth"  # the model with the best AP among those that were evaluated
 LAST = "last_checkpoint"  # Detectron2's file with the name of the last checkpoint
 TRAINING = "training.json"  # written at the first iteration: the weights' provenance and the config
 RESULTS = "results.json"  # written at the end
+AGAIN_WITH_RESUME = "the same command with --resume"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -28,8 +31,8 @@ def last_name(folder: Path) -> str:
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 
-def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
-    """Write a checkpoint, whole or not at all, and its name into last_checkpoint.
+def save_checkpoint(folder: str | Path, name: str, state: dict) -> bool:
+    """Write a checkpoint, whole or not at all, and its name into last_checkpoint; returns whether it did.
 
     Where the disk is full, a line says so and training goes on; for the final model, InputError is raised.
     """
@@ -37,6 +40,7 @@ def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
     try:
         save_tensors(folder / name, state)
         write_atomically(folder / LAST, lambda file: file.write(name.encode()))
+        return True
     except OSError as error:
         reason = f"cannot write {folder / name} ({error.strerror or error})"
         if name == FINAL:
@@ -46,6 +50,13 @@ def save_checkpoint(folder: str | Path, name: str, state: dict) -> None:
             file=sys.stderr,
             flush=True,
         )
+        return False
+
+
+def leave(step: int, steps: int, saved: bool) -> NoReturn:
+    """Raise Interrupted after iteration ``step`` of ``steps``, which a signal has stopped."""
+    outcome = "saved" if saved else "NOT saved, the iterations since the last checkpoint will be repeated"
+    raise Interrupted(f"stopped after iteration {step} of {steps}, {outcome}; {AGAIN_WITH_RESUME} goes on")
 
 
 def find_start(folder: str | Path, resume: bool) -> Path | None:

@@ -5,7 +5,6 @@ record with the results, written when the run ends.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,8 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.transfer.config import protocol_of
 from rsa_detectron2.transfer.convert.provenance import sha256
 from rsa_detectron2.transfer.data.annotations import locate_dataset
-from rsa_detectron2.transfer.data.average_precision import AP_KEYS
+from rsa_detectron2.transfer.data.average_precision import AP_KEYS, finite
+from rsa_detectron2.transfer.report.best import forget_best
 from rsa_detectron2.transfer.report.run_folder import RESULTS, TRAINING
 
 
@@ -45,6 +45,7 @@ class Outcome:
     seconds: float  # wall time of the command that ended the run
     eval_only: bool = False  # the model may have been trained with another configuration
     quality: dict = field(default_factory=dict)  # what report/quality.py says of the detections
+    best: dict | None = None  # of a training that evaluated on its way: see report/best.py
 
 
 def describe(cfg: CfgNode, setup: Setup) -> dict:
@@ -77,9 +78,10 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
     tasks = ("bbox", "segm", *outcome.ap.keys() & {"keypoints"})
     results = {
         **describe(cfg, setup),
-        "ap": {task: {key: _finite(outcome.ap.get(task, {}).get(key)) for key in AP_KEYS} for task in tasks},
+        "ap": {task: {key: finite(outcome.ap.get(task, {}).get(key)) for key in AP_KEYS} for task in tasks},
         "iterations": outcome.iterations,
         "eval_only": outcome.eval_only,
+        "best": outcome.best,
         "seconds": float(outcome.seconds),
         "data": (read_training(cfg.OUTPUT_DIR) or {}).get("data"),
         **outcome.quality,
@@ -92,11 +94,6 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
         with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
             metrics.write(json.dumps({"iteration": outcome.iterations - 1, **last}) + "\n")
     return results
-
-
-def _finite(value):
-    """A number as float; None where it is missing, NaN or infinite."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 NUMBER, NOTHING = (int, float), type(None)
@@ -188,6 +185,7 @@ def begin_training(
     number of training images. Empties the metrics.json of an earlier run that came to no checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR)
+    forget_best(cfg)
     if (folder / "metrics.json").is_file():
         os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
     about = describe(cfg, setup)

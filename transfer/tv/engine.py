@@ -13,6 +13,7 @@ up to the order of its atomic sums. Iterations count from 0, as in Detectron2: t
 5000 of them is model_0004999.pth.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -31,17 +33,25 @@ from torchvision.models.detection import transform
 from tqdm import tqdm
 
 from rsa_detectron2.common import workers
-from rsa_detectron2.common.errors import InputError, is_out_of_memory
+from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory
 from rsa_detectron2.common.record import Origin
+from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model, load_weights
 from rsa_detectron2.transfer.data.annotations import load_datasets
 from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.checks import check_datasets
 from rsa_detectron2.transfer.data.coco import CocoInstances
-from rsa_detectron2.transfer.precise_bn import update_statistics
+from rsa_detectron2.transfer.precise_bn import norm_layers, update_statistics
+from rsa_detectron2.transfer.report import best
 from rsa_detectron2.transfer.report.quality import judge
-from rsa_detectron2.transfer.report.run_folder import FINAL, find_start, save_checkpoint
+from rsa_detectron2.transfer.report.run_folder import (
+    AGAIN_WITH_RESUME,
+    FINAL,
+    find_start,
+    leave,
+    save_checkpoint,
+)
 from rsa_detectron2.transfer.report.runs import (
     Outcome,
     Setup,
@@ -65,6 +75,7 @@ LOSSES = {
     "loss_rpn_box_reg": "loss_rpn_loc",
 }
 BOX_FIELDS = ("boxes", "scores", "labels")
+NO_SIGNALS = StopSignals(AGAIN_WITH_RESUME)  # of which none arrives
 
 
 def training_batches(
@@ -155,6 +166,8 @@ class Trainer:
     ``val_set`` is what TEST.EVAL_PERIOD evaluates on.
     """
 
+    stop = NO_SIGNALS
+
     def __init__(
         self,
         cfg: CfgNode,
@@ -177,8 +190,8 @@ class Trainer:
         log.info("%s: resuming at iteration %d of %d", checkpoint.name, self.start, cfg.SOLVER.MAX_ITER)
 
     def fit(self, origin: Origin) -> None:
-        """Train to MAX_ITER, then save model_final.pth."""
-        solver = self.cfg.SOLVER
+        """Train to MAX_ITER, then save model_final.pth. Raises Interrupted when a signal has stopped it."""
+        solver, last = self.cfg.SOLVER, self.start - 1
         if not self.start:
             setup = Setup("torchvision", self.provenance, origin=origin)
             categories = self.dataset.dataset.categories
@@ -196,8 +209,12 @@ class Trainer:
                 mininterval=0.1 if sys.stderr.isatty() else 10,
             ) as bar,
         ):
-            for i, batch in enumerate(self.batches(self.start, solver.MAX_ITER), self.start):
+            # The run may have been killed before it had evaluated.
+            stop = self.start if self.start and self.evaluate_after(last, metrics) else solver.MAX_ITER
+            self.stop.stepping = True
+            for i, batch in enumerate(self.batches(self.start, stop), self.start):
                 recent.append(self.step(i, *batch))
+                last = i
                 bar.set_postfix(loss=f"{recent[-1]['total_loss']:.3f}", refresh=False)
                 bar.update()
                 if (i + 1) % 20 == 0 or i + 1 == solver.MAX_ITER:
@@ -206,12 +223,18 @@ class Trainer:
                         json.dumps({"iteration": i, **means, "lr": learning_rate(solver, i)}) + "\n"
                     )
                     recent.clear()
+                if self.stop.asked:
+                    self.leave(i)
                 if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
                     self.save(f"model_{i:07d}.pth", i)
-                if self.evaluates_after(i):
-                    metrics.write(json.dumps({"iteration": i, **self.evaluate(i + 1)}) + "\n")
-        self.make_statistics_precise(solver.MAX_ITER)
-        self.save(FINAL, solver.MAX_ITER - 1)
+                if self.evaluate_after(i, metrics):
+                    break
+        try:
+            self.make_statistics_precise(last + 1)
+        except Stopped:
+            self.leave(last)
+        self.save(FINAL, last)
+        self.stop.stepping = False
 
     def batches(self, start: int, stop: int) -> Iterator:
         return training_batches(self.cfg, self.dataset, start, stop, self.device)
@@ -234,27 +257,49 @@ class Trainer:
         self.optimizer.step()
         return dict(zip(("total_loss", *map(LOSSES.get, losses)), figures))
 
-    def evaluates_after(self, i: int) -> bool:
-        """Whether TEST.EVAL_PERIOD asks for an evaluation. The last one is that of the saved model."""
-        period = self.cfg.TEST.EVAL_PERIOD
-        return period > 0 and (i + 1) % period == 0 and i + 1 != self.cfg.SOLVER.MAX_ITER
+    def evaluate_after(self, i: int, metrics: TextIO) -> bool:
+        """Evaluate after iteration ``i`` if TEST.EVAL_PERIOD asks for it, and keep the best model.
 
-    def evaluate(self, i: int) -> dict[str, float]:
-        """{"bbox/AP": percent, ...} before iteration ``i``; training goes on as if it had not been."""
+        The last evaluation is that of the saved model. Training goes on as if there had been none, unless
+        True is returned: then TEST.PATIENCE has run out.
+        """
+        period = self.cfg.TEST.EVAL_PERIOD
+        if period <= 0 or (i + 1) % period or i + 1 == self.cfg.SOLVER.MAX_ITER:
+            return False
+        try:
+            with self.as_it_was():
+                self.make_statistics_precise(i + 1)
+                ap = evaluate(self.cfg, self.model, self.val_set, self.stop)
+                losses = validation_losses(self.model, self.val_set, self.stop)
+                best.keep_if_best(self.cfg, ap, i + 1, lambda: self.content(i))
+        except Stopped:
+            self.leave(i)
+        row = {f"{task}/{key}": value for task, values in ap.items() for key, value in values.items()}
+        row |= {f"validation/{name}": loss for name, loss in losses.items()}
+        metrics.write(json.dumps({"iteration": i, **row}) + "\n")
+        return best.out_of_patience(self.cfg, i + 1)
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """A context after which the model is again what it is now."""
         state = copy.deepcopy(self.model.state_dict())
         sides = self.model.transform.min_size, self.model.transform.max_size
-        self.make_statistics_precise(i)
-        ap = evaluate(self.cfg, self.model, self.val_set)
-        self.model.load_state_dict(state)
-        self.model.transform.min_size, self.model.transform.max_size = sides
-        self.model.train()
-        return {f"{task}/{key}": value for task, values in ap.items() for key, value in values.items()}
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(state)
+            self.model.transform.min_size, self.model.transform.max_size = sides
+            self.model.train()
+
+    def leave(self, i: int) -> NoReturn:
+        """Save after iteration ``i`` and raise Interrupted."""
+        leave(i + 1, self.cfg.SOLVER.MAX_ITER, self.save(f"model_{i:07d}.pth", i))
 
     def make_statistics_precise(self, start: int) -> None:
         """BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER batches, those of ``start`` on."""
         if not self.cfg.TEST.PRECISE_BN.ENABLED:
             return
-        batches = self.batches(start, start + self.cfg.TEST.PRECISE_BN.NUM_ITER)
+        batches = self.stop.watch(self.batches(start, start + self.cfg.TEST.PRECISE_BN.NUM_ITER))
         # update_statistics calls model(batch), and the model takes (images, targets).
         unpack = self.model.register_forward_pre_hook(lambda _, inputs: inputs[0])
         bar = tqdm(
@@ -263,22 +308,26 @@ class Trainer:
         update_statistics(self.model, bar)
         unpack.remove()
 
-    def save(self, name: str, i: int) -> None:
-        """Write a checkpoint after iteration ``i``."""
-        content = {
+    def save(self, name: str, i: int) -> bool:
+        """Write a checkpoint after iteration ``i``; returns whether the disk had room."""
+        content = {**self.content(i), "optimizer": self.optimizer.state_dict()}
+        return save_checkpoint(self.folder, name, content)
+
+    def content(self, i: int) -> dict:
+        """The model after iteration ``i``, and what led to it."""
+        return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "iteration": i,
             "weights": self.provenance,
             "run": self.about,
         }
-        save_checkpoint(self.folder, name, content)
 
 
-def fit(trainer: Trainer, origin: Origin = Origin()) -> None:
+def fit(trainer: Trainer, origin: Origin = Origin(), stop: StopSignals = NO_SIGNALS) -> None:
     """Train to MAX_ITER and write model_final.pth, unless the trainer has started from that file."""
     if trainer.complete:
         return
+    trainer.stop = stop
     try:
         trainer.fit(origin)
     except RuntimeError as error:
@@ -291,7 +340,32 @@ def fit(trainer: Trainer, origin: Origin = Origin()) -> None:
 
 
 @torch.no_grad()
-def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]:
+def validation_losses(
+    model: nn.Module, dataset: CocoInstances, stop: StopSignals = NO_SIGNALS
+) -> dict[str, float]:
+    """The mean losses of the images of ``dataset``, one by one, under Detectron2's names.
+
+    BatchNorm normalizes by its running statistics, as in :func:`detect`, which has set the images' size.
+    """
+    model.train()
+    for layer in norm_layers(model):
+        layer.eval()
+    device, rows = next(model.parameters()).device, []
+    indices = tqdm(range(len(dataset.ids)), "validation loss", dynamic_ncols=True, disable=None)
+    for index in stop.watch(indices):
+        torch.manual_seed(index)  # of the samples among the proposals
+        image, target = dataset[index, False]
+        target = {key: value.to(device) for key, value in target.items()}
+        losses = model([image.to(device).float() / 255], [target])
+        rows.append(torch.stack([sum(losses.values()), *losses.values()]))
+    names = "total_loss", *map(LOSSES.get, losses)
+    return dict(zip(names, torch.stack(rows).mean(0).tolist()))
+
+
+@torch.no_grad()
+def detect(
+    cfg: CfgNode, model: nn.Module, dataset: CocoInstances, stop: StopSignals = NO_SIGNALS
+) -> list[dict]:
     """Detections in COCO's format, with the annotation file's own category ids.
 
     bbox is [x, y, w, h] in pixels; a model with masks adds segmentation as compressed RLE.
@@ -299,7 +373,7 @@ def detect(cfg: CfgNode, model: nn.Module, dataset: CocoInstances) -> list[dict]
     test_mode(cfg, model)
     device = next(model.parameters()).device
     detections = []
-    for image_id in tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None):
+    for image_id in stop.watch(tqdm(dataset.ids, "evaluating", dynamic_ncols=True, disable=None)):
         image = dataset.image(image_id).to(device).float() / 255
         instances = detect_one(model, image)
         for detection in detections_of(instances, image.shape[1:]):
@@ -350,8 +424,17 @@ def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: O
     resume: go on from the last checkpoint in OUTPUT_DIR, if there is one.
     eval_only: do not train. With ``resume`` evaluate OUTPUT_DIR/model_final.pth, else MODEL.WEIGHTS,
     which must then be a whole model of this engine. The model is read back from its file before it is
-    evaluated.
+    evaluated. After one of the stop signals (common/signals.py) it saves what there is to save, and raises
+    Interrupted.
     """
+    try:
+        with StopSignals(AGAIN_WITH_RESUME) as stop:
+            return _train(cfg, resume, eval_only, origin, stop)
+    except Stopped as stopped:
+        raise Interrupted(str(stopped)) from None
+
+
+def _train(cfg: CfgNode, resume: bool, eval_only: bool, origin: Origin, stop: StopSignals) -> dict:
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     start = None if eval_only else find_start(folder, resume)
     check(cfg)
@@ -374,13 +457,14 @@ def train(cfg: CfgNode, resume: bool = False, eval_only: bool = False, origin: O
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
     if not eval_only:
-        fit(Trainer(cfg, model, train_set, val_set, start), origin)
+        fit(Trainer(cfg, model, train_set, val_set, start), origin, stop)
     final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
     state, iterations, weights = load_model(final, model.state_dict())
     model.load_state_dict(state)
     ap = evaluate(cfg, model, val_set)
     other_model = eval_only and not (resume and own_training(cfg))
-    outcome = Outcome(ap, iterations, time.time() - began, other_model, judge(cfg))
+    finest = None if eval_only else best.keep_final_if_best(cfg, ap, iterations)
+    outcome = Outcome(ap, iterations, time.time() - began, other_model, judge(cfg), finest)
     return write_results(cfg, Setup("torchvision", weights, origin=origin), outcome)
 
 
@@ -397,10 +481,10 @@ def build_on_device(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, val_set: CocoInstances) -> dict:
+def evaluate(cfg: CfgNode, model: nn.Module, val_set: CocoInstances, stop: StopSignals = NO_SIGNALS) -> dict:
     """AP of the model's detections, which are written to OUTPUT_DIR/inference."""
     folder = Path(cfg.OUTPUT_DIR, "inference")
-    detections = detect(cfg, model, val_set)
+    detections = detect(cfg, model, val_set, stop)
     (folder / "coco_instances_results.json").write_text(json.dumps(detections))
     val_set.dataset.save(folder / "annotations.json")  # it has the ids that the detections refer to
     return coco_ap(val_set.dataset, detections, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))

@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d, poolers
 
 from rsa_detectron2.transfer.config import check_possible
 from rsa_detectron2.transfer.convert import architectures
+from rsa_detectron2.transfer.data.average_precision import METRICS
 
 NORMS = {"": None, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}
 # The lowest FREEZE_AT that freezes a part of the backbone.
@@ -49,6 +50,7 @@ POSSIBLE = {  # key: the supported values, or (test of a value, which values pas
     "INPUT.RANDOM_FLIP": ["horizontal", "none"],
     "INPUT.MASK_FORMAT": ["polygon", "bitmask"],
     "INPUT.MIN_SIZE_TEST": (lambda v: v > 0, "positive"),
+    "TEST.BEST_METRIC": METRICS,
     "DATASETS.TRAIN": (lambda v: len(v) == 1, "one data set"),
     "DATASETS.TEST": (lambda v: len(v) == 1, "one data set"),
 }

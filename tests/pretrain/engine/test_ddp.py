@@ -13,10 +13,9 @@ import weakref
 import pytest
 import torch
 
-from rsa_detectron2.common import distributed
+from rsa_detectron2.common import distributed, launch
 from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data.images import UnreadableImage
-from rsa_detectron2.pretrain.engine import launch
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import ROOT, TINY, Program, assert_same, final_weights, tiny_cfg
 
@@ -32,7 +31,7 @@ def arguments(image_folder, folder, *more):
 def two_processes(image_folder, tmp_path_factory):
     """The final file of a run in two processes that this process started."""
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("two"), "SOLVER.EPOCHS", EPOCHS, "KNN.PERIOD", 1)
-    return launch.launch(train_loop.train, cfg, processes=2)
+    return launch.launch(train_loop.train, cfg, launch.Processes(2))
 
 
 def test_two_processes_equal_accumulation_over_two(image_folder, tmp_path, two_processes):
@@ -66,7 +65,9 @@ def test_launcher_hands_on_what_a_process_raised(image_folder, tmp_path):
     with pytest.raises(
         InputError, match="global batch of 9 does not divide among 2 processes: use --batch-size 8 or 10"
     ):
-        launch.launch(train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), processes=2)
+        launch.launch(
+            train_loop.train, tiny_cfg(image_folder, tmp_path, "SOLVER.BATCH_SIZE", 9), launch.Processes(2)
+        )
     logger.removeHandler(handler)
     assert not [record for record in records if record.exc_info]  # the user reads one line, and no traceback
 
@@ -130,7 +131,7 @@ def fail_in(rank):
 def test_error_of_one_process_is_the_one_that_is_told(rank):
     """The error of its peer, which loses the connection, is not reported."""
     with pytest.raises(InputError, match="^one image cannot be decoded$"):
-        launch.launch(fail_in, rank, processes=2)
+        launch.launch(fail_in, rank, launch.Processes(2))
 
 
 def killed(rank):
@@ -143,7 +144,7 @@ def test_killed_process_is_reported():
     with pytest.raises(
         InputError, match="^process 1 of 2 died of SIGKILL, most likely because memory ran out: the same"
     ):
-        launch.launch(killed, 1, processes=2)
+        launch.launch(killed, 1, launch.Processes(2))
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -152,12 +153,12 @@ def test_launcher_leaves_nohups_signal_ignored(monkeypatch, ignored):
 
     def elastic_launch(config, run):
         found.extend([config.signals_to_handle.split(","), signal.getsignal(signal.SIGHUP)])
-        return lambda *_: [None]
+        return lambda *_: {0: None}
 
     monkeypatch.setattr(launch, "elastic_launch", elastic_launch)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        launch.launch(None, None, processes=2)
+        launch.launch(None, None, launch.Processes(2))
     finally:
         signal.signal(signal.SIGHUP, before)
     assert set(found[0]) == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGQUIT", *(() if ignored else ("SIGHUP",))}
@@ -173,7 +174,7 @@ def test_signal_that_elastic_does_not_know(monkeypatch):
     before = signal.signal(signal.SIGUSR1, ignore := lambda *_: None)
     try:
         with pytest.raises(Interrupted, match="stopped by SIGUSR1; the same command goes on"):
-            launch.launch(None, None, processes=2)
+            launch.launch(None, None, launch.Processes(2))
         assert signal.getsignal(signal.SIGUSR1) is ignore
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rsa_detectron2.common import launch
 from rsa_detectron2.common.errors import Interrupted
-from rsa_detectron2.pretrain.engine import checkpoint, launch
+from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import assert_same, processes, tiny_cfg
 
@@ -43,7 +45,7 @@ def join(cfg, rank, ranks, port):
         launch.join_and_run(train_loop.train, cfg)
     except Interrupted as stopped:
         Path(cfg.OUTPUT_DIR, f"stopped_{rank}.txt").write_text(str(stopped))
-        os._exit(train_loop.REQUEUE)
+        os._exit(REQUEUE)
 
 
 def start(cfg, ranks):
@@ -82,9 +84,7 @@ def uninterrupted(image_folder, tmp_path_factory, request):
     return request.param, cfg
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, train_loop.REQUEUE), (signal.SIGKILL, -signal.SIGKILL)]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, REQUEUE), (signal.SIGKILL, -signal.SIGKILL)])
 def test_several_processes_go_on_bit_for_bit(image_folder, tmp_path, uninterrupted, number, code):
     """The run is stopped as soon as the first checkpoint exists, resumed, and stopped once more."""
     ranks, whole = uninterrupted
@@ -123,7 +123,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(image_folder, tmp_pat
     while time.monotonic() < until and not (metrics.is_file() and '"loss"' in metrics.read_text()):
         time.sleep(0.005)
     os.kill(group[rank].pid, signal.SIGTERM)
-    assert finish(group) == {train_loop.REQUEUE}
+    assert finish(group) == {REQUEUE}
     said = {Path(cfg.OUTPUT_DIR, f"stopped_{other}.txt").read_text() for other in (0, 1)}
     step = checkpoint.load(Path(cfg.OUTPUT_DIR, checkpoint.LAST))["step"]
     assert said == {f"stopped at step {step} of 600, saved; the same command goes on from there"}

@@ -11,6 +11,7 @@ import pytest
 
 from rsa_detectron2.common import files
 from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.signals import REQUEUE
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg
@@ -24,7 +25,7 @@ def run(cfg):
     try:
         train_loop.train(cfg)
     except Interrupted:
-        os._exit(train_loop.REQUEUE)
+        os._exit(REQUEUE)
 
 
 def start(cfg):
@@ -51,7 +52,7 @@ def wait_for_step(cfg, process, step=1):
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory):
-    """The final weights of an uninterrupted run, and the seconds before its first step."""
+    """The final weights of an uninterrupted run, and the seconds with nothing to save."""
     cfg = tiny_cfg(image_folder, tmp_path_factory.mktemp("whole"), *LONG)
     server = processes.Process(target=int)  # the first start includes that of the server
     server.start()
@@ -65,9 +66,7 @@ def uninterrupted(image_folder, tmp_path_factory):
     return final_weights(Path(cfg.OUTPUT_DIR, checkpoint.FINAL)), seconds
 
 
-@pytest.mark.parametrize(
-    "number, kills, code", [(signal.SIGKILL, 20, None), (signal.SIGTERM, 6, train_loop.REQUEUE)]
-)
+@pytest.mark.parametrize("number, kills, code", [(signal.SIGKILL, 20, None), (signal.SIGTERM, 6, REQUEUE)])
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
     """Some runs are killed at a random time of their start, the others after a random number of further
     steps, whether they are in a step or writing a file. Each start uses another number of workers."""
@@ -146,7 +145,7 @@ def test_signals_while_it_saves(image_folder, tmp_path):
     )
     process.start()
     process.join()
-    assert process.exitcode == train_loop.REQUEUE
+    assert process.exitcode == REQUEUE
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] > 3
 
 
@@ -162,7 +161,7 @@ def test_signal_as_the_handlers_are_set(image_folder, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     with monkeypatch.context() as patch:
         patch.setattr(signal, "signal", signaled)
-        with pytest.raises(Interrupted, match="stopped by SIGTERM before its first step"):
+        with pytest.raises(Interrupted, match="stopped by SIGTERM with nothing to save"):
             train_loop.train(tiny_cfg(image_folder, tmp_path))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -192,7 +191,7 @@ def test_signal_whose_exception_python_drops(image_folder, tmp_path):
     )
     process.start()
     process.join()
-    assert process.exitcode == train_loop.REQUEUE
+    assert process.exitcode == REQUEUE
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 1
 
 
@@ -204,4 +203,4 @@ def test_second_run_in_a_folder_is_refused(image_folder, tmp_path):
         train_loop.train(cfg)
     os.kill(process.pid, signal.SIGUSR1)
     process.join()
-    assert process.exitcode == train_loop.REQUEUE
+    assert process.exitcode == REQUEUE

@@ -1,7 +1,6 @@
 """What only Detectron2 itself can confirm: that weights arrive, accumulation, several processes, precise
 BN."""
 
-import itertools
 import json
 import pickle
 import shutil
@@ -20,13 +19,14 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 
 from rsa_detectron2.common.config import merge_config
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.launch import Processes
 from rsa_detectron2.common.record import Origin, flatten
 from rsa_detectron2.common.sync_batch_norm import SyncBatchNorm
 from rsa_detectron2.tools import train_net
@@ -42,10 +42,11 @@ from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import engine as d2_engine
 from rsa_detectron2.transfer.d2 import evaluation as d2_evaluation
+from rsa_detectron2.transfer.d2 import hooks as d2_hooks
 from rsa_detectron2.transfer.d2 import model as d2_model
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from rsa_detectron2.transfer.d2 import weights as d2_weights
-from rsa_detectron2.transfer.d2.config import add_rsa_config
+from rsa_detectron2.transfer.d2.config import add_rsa_config, get_cfg
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.drawn import write_coco
 from rsa_detectron2.transfer.precise_bn import norm_layers
@@ -410,7 +411,7 @@ def test_accumulation_equals_one_pass_and_two_processes(shapes, tmp_path):
     runs = {"whole": (1, 1), "passes": (1, 2), "processes": (2, 1)}
     for name, (processes, accumulate) in runs.items():
         cfg = tiny(two, tmp_path / name, *FROZEN)
-        results = d2_engine.train(cfg, d2_engine.Passes(processes, accumulate))
+        results = d2_engine.train(cfg, d2_engine.Passes(Processes(processes), accumulate))
         assert (results["processes"], results["accumulate"], results["weights"]) == (
             processes,
             accumulate,
@@ -434,13 +435,12 @@ def record_statistics(cfg, folder):
     d2_data.register_datasets(cfg)
     torch.manual_seed(1)
     trainer = d2_trainer.Trainer(cfg)
-    hook = next(hook for hook in trainer._hooks if isinstance(hook, d2_trainer.PreciseBN))
     layers = norm_layers(trainer.model)
 
     def statistics():
         return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
 
-    batches = list(itertools.islice(iter(hook._data_loader), hook._num_iter))
+    batches = list(trainer.following_batches(trainer.max_iter))
     counts = dict.fromkeys(layers, 0)
 
     def count(layer, inputs):
@@ -452,8 +452,7 @@ def record_statistics(cfg, folder):
     own = [(*moments, counts[layer]) for moments, layer in zip(statistics(), layers)]
     for handle in handles:
         handle.remove()
-    hook._data_iter = iter(batches)
-    hook.update_stats()
+    next(hook for hook in trainer._hooks if isinstance(hook, d2_hooks.PreciseBN)).work(trainer.max_iter)
     torch.save([own, statistics()], f"{folder}/{comm.get_rank()}.pth")
 
 
@@ -472,7 +471,7 @@ def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_pat
         "INPUT.MASK_FORMAT",
         "bitmask",
     )
-    d2_engine.launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    launch(record_statistics, 2, dist_url="auto", args=(cfg, str(tmp_path)))
     (own0, after0), (own1, after1) = (
         torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)
     )
@@ -642,7 +641,7 @@ def test_schedule_that_cannot_be_scaled(shapes, tmp_path):
 def test_an_error_in_another_process_is_its_one_line(shapes, tmp_path):
     cfg = tiny(shapes, tmp_path, "SOLVER.BASE_LR", 1e12, "SOLVER.MAX_ITER", 8, *FROZEN)
     with pytest.raises(InputError, match="(?s)NaN.*lower SOLVER.BASE_LR") as error:
-        d2_engine.train(cfg, d2_engine.Passes(2))
+        d2_engine.train(cfg, d2_engine.Passes(Processes(2)))
     assert "Traceback" not in str(error.value)
 
 
@@ -831,7 +830,7 @@ def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, proces
     GPUs."""
     one = with_objects_in(shapes, tmp_path, 1)
     cfg = tiny(one, tmp_path / "run", *NEGATIVES, *norms, "SOLVER.MAX_ITER", 6)
-    d2_engine.train(cfg, d2_engine.Passes(processes))
+    d2_engine.train(cfg, d2_engine.Passes(Processes(processes)))
     assert all(tensor.isfinite().all() for tensor in final(tmp_path / "run").values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert np.isfinite(rows[0]["total_loss"]) and np.isfinite(rows[0]["loss_mask"])
@@ -887,7 +886,7 @@ def test_a_rank_without_objects_takes_part_in_the_synchronized_norm(shapes, tmp_
         (2, NORMALIZED_HEADS),
     ):
         cfg = tiny(one, tmp_path, *FROZEN, *norms, *NEGATIVES)
-        d2_engine.launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))
+        launch(record_gradients, processes, dist_url="auto", args=(cfg, str(tmp_path), images))
     whole, first, second = (
         torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1_0", "2_0", "2_1")
     )
@@ -922,7 +921,7 @@ def test_a_truncated_image_is_named_in_one_line(shapes, damaged, tmp_path, capfd
     with pytest.raises(
         InputError, match=r"images/train_000\d.jpg cannot be used \(OSError: image file is truncated"
     ) as error:
-        d2_engine.train(cfg, d2_engine.Passes(processes))
+        d2_engine.train(cfg, d2_engine.Passes(Processes(processes)))
     assert "\n" not in str(error.value) and "DataLoader" not in str(error.value)
     assert "SIGTERM" not in capfd.readouterr().err
     logs = [path.read_text() for path in tmp_path.glob("log.txt*")]

@@ -8,12 +8,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from fvcore.common.config import CfgNode
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,11 +22,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.errors import InputError, Interrupted, one_line
 from rsa_detectron2.common.progress import close_bars
-from rsa_detectron2.common.signals import stop_signals
+from rsa_detectron2.common.signals import AGAIN, stop_signals
 
 TIMEOUT = timedelta(minutes=30)  # the others wait for rank 0 while it evaluates
 PATIENCE = 10  # seconds that a process waits before it reports a lost peer
 HANDED_ON = InputError, Interrupted  # the launcher raises them again when a process did
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def num_processes(wanted: int | None = None) -> int:
@@ -42,24 +45,36 @@ def num_processes(wanted: int | None = None) -> int:
     return wanted or max(1, available)
 
 
-def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str:
-    """Run ``train(cfg)`` in that many processes of this machine; returns what it returned on rank 0.
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, those of each machine started by a command of its own."""
+
+    here: int = 1  # on this machine: one per GPU, or several on the CPU
+    machines: int = 1
+    machine: int = 0  # the number of this machine
+    address: str = ""  # HOST:PORT of machine 0, where there are several
+
+    @property
+    def all(self) -> int:
+        return self.here * self.machines
+
+
+def launch(train: Callable[[T], R], job: T, processes: Processes, again: str = AGAIN) -> R:
+    """Run ``train(job)`` in the processes of this machine; returns what it returned on the first of them.
 
     Under torchrun, or as a task of srun (:func:`adopt_slurm`), the processes have been started already, and
-    this one only joins them. Raises InputError or Interrupted when a process did.
+    this one only joins them. ``again``: what goes on after an interruption, for messages. Raises InputError
+    or Interrupted when a process did.
     """
-    if distributed.launched() or processes == 1:
-        return join_and_run(train, cfg)
-    # local_addr: this machine's own name need not resolve.
+    if distributed.launched() or processes.all == 1:
+        return join_and_run(train, job)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="pretrain",
+        min_nodes=processes.machines,
+        max_nodes=processes.machines,
+        nproc_per_node=processes.here,
+        run_id="rsa",
         max_restarts=0,
-        local_addr="localhost",
+        **rendezvous(processes),
     )
     # The signals that elastic passes on to the processes. Before torch 2.10 it knows a list of its own, which
     # lacks SIGUSR1: the handler that it leaves in place does the same.
@@ -70,17 +85,18 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
     # It would log that it ends the other processes.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
-        return elastic_launch(config, join_and_run)(train, cfg)[0]
+        results = elastic_launch(config, join_and_run)(train, job)  # those of this machine, by their ranks
+        return results[min(results)]
     except SignalException as stopped:
-        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on from there") from None
+        raise Interrupted(f"stopped by {stopped.sigval.name}; {again} goes on from there") from None
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode < 0:
             killed = first.exitcode == -signal.SIGKILL
             cause = ", most likely because memory ran out" if killed else ""
             raise InputError(
-                f"process {rank} of {processes} died of {signal.Signals(-first.exitcode).name}{cause}: "
-                "the same command goes on from the last checkpoint"
+                f"process {rank} of {processes.all} died of {signal.Signals(-first.exitcode).name}{cause}: "
+                f"{again} goes on from the last checkpoint"
             ) from None
         message = first.message
         name, _, text = (message["message"] if isinstance(message, dict) else message).partition(": ")
@@ -92,6 +108,18 @@ def launch(train: Callable[[CfgNode], str], cfg: CfgNode, processes: int) -> str
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+def rendezvous(processes: Processes) -> dict:
+    """How the launchers of the machines find each other, in LaunchConfig's words."""
+    if processes.machines == 1:
+        # local_addr: this machine's own name need not resolve.
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    return {
+        "rdzv_backend": "static",
+        "rdzv_endpoint": processes.address,
+        "rdzv_configs": {"rank": processes.machine, "timeout": TIMEOUT.seconds},
+    }
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
@@ -132,10 +160,10 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     )
 
 
-def join_and_run(train: Callable[[CfgNode], str], cfg: CfgNode) -> str:
+def join_and_run(train: Callable[[T], R], job: T) -> R:
     """Join the process group that the launcher's environment describes, if any, and run."""
     if not distributed.launched():
-        return train(cfg)
+        return train(job)
     if torch.cuda.is_available():
         # srun may show each task only its own GPU.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -146,7 +174,7 @@ def join_and_run(train: Callable[[CfgNode], str], cfg: CfgNode) -> str:
     # Take the group down only where all processes have come to the end: one that leaves early, with an
     # error, must not wait for the others.
     try:
-        result = train(cfg)
+        result = train(job)
     except Interrupted as interruption:  # all leave at the same step
         # Free DistributedDataParallel first, with the frames that hold it. If it were the last to hold
         # the group, it would end the group's threads while it holds Python's lock, for which one of

@@ -1,0 +1,152 @@
+"""A fine-tuning with Detectron2 on a CPU that is stopped at any moment ends with the same bits as one that
+was not."""
+
+import functools
+import json
+import os
+import signal
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+
+from rsa_detectron2.common.errors import Interrupted
+from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.transfer.d2 import data as d2_data
+from rsa_detectron2.transfer.d2 import engine, evaluation, hooks
+from rsa_detectron2.transfer.d2 import trainer as d2_trainer
+from tests.conftest import Program, assert_same
+from tests.transfer import stops
+from tests.transfer.d2.test_trainer import shapes, tiny  # noqa: F401
+
+ITERATIONS = 14
+SETTINGS = (
+    *("SEED", 1, "SOLVER.MAX_ITER", ITERATIONS, "SOLVER.STEPS", (9,), "SOLVER.CHECKPOINT_PERIOD", 4),
+    *("TEST.EVAL_PERIOD", 5, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 16),
+    *("INPUT.MIN_SIZE_TRAIN", (48, 56, 64), "INPUT.RANDOM_FLIP", "horizontal"),
+    *("INPUT.MASK_FORMAT", "bitmask", "DATALOADER.ASPECT_RATIO_GROUPING", True),
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "DATALOADER.NUM_WORKERS", 0),
+)
+
+
+def start(cfg, workers=0):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    stops.run(engine.train, (d2_trainer.Trainer, "run_step"), cfg)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shapes, tmp_path_factory):  # noqa: F811
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    stops.finish(functools.partial(start, tiny(shapes, folder, *SETTINGS)))
+    return folder
+
+
+def assert_equal(folder, uninterrupted):
+    """The final and the best model, and all results."""
+    for name in ("model_final.pth", "model_best.pth"):
+        assert_same(stops.model(folder / name), stops.model(uninterrupted / name))
+    found, wanted = (json.loads((run / "results.json").read_text()) for run in (folder, uninterrupted))
+    assert found["ap"] == wanted["ap"] and found["best"] == wanted["best"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):  # noqa: F811
+    """By SIGKILL, with or without workers of the loader; in the end by SIGTERM."""
+    (tmp_path / "steps").write_bytes(b"")
+    run = functools.partial(start, tiny(shapes, tmp_path, *SETTINGS), workers)
+    codes = stops.stop_again_and_again(run, tmp_path, signal.SIGKILL, 8 if workers == 0 else 3)
+    assert set(codes) == {-signal.SIGKILL}
+    codes = stops.stop_again_and_again(run, tmp_path, signal.SIGTERM, 2)
+    assert set(codes) <= {REQUEUE, -signal.SIGTERM}
+    stops.finish(run)
+    assert_equal(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "where, name, message",
+    [
+        (hooks, "update_statistics", f"stopped after iteration 5 of {ITERATIONS}, saved"),
+        (evaluation.Mapper, "__call__", f"stopped after iteration 1 of {ITERATIONS}, saved"),
+        (evaluation, "inference_on_dataset", f"stopped after iteration 5 of {ITERATIONS}, saved"),
+        (d2_trainer, "build_model", "stopped by SIGTERM, with nothing to save"),
+    ],
+)
+def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, where, name, message):  # noqa: F811
+    cfg = tiny(shapes, tmp_path, *SETTINGS)
+    with monkeypatch.context() as patch:
+        part = getattr(where, name)
+        patch.setattr(where, name, lambda *given: [signal.raise_signal(signal.SIGTERM), part(*given)][1])
+        with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
+            engine.train(cfg)
+    engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
+    assert_equal(tmp_path, uninterrupted)
+
+
+def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        part = hooks.PreciseBN.work
+
+        def signaled(hook, done):
+            if done == ITERATIONS:
+                signal.raise_signal(signal.SIGTERM)
+            part(hook, done)
+
+        patch.setattr(hooks.PreciseBN, "work", signaled)
+        with pytest.raises(Interrupted, match=f"iteration {ITERATIONS} of {ITERATIONS}, saved"):
+            engine.train(tiny(shapes, tmp_path, *SETTINGS))
+    assert not (tmp_path / "model_final.pth").exists()
+    engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
+    assert_equal(tmp_path, uninterrupted)
+
+
+def test_two_processes_save_at_a_signal(shapes, tmp_path):  # noqa: F811
+    """The launcher gets it, passes it on, and ends with 75."""
+    cfg = tiny(shapes, tmp_path / "run", *SETTINGS, "SOLVER.MAX_ITER", 9999, "TEST.EVAL_PERIOD", 0)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    command = ["train_net", "--config-file", tmp_path / "c.yaml", "--num-processes", 2]
+    program = Program(tmp_path, *command)
+    program.wait_for(tmp_path / "run" / "metrics.json", "total_loss")
+    os.kill(program.process.pid, signal.SIGTERM)
+    done = program.finish()
+    assert done.returncode == REQUEUE, done.stderr
+    assert "the same command with --resume goes on" in done.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "run" / "last_checkpoint").is_file()
+
+
+def test_training_ends_when_patience_runs_out(shapes, tmp_path, monkeypatch):  # noqa: F811
+    aps = iter([10.0, 30.0, 20.0, 5.0, 25.0])
+    for module in (hooks, engine):
+        monkeypatch.setattr(module, "evaluate", lambda *_: {"bbox": {"AP": next(aps)}})
+    more = "TEST.EVAL_PERIOD", 2, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", ()
+    results = engine.train(tiny(shapes, tmp_path, *SETTINGS, *more))
+    assert results["iterations"] == 8 and results["ap"]["bbox"]["AP"] == 25.0
+    assert results["best"]["iterations"] == 4 and results["best"]["ap"]["bbox"]["AP"] == 30.0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any(row.get("validation/total_loss", 0) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_order_is_that_of_detectron2(batch_size):
+    """Detectron2's own loader, which groups images when they are read, gives the same batches."""
+    images = [{"width": 10 + n % 3, "height": 11, "image_id": n} for n in range(24)]  # every third is wide
+    theirs = build_detection_train_loader(
+        DatasetFromList(images),
+        mapper=lambda image: image,
+        sampler=TrainingSampler(24, seed=3),
+        total_batch_size=batch_size,
+        aspect_ratio_grouping=True,
+    )
+    batches = [[image["image_id"] for image in batch] for batch, _ in zip(theirs, range(30))]
+    wide = [image["width"] > image["height"] for image in images]
+    for first in (0, 7):
+        order = d2_data.Order(TrainingSampler(24, seed=3), wide, batch_size, first)
+        wanted = [image for batch in batches[first:] for image in batch]
+        found = [index for index, _ in zip(order, wanted)]
+        assert [index % 24 for index in found] == wanted
+        places = range(first * batch_size, first * batch_size + len(found))
+        assert [index // 24 for index in found] == list(places)

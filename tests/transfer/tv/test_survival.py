@@ -1,0 +1,156 @@
+"""A fine-tuning of the embedded engine that is stopped at any moment ends with the same bits as one that was
+not."""
+
+import functools
+import json
+import os
+import signal
+
+import pytest
+
+from rsa_detectron2.common.errors import Interrupted
+from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.transfer.report import best
+from rsa_detectron2.transfer.tv import engine
+from tests.conftest import Program, assert_same
+from tests.transfer import stops
+from tests.transfer.tv.test_engine import RESNET18, config
+
+ITERATIONS = 24
+SETTINGS = (
+    *RESNET18,
+    *("SEED", 1, "SOLVER.MAX_ITER", ITERATIONS, "SOLVER.STEPS", (16,), "SOLVER.CHECKPOINT_PERIOD", 5),
+    *("TEST.EVAL_PERIOD", 9, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
+)
+
+
+def start(cfg):
+    stops.run(engine.train, (engine.Trainer, "step"), cfg)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(coco, tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    stops.finish(functools.partial(start, config(coco, folder, *SETTINGS)))
+    return folder
+
+
+def assert_equal(folder, uninterrupted):
+    """The final and the best model, and all results."""
+    for name in ("model_final.pth", "model_best.pth"):
+        assert_same(stops.model(folder / name), stops.model(uninterrupted / name))
+    found, wanted = (json.loads((run / "results.json").read_text()) for run in (folder, uninterrupted))
+    assert found["ap"] == wanted["ap"] and found["best"] == wanted["best"]
+
+
+@pytest.mark.parametrize("number, count, code", [(signal.SIGKILL, 20, -9), (signal.SIGTERM, 5, REQUEUE)])
+def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count, code):
+    (tmp_path / "steps").write_bytes(b"")
+    run = functools.partial(start, config(coco, tmp_path, *SETTINGS))
+    codes = stops.stop_again_and_again(run, tmp_path, number, count)
+    assert code in codes and 0 not in codes
+    if number == signal.SIGTERM:  # a process that has not set its handlers yet simply ends
+        assert set(codes) <= {code, -number}
+    stops.finish(run)
+    assert_equal(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "where, name, message",
+    [
+        (engine, "detect_one", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (engine, "validation_losses", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (engine, "update_statistics", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (engine.Trainer, "step", f"stopped after iteration 1 of {ITERATIONS}, saved"),
+        (engine, "load_backbone", "stopped by SIGTERM, with nothing to save"),
+    ],
+)
+def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where, name, message):
+    cfg = config(coco, tmp_path, *SETTINGS)
+    with monkeypatch.context() as patch:
+        part = getattr(where, name)
+        patch.setattr(where, name, lambda *given: [signal.raise_signal(signal.SIGTERM), part(*given)][1])
+        with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
+            engine.train(cfg)
+    engine.train(cfg, resume=True)
+    assert_equal(tmp_path, uninterrupted)
+
+
+def test_stopped_in_the_last_precise_statistics(coco, tmp_path, uninterrupted, monkeypatch):
+    cfg = config(coco, tmp_path, *SETTINGS)
+    part = engine.Trainer.make_statistics_precise
+    with monkeypatch.context() as patch:
+
+        def signaled(trainer, start):
+            if start == ITERATIONS:
+                signal.raise_signal(signal.SIGTERM)
+            part(trainer, start)
+
+        patch.setattr(engine.Trainer, "make_statistics_precise", signaled)
+        with pytest.raises(Interrupted, match=f"iteration {ITERATIONS} of {ITERATIONS}, saved"):
+            engine.train(cfg)
+    assert not (tmp_path / "model_final.pth").exists()
+    engine.train(cfg, resume=True)
+    assert_equal(tmp_path, uninterrupted)
+
+
+def test_the_command_saves_at_a_signal(coco, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        config(coco, tmp_path / "run", *SETTINGS, "SOLVER.MAX_ITER", 9999).dump()
+    )
+    command = ["train_net", "--engine", "torchvision", "--config-file", tmp_path / "c.yaml"]
+    program = Program(tmp_path, *command)
+    program.wait_for(tmp_path / "run" / "metrics.json", "bbox/AP")
+    os.kill(program.process.pid, signal.SIGUSR1)
+    done = program.finish()
+    assert done.returncode == REQUEUE
+    assert done.stderr.strip().splitlines()[-1].endswith("saved; the same command with --resume goes on")
+
+
+def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
+    """AP rises, falls, and training ends after two evaluations without a better one."""
+    aps = iter([10.0, 30.0, 20.0, None, 25.0])
+
+    def evaluate(*_):
+        value = next(aps)
+        return {"bbox": {"AP": value, "AP50": 1.0}, "segm": {"AP": value}}
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    more = "TEST.EVAL_PERIOD", 3, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", ()
+    results = engine.train(config(coco, tmp_path, *SETTINGS, *more))
+    assert results["iterations"] == 12  # evaluated after 3, 6, 9 and 12
+    assert results["ap"]["bbox"]["AP"] == 25.0
+    assert results["best"]["iterations"] == 6 and results["best"]["ap"]["segm"]["AP"] == 30.0
+    saved = stops.model(tmp_path / "model_best.pth")
+    assert saved.keys() == stops.model(tmp_path / "model_final.pth").keys()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    evaluated = [row for row in rows if "validation/total_loss" in row]
+    assert [row["iteration"] for row in evaluated] == [2, 5, 8, 11]
+    assert all(row["validation/total_loss"] > row["validation/loss_mask"] > 0 for row in evaluated)
+
+
+def test_the_final_model_may_be_the_best(coco, tmp_path, monkeypatch):
+    aps = iter([10.0, 30.0])
+    monkeypatch.setattr(engine, "evaluate", lambda *_: {"bbox": {"AP": next(aps)}})
+    results = engine.train(config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 10))
+    assert results["best"] == {
+        "iterations": 10,
+        "metric": "bbox/AP",
+        "ap": {"bbox": {"AP": 30.0} | dict.fromkeys(("AP50", "AP75", "APs", "APm", "APl"))},
+    }
+    assert_same(stops.model(tmp_path / "model_best.pth"), stops.model(tmp_path / "model_final.pth"))
+
+
+def test_the_best_model_is_found_again_by_its_ap(coco, tmp_path, uninterrupted):
+    """--eval-only of model_best.pth gives the AP that results.json states."""
+    (about,) = [json.loads((uninterrupted / best.ABOUT_BEST).read_text())]
+    cfg = config(coco, tmp_path, *SETTINGS, "MODEL.WEIGHTS", str(uninterrupted / "model_best.pth"))
+    assert engine.train(cfg, eval_only=True)["ap"] == about["ap"]
+
+
+def test_validation_losses_change_nothing(coco, tmp_path, uninterrupted):
+    """A run without evaluations has the same final model."""
+    cfg = config(coco, tmp_path, *SETTINGS, "TEST.EVAL_PERIOD", 0)
+    assert engine.train(cfg)["best"] is None
+    assert_same(stops.model(tmp_path / "model_final.pth"), stops.model(uninterrupted / "model_final.pth"))
