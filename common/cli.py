@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from rsa_detectron2.common.errors import InputError, one_line
+from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted, one_line
 from rsa_detectron2.common.progress import close_bars
 
 
@@ -17,7 +17,8 @@ def expand_home(argument: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit. An error that a user can fix ends in one line on stderr and status 2."""
+    """Call ``main`` and exit. An error that a user can fix ends in one line on stderr and status 2, a signal
+    to stop in one line of the first process and status REQUEUE."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     # A file's name may not be UTF-8, and a terminal may not show all of UTF-8.
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -27,6 +28,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (InputError, OSError, MemoryError) as error:
         say_last(f"error: {one_line(error)}")
         sys.exit(2)
+    except Interrupted as interruption:
+        if int(os.environ.get("RANK", 0)) == 0:
+            say_last(interruption)
+        sys.exit(REQUEUE)
     except KeyboardInterrupt:
         say_last("interrupted")
         sys.exit(130)

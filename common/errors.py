@@ -6,7 +6,11 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to the last step is saved."""
+    """A signal asked the run to stop; everything up to the last step is saved. A tool then exits with
+    REQUEUE."""
+
+
+REQUEUE = 75  # EX_TEMPFAIL, which schedulers take for: run the same command again
 
 
 def one_line(error: BaseException) -> str:

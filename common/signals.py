@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from rsa_detectron2.common import distributed
 
-REQUEUE = 75  # EX_TEMPFAIL: saved and left at a signal; run the same command again
 AGAIN = "the same command"  # what goes on from there, for messages
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from types import FrameType
 
 from rsa_detectron2.common.cli import say_last
 from rsa_detectron2.common.distributed import device
-from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.common.signals import REQUEUE, stop_signals
+from rsa_detectron2.common.errors import REQUEUE, InputError
+from rsa_detectron2.common.signals import stop_signals
 
 PAUSE = 0.1  # seconds between two looks at the running steps
 

@@ -15,14 +15,14 @@ from functools import partial
 
 from fvcore.common.config import CfgNode
 
-from rsa_detectron2.common.cli import run, say_last
+from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS
-from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import METHODS
 from rsa_detectron2.tools._recipe import load_recipe
 
 
-def main() -> int | None:
+def main() -> None:
     args = parse()
     recipe = args.config_file or imagenet_recipe(args.method or "rsa")
     options = {
@@ -41,7 +41,6 @@ def main() -> int | None:
     cfg, came_from, note = load_recipe(recipe, given + args.overrides)
     # Only now that the options are known to be right, because torch is slow to import.
     from rsa_detectron2.common import distributed, launch
-    from rsa_detectron2.common.signals import REQUEUE
     from rsa_detectron2.pretrain.engine import trainer as train_loop
     from rsa_detectron2.pretrain.method import networks
 
@@ -55,13 +54,8 @@ def main() -> int | None:
             f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
             flush=True,
         )
-    try:
-        train = partial(train_loop.train, origin=came_from)
-        final = launch.launch(train, cfg, launch.Processes(launch.num_processes(args.num_processes)))
-    except Interrupted as interruption:
-        if distributed.is_first_process():
-            say_last(interruption)
-        return REQUEUE
+    train = partial(train_loop.train, origin=came_from)
+    final = launch.launch(train, cfg, launch.Processes(launch.num_processes(args.num_processes)))
     if distributed.is_first_process():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
 

@@ -24,8 +24,7 @@ from fvcore.common.config import CfgNode
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS, merge_config, origin
 from rsa_detectron2.common.distributed import device
-from rsa_detectron2.common.errors import InputError, Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
@@ -65,7 +64,7 @@ FAST_NOTE = (
 )
 
 
-def main() -> int | None:
+def main() -> None:
     args = parse()
     engine = choose_engine(args.engine)
     folder = Path(args.output_dir or ("output/quickstart-fast" if args.fast else "output/quickstart"))
@@ -78,11 +77,7 @@ def main() -> int | None:
 
     say(f"2/5 pre-training a ResNet-{NETWORK[1:]} with RSA")
     cfg, overrides = pretrain_settings(folder, args.fast, args.seed)
-    try:
-        checkpoint = trainer.train(cfg, origin(PRETRAIN_CONFIG, overrides, get_cfg()))
-    except Interrupted as interruption:
-        say(str(interruption))
-        return REQUEUE
+    checkpoint = trainer.train(cfg, origin(PRETRAIN_CONFIG, overrides, get_cfg()))
 
     say("3/5 converting it")
     weights, _ = convert(checkpoint, folder / f"rsa_{NETWORK.lower()}.pkl")

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 from fvcore.common.config import CfgNode
 
-from rsa_detectron2.common.cli import run, say_last
+from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import NoSuchKey, find_config, merge_config, origin
-from rsa_detectron2.common.errors import InputError, Interrupted
+from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import locked
 from rsa_detectron2.transfer.config import (
     DEFAULT_WEIGHTS,
@@ -54,12 +54,11 @@ FEWER_KEYS = (
 )
 
 
-def main() -> int | None:
+def main() -> None:
     args = parse()
     find_config(args.config_file)  # before torch and Detectron2, which are slow to import
     from rsa_detectron2.common.distributed import is_first_process
     from rsa_detectron2.common.launch import adopt_slurm
-    from rsa_detectron2.common.signals import REQUEUE
 
     adopt_slurm(os.environ)
     engine, cfg, options = setup(args)
@@ -73,13 +72,8 @@ def main() -> int | None:
         raise
     came_from = origin(find_config(args.config_file), args.overrides, defaults)
     first = is_first_process() and args.machine_rank == 0
-    try:
-        with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR") if first else contextlib.nullcontext():
-            engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
-    except Interrupted as interruption:
-        if first:
-            say_last(interruption)
-        return REQUEUE
+    with locked(cfg.OUTPUT_DIR, "OUTPUT_DIR") if first else contextlib.nullcontext():
+        engine.train(cfg, resume=args.resume, eval_only=args.eval_only, origin=came_from, **options)
     if first:
         print(f"done: {cfg.OUTPUT_DIR}/results.json; next: tools/report.py {cfg.OUTPUT_DIR}")
 

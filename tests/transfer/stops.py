@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rsa_detectron2.common.errors import Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import REQUEUE, Interrupted
 from tests.conftest import processes
 
 

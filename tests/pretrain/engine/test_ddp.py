@@ -301,7 +301,7 @@ def test_sbatch_file_requeues_itself(tmp_path, status, array, requeued):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     done = subprocess.run(
-        ["bash", str(ROOT / "tools" / "pretrain.sbatch"), "--epochs", "200", "--data", "a b"],
+        ["bash", str(ROOT / "tools" / "job.sbatch"), "pretrain", "--epochs", "200", "--data", "a b"],
         timeout=60,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", **array},
     )

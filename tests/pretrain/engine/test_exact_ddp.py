@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from rsa_detectron2.common import launch
-from rsa_detectron2.common.errors import Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import REQUEUE, Interrupted
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import assert_same, processes, tiny_cfg

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from rsa_detectron2.common import files
-from rsa_detectron2.common.errors import InputError, Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg

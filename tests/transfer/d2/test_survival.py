@@ -13,14 +13,13 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 
-from rsa_detectron2.common.errors import Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import REQUEUE, Interrupted
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import engine, evaluation, hooks
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
 from tests.conftest import Program, assert_same
 from tests.transfer import stops
-from tests.transfer.d2.test_trainer import shapes, tiny  # noqa: F401
+from tests.transfer.d2.test_trainer import tiny
 
 ITERATIONS = 14
 SETTINGS = (
@@ -39,7 +38,7 @@ def start(cfg, workers=0):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(shapes, tmp_path_factory):  # noqa: F811
+def uninterrupted(shapes, tmp_path_factory):
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     stops.finish(functools.partial(start, tiny(shapes, folder, *SETTINGS)))
@@ -55,7 +54,7 @@ def assert_equal(folder, uninterrupted):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):  # noqa: F811
+def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):
     """By SIGKILL, with or without workers of the loader; in the end by SIGTERM."""
     (tmp_path / "steps").write_bytes(b"")
     run = functools.partial(start, tiny(shapes, tmp_path, *SETTINGS), workers)
@@ -76,7 +75,7 @@ def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):  #
         (d2_trainer, "build_model", "stopped by SIGTERM, with nothing to save"),
     ],
 )
-def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, where, name, message):  # noqa: F811
+def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, where, name, message):
     cfg = tiny(shapes, tmp_path, *SETTINGS)
     with monkeypatch.context() as patch:
         part = getattr(where, name)
@@ -87,7 +86,7 @@ def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, wher
     assert_equal(tmp_path, uninterrupted)
 
 
-def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted, monkeypatch):  # noqa: F811
+def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted, monkeypatch):
     with monkeypatch.context() as patch:
         part = hooks.PreciseBN.work
 
@@ -104,7 +103,7 @@ def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted,
     assert_equal(tmp_path, uninterrupted)
 
 
-def test_two_processes_save_at_a_signal(shapes, tmp_path):  # noqa: F811
+def test_two_processes_save_at_a_signal(shapes, tmp_path):
     """The launcher gets it, passes it on, and ends with 75."""
     cfg = tiny(shapes, tmp_path / "run", *SETTINGS, "SOLVER.MAX_ITER", 9999, "TEST.EVAL_PERIOD", 0)
     (tmp_path / "c.yaml").write_text(cfg.dump())
@@ -118,10 +117,11 @@ def test_two_processes_save_at_a_signal(shapes, tmp_path):  # noqa: F811
     assert (tmp_path / "run" / "last_checkpoint").is_file()
 
 
-def test_training_ends_when_patience_runs_out(shapes, tmp_path, monkeypatch):  # noqa: F811
+def test_training_ends_when_patience_runs_out(shapes, tmp_path, monkeypatch):
     aps = iter([10.0, 30.0, 20.0, 5.0, 25.0])
     for module in (hooks, engine):
         monkeypatch.setattr(module, "evaluate", lambda *_: {"bbox": {"AP": next(aps)}})
+    monkeypatch.setattr(engine, "judge", lambda cfg: {})
     more = "TEST.EVAL_PERIOD", 2, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", ()
     results = engine.train(tiny(shapes, tmp_path, *SETTINGS, *more))
     assert results["iterations"] == 8 and results["ap"]["bbox"]["AP"] == 25.0

@@ -275,13 +275,6 @@ def test_resuming_from_a_damaged_or_another_model_is_one_line(shapes, tmp_path):
         trainer.resume_or_load(True)
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """Name of a data set of eight drawn images."""
-    folder = tmp_path_factory.mktemp("shapes")
-    return dataset_name(write_coco(folder, "train", 8, 64, 0), folder / "images")
-
-
 def tiny(shapes, folder, *overrides):
     """A configuration that trains for seconds on a CPU: ResNet-18, narrow heads, 64 px. Only the order of the
     images is random.

@@ -8,8 +8,7 @@ import signal
 
 import pytest
 
-from rsa_detectron2.common.errors import Interrupted
-from rsa_detectron2.common.signals import REQUEUE
+from rsa_detectron2.common.errors import REQUEUE, Interrupted
 from rsa_detectron2.transfer.report import best
 from rsa_detectron2.transfer.tv import engine
 from tests.conftest import Program, assert_same
@@ -117,6 +116,7 @@ def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
         return {"bbox": {"AP": value, "AP50": 1.0}, "segm": {"AP": value}}
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "judge", lambda cfg: {})
     more = "TEST.EVAL_PERIOD", 3, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", ()
     results = engine.train(config(coco, tmp_path, *SETTINGS, *more))
     assert results["iterations"] == 12  # evaluated after 3, 6, 9 and 12
@@ -133,6 +133,7 @@ def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
 def test_the_final_model_may_be_the_best(coco, tmp_path, monkeypatch):
     aps = iter([10.0, 30.0])
     monkeypatch.setattr(engine, "evaluate", lambda *_: {"bbox": {"AP": next(aps)}})
+    monkeypatch.setattr(engine, "judge", lambda cfg: {})
     results = engine.train(config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 10))
     assert results["best"] == {
         "iterations": 10,
