@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from rsa_detectron2.common import launch
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.signals import held_back
-from rsa_detectron2.pretrain.engine import checkpoint, launch, parallel
+from rsa_detectron2.pretrain.engine import checkpoint, parallel
 from rsa_detectron2.pretrain.engine.step import TrainState, train_step
 from rsa_detectron2.pretrain.method.networks import Networks
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
