@@ -44,6 +44,15 @@ setup(
         "torchcodec": ["torchcodec>=0.16,<0.18"],  # for torch 2.11 or later
         "hf": ["datasets"],
         "onnx": ["onnx", "onnxruntime"],
-        "dev": ["setuptools>=70.1", "pytest", "pytest-xdist", "ruff", "scikit-learn", "datasets"],
+        "dev": [
+            "setuptools>=70.1",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scikit-learn",
+            "datasets",
+            "onnx",
+            "onnxruntime",
+        ],
     },
 )

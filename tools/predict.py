@@ -12,7 +12,6 @@ named and left out. The same command, run again, goes on where it stopped.
 import argparse
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from rsa_detectron2.common.cli import run
-from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.common.files import locked, write_atomically
 from rsa_detectron2.common.progress import say
-from rsa_detectron2.common.signals import held_back, stop_signals
+from rsa_detectron2.common.signals import StopSignals
 from rsa_detectron2.pretrain.data.folders import find_images, listing
 from rsa_detectron2.tools.train_net import import_detectron2
 from rsa_detectron2.transfer.config import torchvision_defaults
@@ -51,13 +50,10 @@ def main() -> None:
     about = {"model": sha256(trained.path), "threshold": args.threshold, "folder": str(root)}
     with locked(output, "--output"):
         found = Detections(about, categories, *read_earlier(output / FILE, about))
-        for number in stop_signals():
-            signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt: what was found is written
         try:
             unreadable = predict(detect, root, names, found, output)
         finally:
-            with held_back():
-                found.save(output / FILE)
+            found.save(output / FILE)
     left_out = f"; {unreadable} files left out, named above" if unreadable else ""
     print(f"{output / FILE}: {len(found.annotations)} detections in {len(found.images)} images{left_out}")
     if not found.images:
@@ -168,11 +164,6 @@ class Detections:
             )
         return image, annotations
 
-    def add(self, image: dict, annotations: list[dict]) -> None:
-        with held_back():  # an image is in the file with all of its detections, or not at all
-            self.images.append(image)
-            self.annotations += annotations
-
     def save(self, path: Path) -> None:
         """Write the data set, whole or not at all."""
         content = {
@@ -187,24 +178,31 @@ class Detections:
 def predict(detect: Detect, root: Path, names: list[str], found: Detections, output: Path) -> int:
     """Add the detections in each image to ``found``, and draw them on a copy below ``output``.
 
-    Images that ``found`` has already are passed over. Returns the number of files that cannot be read.
+    Images that ``found`` has already are passed over. Returns the number of files that cannot be read. Raises
+    Interrupted after the image during which a signal came.
     """
     done, unreadable = {image["file_name"] for image in found.images}, 0
     names = [name for name in names if name not in done]
     interval = 0.1 if sys.stderr.isatty() else 10
-    for name in tqdm(names, "detecting", unit="image", dynamic_ncols=True, mininterval=interval):
-        try:
-            image = read_image(root / name)
-        except InputError as error:
-            say(f"left out: {error}")
-            unreadable += 1
-            continue
-        detections = [d for d in detect(image) if d["score"] >= found.about["threshold"]]
-        entries = found.entries(name, image.shape[:2], detections)
-        picture = output / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_on_copy(image, entries[1], found.categories, picture)
-        found.add(*entries)
+    with StopSignals() as stop:
+        stop.stepping = True  # what was found is saved
+        for name in tqdm(names, "detecting", unit="image", dynamic_ncols=True, mininterval=interval):
+            if stop.asked:
+                count = f"{len(found.images)} images"
+                raise Interrupted(f"stopped by {stop.name} after {count}; {stop.again} goes on")
+            try:
+                image = read_image(root / name)
+            except InputError as error:
+                say(f"left out: {error}")
+                unreadable += 1
+                continue
+            detections = [d for d in detect(image) if d["score"] >= found.about["threshold"]]
+            entry, annotations = found.entries(name, image.shape[:2], detections)
+            picture = output / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_on_copy(image, annotations, found.categories, picture)
+            found.images.append(entry)
+            found.annotations += annotations
     return unreadable
 
 
