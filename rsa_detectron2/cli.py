@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "table, curves and pictures of fine-tuning runs",
     "report_top1": "tables of top-1 beside the paper's",
     "reproduce": "the tables and figures of the paper, and two tests of its claim",
+    "label_fractions": "AP by the number of labeled images: is pre-training worth it on my data?",
     "show_views": "aggressive views, and the pairs that drifted most",
     "check_device": "does this machine train rightly, and how fast?",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from rsa_detectron2.common.cli import say_last
 from rsa_detectron2.common.distributed import device
@@ -67,6 +68,42 @@ def refuse_other_runs(steps: Sequence[Step], differences: Callable[[Step], list[
                 f"{step.done.parent} holds another run ({'; '.join(found)}): "
                 "move it away, or give another --output-dir"
             )
+
+
+class Job(Protocol):
+    """Steps that lead to one report, such as a test of tools/reproduce.py."""
+
+    def steps(self) -> list[Step]: ...
+
+    def differences(self, step: Step) -> list[str]:
+        """Words for everything in which the run of a finished step is not the one that the step makes."""
+
+    def prepare(self) -> None:
+        """Make what the steps need besides each other's files."""
+
+    def report(self) -> str:
+        """Write the report of the finished steps; returns what to print of it."""
+
+
+def run_job(job: Job, jobs: int, dry_run: bool, cost: Callable[[float], str]) -> int:
+    """Run what is missing of a job, ``jobs`` steps at a time, and report; returns the status of the runner.
+
+    cost: words for the hours of the steps. A dry run only prints the steps and their cost. Raises InputError.
+    """
+    steps = job.steps()
+    refuse_other_runs(steps, job.differences)
+    missing = missing_steps(steps)
+    for step in steps:
+        print(step.line(missing))
+    total = cost(sum(step.hours for step in missing))
+    print(f"{len(missing)} of {len(steps)} to run, {total}", flush=True)
+    if dry_run:
+        return 0
+    job.prepare()
+    status = Runner(missing, jobs).run()
+    if status == 0:
+        print(job.report())
+    return status
 
 
 class Runner:

@@ -25,7 +25,7 @@ from rsa_detectron2.tools._miniature import MiniatureTest
 from rsa_detectron2.tools._options import SERVES, add_paper_options, check_options
 from rsa_detectron2.tools._plan import Plan, check_names, choose, differences
 from rsa_detectron2.tools._rehearsal import Rehearsal
-from rsa_detectron2.tools._steps import Runner, Step, missing_steps, refuse_other_runs
+from rsa_detectron2.tools._steps import Runner, Step, missing_steps, refuse_other_runs, run_job
 from rsa_detectron2.transfer.report import paper
 
 # Of this project, without a number of the paper.
@@ -44,20 +44,8 @@ def run_test(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir, args.table)
     engine = {"engine": args.engine} if args.engine else {}  # refused for a test that has none
     test = test_class(folder, rows, args.seeds or test_class.SEEDS, args.overrides, **engine)
-    steps = test.steps()
-    refuse_other_runs(steps, test.differences)
-    missing = missing_steps(steps)
-    for step in steps:
-        print(step.line(missing))
-    minutes = 60 * sum(step.hours for step in missing)
-    print(f"{len(missing)} of {len(steps)} to run, about {minutes:.0f} minutes of a CPU core", flush=True)
-    if args.dry_run:
-        return 0
-    test.prepare()
-    status = Runner(missing, args.jobs or min(4, len(os.sched_getaffinity(0)))).run()
-    if status == 0:
-        print(test.report())
-    return status
+    jobs = args.jobs or min(4, len(os.sched_getaffinity(0)))
+    return run_job(test, jobs, args.dry_run, lambda hours: f"about {60 * hours:.0f} minutes of a CPU core")
 
 
 def run_tables(args: argparse.Namespace) -> int:

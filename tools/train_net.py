@@ -114,11 +114,11 @@ def import_detectron2() -> tuple[ModuleType, Callable[[], CfgNode]]:
     return engine, get_cfg
 
 
-def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
+def configure(cfg: CfgNode, args: argparse.Namespace, images: int | None = None) -> None:
     """Merge into ``cfg`` the config file, the protocol, then the options and KEY VALUE pairs.
 
     Adapts the schedule to the size of --train and the learning rate to the batch, unless they are given.
-    Raises InputError.
+    images: the size, if it is to be another than that of --train. Raises InputError.
     """
     merge_config(cfg, find_config(args.config_file), [])
     if args.protocol != "infomin":
@@ -146,7 +146,7 @@ def configure(cfg: CfgNode, args: argparse.Namespace) -> None:
     # A schedule that the config file itself gives is kept.
     scaled = args.train and trains and not told and cfg.SOLVER.MAX_ITER in RECIPE_LENGTHS
     if scaled:
-        images = load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
+        images = images or load_dataset(dataset_name(*args.train)).annotated(cfg.MODEL.MASK_ON)
         say(scale_schedule(cfg.SOLVER, max(1, images)))
     if trains and cfg.SOLVER.IMS_PER_BATCH != recipe_images and "SOLVER.BASE_LR" not in keys:
         say(fitting_rate(cfg.SOLVER, recipe_images, not (scaled or told)))

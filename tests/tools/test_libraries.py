@@ -13,6 +13,7 @@ MISTAKES = {
     "benchmark": ["data", "--data", "absent"],
     "convert_to_d2": ["absent"],
     "evaluate": ["knn", "absent"],
+    "label_fractions": ["--data", "absent"],
     "prepare_data": ["absent", "out"],
     "pretrain": ["--data", "absent", "--output-dir", "out"],
     "report": ["absent"],

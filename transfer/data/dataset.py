@@ -111,7 +111,11 @@ class Dataset:
 
     def coco(self) -> dict:
         """The content of a sound annotation file. pycocotools 2.0.9 and 2.0.10 need its ``info``."""
-        content = {"info": {}, "images": self.images, "categories": self.categories}
+        categories = [
+            {**each, "keypoints": names} if (names := self.keypoints.get(each["name"])) else each
+            for each in self.categories
+        ]
+        content = {"info": {}, "images": self.images, "categories": categories}
         return {**content, "annotations": self.annotations} if self.measurable else content
 
     def save(self, path: str | Path) -> None:
