@@ -925,3 +925,14 @@ def test_sizes_are_read_without_decoding_and_shown_for_many(tiny_coco, tmp_path,
     tiny_coco["images"].pop()
     check(tiny_coco, tmp_path)
     assert bars == [(5001, None), (5000, True)]  # None shows the bar only where stderr is a terminal
+
+
+def test_a_saved_data_set_reads_as_before(tiny_coco, tmp_path):
+    """Also one with keypoints, whose names are in its categories."""
+    tiny_coco["categories"][0]["keypoints"] = ["left eye", "right eye"]
+    dataset = read_coco(str(write_json(tiny_coco, tmp_path)), str(tmp_path))
+    dataset.save(tmp_path / "saved.json")
+    again = read_coco(str(tmp_path / "saved.json"), str(tmp_path))
+    assert again.keypoints == dataset.keypoints == {"b": ["left eye", "right eye"], "a": None}
+    for part in ("images", "annotations", "categories"):
+        assert getattr(again, part) == getattr(dataset, part)
