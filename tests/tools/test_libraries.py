@@ -11,9 +11,12 @@ from tests.conftest import ROOT
 MISTAKES = {
     "ablation": ["--seeds", "2"],  # all that it says is where its test has gone
     "benchmark": ["data", "--data", "absent"],
+    "check_device": ["absent"],
     "convert_to_d2": ["absent"],
     "evaluate": ["knn", "absent"],
+    "export_onnx": ["absent", "out.onnx"],
     "label_fractions": ["--data", "absent"],
+    "predict": ["absent", "absent"],
     "prepare_data": ["absent", "out"],
     "pretrain": ["--data", "absent", "--output-dir", "out"],
     "report": ["absent"],
