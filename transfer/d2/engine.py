@@ -17,20 +17,26 @@ from rsa_detectron2.common.launch import Processes, launch
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
+from rsa_detectron2.transfer.convert import detectors
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.data import categories_of, register_datasets, sound_annotations
 from rsa_detectron2.transfer.d2.evaluation import evaluate
 from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.trainer import Trainer
-from rsa_detectron2.transfer.d2.weights import read_provenance
+from rsa_detectron2.transfer.d2.weights import ZOO, read_provenance
 from rsa_detectron2.transfer.data.annotations import forget_datasets, load_datasets
 from rsa_detectron2.transfer.data.average_precision import METRICS
 from rsa_detectron2.transfer.data.checks import check_datasets
 from rsa_detectron2.transfer.data.keypoints import check_keypoints
-from rsa_detectron2.transfer.report.best import keep_final_if_best
+from rsa_detectron2.transfer.report.best import is_complete, keep_final_if_best
 from rsa_detectron2.transfer.report.quality import judge
-from rsa_detectron2.transfer.report.run_folder import AGAIN_WITH_RESUME, FINAL, find_start, trained_model
+from rsa_detectron2.transfer.report.run_folder import (
+    AGAIN_WITH_RESUME,
+    find_start,
+    iterations_of,
+    trained_model,
+)
 from rsa_detectron2.transfer.report.runs import (
     Outcome,
     Setup,
@@ -127,7 +133,7 @@ def plan(request: Request) -> Job:
     use_local_batch_norm(cfg, processes)
     setup = Setup("detectron2", provenance, processes, accumulate or 1, request.origin)
     if start:
-        check_unchanged(cfg, processes, setup.accumulate)
+        check_unchanged(cfg, processes, setup.accumulate, iterations_of(start))
     del datasets  # The cache that forget_datasets clears would otherwise live on.
     save_annotations(cfg, eval_only)
     return Job(cfg, setup, start, resume, eval_only)
@@ -184,6 +190,9 @@ def check_start(cfg: CfgNode) -> dict | None:
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: training starts from random weights", flush=True)
         return None
+    if cfg.MODEL.WEIGHTS not in ZOO and detectors.is_detector(cfg.MODEL.WEIGHTS):
+        check_network(cfg, Path(cfg.MODEL.WEIGHTS).parent)
+        return detectors.describe_detector(cfg.MODEL.WEIGHTS)
     provenance = read_provenance(cfg.MODEL.WEIGHTS)
     check_weights(cfg, provenance)
     return provenance
@@ -290,7 +299,7 @@ def fit(job: Job, stop: StopSignals) -> None:
         categories = categories_of(job.cfg.DATASETS.TRAIN[0])
         trainer.about.update(begin_training(job.cfg, job.setup, categories, len(trainer.images)))
     stop.stepping = True
-    if not (job.start and job.start.name == FINAL):
+    if not is_complete(job.cfg, job.start):
         trainer.train()
     stop.stepping = False
     comm.synchronize()  # only the main process writes the file that all read now

@@ -23,6 +23,7 @@ from rsa_detectron2.common import distributed, workers
 from rsa_detectron2.common.distributed import OWN_BUFFERS
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.signals import StopSignals
+from rsa_detectron2.transfer.convert.detectors import is_detector, load_detector
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.accumulation import AccumulatingTrainer
 from rsa_detectron2.transfer.d2.data import NUM_WORKERS, Mapper, Order, Places
@@ -88,7 +89,8 @@ class Trainer(TrainerBase):
             super().train(self.start_iter, self.max_iter)
         except OutOfPatience as reason:
             done = reason.iterations
-        self.checkpointer.save("model_final", iteration=done - 1)
+        self.iter = done - 1  # super().train leaves it one higher, and a longer training would skip one
+        self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
@@ -166,6 +168,8 @@ class Trainer(TrainerBase):
         elif weights in ZOO:
             self.checkpointer.resume_or_load(weights, resume=False)
             self.checkpointer.assert_backbone_arrived(ZOO[weights].get("statistics", True))
+        elif weights and is_detector(weights):
+            print(load_detector(weights, unwrap(self.model)), flush=True)
         elif weights:
             load_backbone(self.model, weights)
             assert_backbone_arrived(self.model, weights)

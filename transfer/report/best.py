@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.files import save_tensors, write_atomically
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS, finite
-from rsa_detectron2.transfer.report.run_folder import BEST, FINAL
+from rsa_detectron2.transfer.report.run_folder import BEST, FINAL, iterations_of
 
 ABOUT_BEST = "best.json"
 
@@ -74,6 +74,14 @@ def _keep(cfg: CfgNode, ap: dict, iterations: int, write: Callable[[Path], None]
         write_atomically(path.with_name(ABOUT_BEST), lambda file: file.write(text))
     except OSError as error:
         print(f"warning: cannot write {path} ({error.strerror or error})", file=sys.stderr, flush=True)
+
+
+def is_complete(cfg: CfgNode, start: Path | None) -> bool:
+    """Whether the checkpoint ``start`` is the end of the training that ``cfg`` describes."""
+    if start is None or start.name != FINAL:
+        return False
+    done = iterations_of(start)
+    return done >= cfg.SOLVER.MAX_ITER or out_of_patience(cfg, done)
 
 
 def out_of_patience(cfg: CfgNode, iterations: int) -> bool:

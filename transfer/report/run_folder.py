@@ -94,6 +94,13 @@ def find_start(folder: str | Path, resume: bool) -> Path | None:
     return None
 
 
+def iterations_of(path: Path) -> int:
+    """How many iterations led to a checkpoint of a run, which is whole."""
+    import torch  # here, because reports read a run's folder without it
+
+    return torch.load(path, mmap=True, map_location="cpu", weights_only=True)["iteration"] + 1
+
+
 def first_whole(paths: Iterable[Path]) -> Path | None:
     """The first of these checkpoints that is not damaged, or None."""
     for path in paths:

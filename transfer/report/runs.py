@@ -251,11 +251,11 @@ def set_names(names: Iterable[str]) -> list[str]:
     return [name.split("::")[0].split("/")[-1] for name in names]
 
 
-def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> None:
+def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1, done: int = 0) -> None:
     """Raises InputError where the training in ``cfg.OUTPUT_DIR`` began with other settings.
 
     Resuming restores some settings from the checkpoint, such as the learning rate, so a change would take
-    effect in part only.
+    effect in part only. After ``done`` iterations, a training may still be extended: :func:`can_extend`.
     """
     training = read_training(cfg.OUTPUT_DIR)
     if training is None:
@@ -263,10 +263,15 @@ def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> No
             f"{Path(cfg.OUTPUT_DIR, TRAINING)} is missing, which holds the settings of the run: restore it, "
             "or give another OUTPUT_DIR"
         )
-    if found := differences(cfg, training):
+    found = differences(cfg, training)
+    if found and can_extend(cfg, training, done):
+        print(f"the run in {cfg.OUTPUT_DIR} is extended: {'; '.join(found)}", flush=True)
+        extend(cfg)
+    elif found:
         raise InputError(
             f"the run in {cfg.OUTPUT_DIR} began with {'; '.join(found)}: give another "
-            f"OUTPUT_DIR, or leave {'it' if len(found) == 1 else 'them'} unchanged"
+            f"OUTPUT_DIR, with MODEL.WEIGHTS its model to start from that, or leave "
+            f"{'it' if len(found) == 1 else 'them'} unchanged"
         )
     before = bn_batch_size(yaml.safe_load(training["config"]), training["processes"], training["accumulate"])
     now = bn_batch_size(yaml.safe_load(cfg.dump()), processes, accumulate)
@@ -283,6 +288,33 @@ def check_unchanged(cfg: CfgNode, processes: int = 1, accumulate: int = 1) -> No
             f"{cfg.OUTPUT_DIR} began; it goes on with the changed annotations",
             flush=True,
         )
+
+
+def can_extend(cfg: CfgNode, training: dict, done: int) -> bool:
+    """Whether ``cfg`` only asks for more iterations than the ``training`` planned, or for later steps.
+
+    Then its first ``done`` iterations are also those of the longer training: its learning rate does not
+    depend on the end, unless it follows a cosine, or is still in the warm-up.
+    """
+    before = settings(training["config"])
+    scheduler = before.get("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")  # the embedded engine has no key
+    changed = {text.split()[0] for text in differences(cfg, training)}
+    steps = [[step for step in given if step < done] for given in (before["SOLVER.STEPS"], cfg.SOLVER.STEPS)]
+    return (
+        changed <= {"SOLVER.MAX_ITER", "SOLVER.STEPS"}
+        and scheduler == "WarmupMultiStepLR"
+        and cfg.SOLVER.MAX_ITER >= before["SOLVER.MAX_ITER"] >= cfg.SOLVER.WARMUP_ITERS
+        and cfg.SOLVER.MAX_ITER > done > 0
+        and steps[0] == steps[1]
+    )
+
+
+def extend(cfg: CfgNode) -> None:
+    """Write the settings of a longer training into its record."""
+    path = Path(cfg.OUTPUT_DIR, TRAINING)
+    about = json.loads(path.read_text())
+    about |= {"config": cfg.dump(), "steps": cfg.SOLVER.MAX_ITER}
+    record.write(cfg.OUTPUT_DIR, about, TRAINING)
 
 
 def bn_batch_size(config: dict, processes: int, accumulate: int) -> int:

@@ -36,6 +36,7 @@ from rsa_detectron2.common import workers
 from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.signals import Stopped, StopSignals
+from rsa_detectron2.transfer.convert import detectors
 from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model, load_weights
 from rsa_detectron2.transfer.data.annotations import load_datasets
@@ -49,6 +50,7 @@ from rsa_detectron2.transfer.report.run_folder import (
     AGAIN_WITH_RESUME,
     FINAL,
     find_start,
+    iterations_of,
     leave,
     save_checkpoint,
 )
@@ -130,11 +132,16 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
         ) from None
 
 
-def load_backbone(cfg: CfgNode, model: nn.Module) -> dict | None:
-    """Copy MODEL.WEIGHTS into the backbone; returns their provenance. Raises InputError."""
+def load_start(cfg: CfgNode, model: nn.Module) -> dict | None:
+    """Copy MODEL.WEIGHTS, a backbone or a detector, into ``model``; returns their provenance. Raises
+    InputError."""
     if not cfg.MODEL.WEIGHTS:
         log.info("MODEL.WEIGHTS is empty: training starts from random weights")
         return None
+    if detectors.is_detector(cfg.MODEL.WEIGHTS):
+        check_network(cfg, Path(cfg.MODEL.WEIGHTS).parent)
+        log.info(detectors.load_detector(cfg.MODEL.WEIGHTS, model))
+        return detectors.describe_detector(cfg.MODEL.WEIGHTS)
     state, provenance = load_weights(cfg.MODEL.WEIGHTS)
     check_weights(cfg, provenance)
     body = model.backbone.body.state_dict()
@@ -179,9 +186,9 @@ class Trainer:
         self.cfg, self.model, self.dataset, self.val_set = cfg, model, dataset, val_set
         self.folder, self.device = Path(cfg.OUTPUT_DIR), next(model.parameters()).device
         self.optimizer = build_optimizer(model, cfg.SOLVER)
-        self.start, self.about, self.complete = 0, None, bool(checkpoint and checkpoint.name == FINAL)
+        self.start, self.about, self.complete = 0, None, best.is_complete(cfg, checkpoint)
         if not checkpoint:
-            self.provenance = load_backbone(cfg, model)
+            self.provenance = load_start(cfg, model)
             return
         saved = load_checkpoint(checkpoint, model)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -440,7 +447,7 @@ def _train(cfg: CfgNode, resume: bool, eval_only: bool, origin: Origin, stop: St
     check(cfg)
     check_datasets(cfg, eval_only)
     if start:
-        check_unchanged(cfg)
+        check_unchanged(cfg, done=iterations_of(start))
     if eval_only:
         check_network(cfg, folder if resume else Path(cfg.MODEL.WEIGHTS).parent)
     datasets = load_datasets(cfg, eval_only)

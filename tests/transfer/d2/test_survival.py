@@ -4,16 +4,18 @@ was not."""
 import functools
 import json
 import os
+import pickle
 import signal
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 
-from rsa_detectron2.common.errors import REQUEUE, Interrupted
+from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import engine, evaluation, hooks
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
@@ -150,3 +152,49 @@ def test_order_is_that_of_detectron2(batch_size):
         assert [index % 24 for index in found] == wanted
         places = range(first * batch_size, first * batch_size + len(found))
         assert [index // 24 for index in found] == list(places)
+
+
+def test_a_finished_run_is_extended(shapes, tmp_path, uninterrupted):
+    """It ends as a run that was longer from the start."""
+    cfg = tiny(shapes, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 11)
+    assert engine.train(cfg)["iterations"] == 11
+    cosine = tiny(shapes, tmp_path, *SETTINGS, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR")
+    with pytest.raises(InputError, match="began with .*MODEL.WEIGHTS its model to start from that"):
+        engine.train(cosine, resume=True)
+    assert engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)["iterations"] == ITERATIONS
+    found, wanted = (stops.model(folder / "model_final.pth") for folder in (tmp_path, uninterrupted))
+    # Detectron2 computes the warm-up's learning rate from iterations / SOLVER.MAX_ITER, and so rounds it.
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_training_starts_from_a_detector(shapes, tmp_path, uninterrupted, capsys, stock):
+    """A model of this project, or a pickle as in Detectron2's model zoo.
+
+    With another number of classes, three layers start anew."""
+    stored = stops.model(uninterrupted / "model_final.pth")
+    path = uninterrupted / "model_final.pth"
+    if stock:
+        path = tmp_path / "zoo.pkl"
+        arrays = {name: tensor.numpy() for name, tensor in stored.items() if "num_batches" not in name}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    for classes in (18, 5):
+        cfg = tiny(
+            shapes, tmp_path, *SETTINGS, "MODEL.WEIGHTS", str(path), "MODEL.ROI_HEADS.NUM_CLASSES", classes
+        )
+        d2_data.register_datasets(cfg)
+        trainer = d2_trainer.Trainer(cfg)
+        trainer.resume_or_load(False)
+        state = trainer.model.state_dict()
+        anew = {
+            name.rpartition(".")[0]
+            for name, tensor in state.items()
+            if "num_batches" not in name and not torch.equal(tensor, stored[name])
+        }
+        layers = ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
+        assert anew == (set() if classes == 18 else {f"roi_heads.{layer}" for layer in layers})
+        said = capsys.readouterr().out
+        assert ("all of it is used" if classes == 18 else "starting anew: roi_heads.box_predictor") in said
+    run = tiny(shapes, tmp_path / "run", *SETTINGS, "MODEL.WEIGHTS", str(path), "SOLVER.MAX_ITER", 1)
+    assert engine.train(run)["method"] == "detector"

@@ -7,8 +7,9 @@ import os
 import signal
 
 import pytest
+import torch
 
-from rsa_detectron2.common.errors import REQUEUE, Interrupted
+from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
 from rsa_detectron2.transfer.report import best
 from rsa_detectron2.transfer.tv import engine
 from tests.conftest import Program, assert_same
@@ -62,7 +63,7 @@ def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count,
         (engine, "validation_losses", f"stopped after iteration 9 of {ITERATIONS}, saved"),
         (engine, "update_statistics", f"stopped after iteration 9 of {ITERATIONS}, saved"),
         (engine.Trainer, "step", f"stopped after iteration 1 of {ITERATIONS}, saved"),
-        (engine, "load_backbone", "stopped by SIGTERM, with nothing to save"),
+        (engine, "load_start", "stopped by SIGTERM, with nothing to save"),
     ],
 )
 def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where, name, message):
@@ -155,3 +156,49 @@ def test_validation_losses_change_nothing(coco, tmp_path, uninterrupted):
     cfg = config(coco, tmp_path, *SETTINGS, "TEST.EVAL_PERIOD", 0)
     assert engine.train(cfg)["best"] is None
     assert_same(stops.model(tmp_path / "model_final.pth"), stops.model(uninterrupted / "model_final.pth"))
+
+
+def test_a_finished_run_is_extended(coco, tmp_path, uninterrupted, capsys):
+    """It ends with the bits of a run that was longer from the start."""
+    cfg = config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 14, "SOLVER.STEPS", (13,))
+    assert engine.train(cfg)["iterations"] == 14
+    for refused in (("SOLVER.STEPS", (12, 16)), ("SOLVER.BASE_LR", 0.02), ("SOLVER.MAX_ITER", 13)):
+        with pytest.raises(InputError, match="began with .*MODEL.WEIGHTS its model to start from that"):
+            engine.train(config(coco, tmp_path, *SETTINGS, *refused), resume=True)
+    longer = "SOLVER.STEPS", (13, 16)
+    assert engine.train(config(coco, tmp_path, *SETTINGS, *longer), resume=True)["iterations"] == ITERATIONS
+    said = "is extended: SOLVER.MAX_ITER 14 and not 24; SOLVER.STEPS [13] and not (13, 16)"
+    assert said in capsys.readouterr().out.replace("[13, 16]", "(13, 16)")
+    whole = config(coco, tmp_path / "whole", *SETTINGS, *longer)
+    engine.train(whole)
+    assert_same(stops.model(tmp_path / "model_final.pth"), stops.model(tmp_path / "whole/model_final.pth"))
+    assert engine.train(config(coco, tmp_path, *SETTINGS, *longer), resume=True)["iterations"] == ITERATIONS
+
+
+def test_training_starts_from_a_detector(coco, tmp_path, uninterrupted):
+    """All of it arrives; with another number of classes all but the layers that depend on it."""
+    path = str(uninterrupted / "model_final.pth")
+    stored = stops.model(path)
+    for classes in (3, 2):
+        cfg = config(coco, tmp_path, *SETTINGS, "MODEL.WEIGHTS", path, "MODEL.ROI_HEADS.NUM_CLASSES", classes)
+        torch.manual_seed(5)
+        model = engine.build_model(cfg)
+        assert engine.load_start(cfg, model)["source"] == path
+        state = model.state_dict()
+        anew = {
+            name
+            for name, tensor in state.items()
+            if "num_batches" not in name and not torch.equal(tensor, stored[name])
+        }
+        layers = ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
+        wanted = {f"roi_heads.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        assert anew == (set() if classes == 3 else wanted)
+    results = engine.train(config(coco, tmp_path, *SETTINGS, "MODEL.WEIGHTS", path, "SOLVER.MAX_ITER", 1))
+    assert results["method"] == "detector" and results["iterations"] == 1
+
+
+def test_a_detector_of_other_layers_is_refused(coco, tmp_path, uninterrupted):
+    path = str(uninterrupted / "model_final.pth")
+    cfg = config(coco, tmp_path, *SETTINGS, "MODEL.WEIGHTS", path, "MODEL.FPN.OUT_CHANNELS", 16)
+    with pytest.raises(InputError, match="is a detector that lacks .* in another shape.*convert_to_d2.py"):
+        engine.train(cfg)
