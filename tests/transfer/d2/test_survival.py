@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 
 from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
+from rsa_detectron2.tools import train_net
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import engine, evaluation, hooks
 from rsa_detectron2.transfer.d2 import trainer as d2_trainer
@@ -117,6 +119,37 @@ def test_two_processes_save_at_a_signal(shapes, tmp_path):
     assert done.returncode == REQUEUE, done.stderr
     assert "the same command with --resume goes on" in done.stderr.strip().splitlines()[-1]
     assert (tmp_path / "run" / "last_checkpoint").is_file()
+
+
+def test_two_machines_equal_one(shapes, tmp_path):
+    """Two commands, one for each machine, which meet at an address, against one with two processes."""
+    cfg = tiny(shapes, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ())
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"tcp://localhost:{free.getsockname()[1]}"
+    command = ["train_net", "--config-file", tmp_path / "c.yaml"]
+    machines = [*command, "--num-machines", 2, "--dist-url", address, "OUTPUT_DIR", tmp_path / "two"]
+    programs = [Program(tmp_path, *machines, "--machine-rank", rank) for rank in (1, 0)]
+    done = [program.finish() for program in programs]
+    assert [program.returncode for program in done] == [0, 0], done
+    assert [program.stdout.count("done: ") for program in done] == [0, 1]
+    one = Program(tmp_path, *command, "--num-processes", 2, "OUTPUT_DIR", tmp_path / "one").finish()
+    assert one.returncode == 0, one.stderr
+    assert_same(stops.model(tmp_path / "two/model_final.pth"), stops.model(tmp_path / "one/model_final.pth"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--num-machines", "2"], "--dist-url 'auto': give tcp://HOST:PORT"),
+        (["--num-machines", "2", "--machine-rank", "2"], "the machines are 0 to .* which is 1"),
+    ],
+)
+def test_machines_that_cannot_meet_are_refused(options, message):
+    args = train_net.parse(["--config-file", "c.yaml", *options])
+    with pytest.raises(InputError, match=message):
+        train_net.processes(args)
 
 
 def test_training_ends_when_patience_runs_out(shapes, tmp_path, monkeypatch):
