@@ -41,7 +41,7 @@ class MiniatureTest:
     }
     SEEDS = 3
     # On one core of an AMD EPYC, estimated from runs of 50 steps and 20 iterations.
-    HOURS = {"pretrain": 6 / 60, SUPERVISED: 2 / 60, "trained": 2.5 / 60, "frozen": 1.5 / 60}
+    HOURS = {"pretrain": 4.5 / 60, SUPERVISED: 1.5 / 60, "trained": 2 / 60, "frozen": 1.2 / 60}
     FINE_TUNING = ()  # KEY, VALUE, ... on top of the quick start's
 
     def __init__(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole chain on a CPU, in minutes: pre-train, convert, fine-tune, compare.
 
-    tools/quickstart.py           # about 6 minutes on 2 cores
+    tools/quickstart.py           # about 7 minutes on 2 cores
     tools/quickstart.py --fast    # much less of everything
 
 Draws images of shapes, many without labels and a few with them. Pre-trains on the former with RSA: a
