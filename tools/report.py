@@ -152,6 +152,7 @@ def settings_table(
             "protocol",
             "test set",
             "iterations",
+            "best model",
             "images/batch",
             "GPUs x passes",
             "images/BatchNorm",
@@ -172,6 +173,7 @@ def settings_table(
                     protocol,
                     test_set,
                     run["iterations"],
+                    best_model(run),
                     run["settings"]["SOLVER.IMS_PER_BATCH"],
                     f"{run['processes']} x {run['accumulate']}",
                     run["bn_batch_size"],
@@ -182,6 +184,17 @@ def settings_table(
             ]
         )
     return lines
+
+
+def best_model(run: dict) -> str:
+    """When the best of the evaluated models was reached, and its AP; "–" without evaluations on the way."""
+    best = run.get("best")  # a run of an early version has none
+    if not best:
+        return "–"
+    task, key = best["metric"].split("/")
+    value = best["ap"].get(task, {}).get(key)
+    shown = "–" if value is None else f"{value:.1f}"
+    return f"{best['metric']} {shown} after {best['iterations']}"
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ PANELS = {
 }
 FINE_TUNING = {  # key of metrics.json: title and label of its panel, which has a curve for each run
     "total_loss": ("Fine-tuning loss", "total loss"),
+    "validation/total_loss": ("Validation loss", "total loss"),
     "bbox/AP": ("Box AP", "AP (%)"),
     "segm/AP": ("Mask AP", "AP (%)"),
 }

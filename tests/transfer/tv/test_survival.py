@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
-from rsa_detectron2.transfer.report import best
+from rsa_detectron2.tools import report
+from rsa_detectron2.transfer.report import best, pictures
 from rsa_detectron2.transfer.tv import engine
 from tests.conftest import Program, assert_same
 from tests.transfer import stops
@@ -110,7 +111,7 @@ def test_the_command_saves_at_a_signal(coco, tmp_path):
 
 def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
     """AP rises, falls, and training ends after two evaluations without a better one."""
-    aps = iter([10.0, 30.0, 20.0, None, 25.0])
+    aps = iter([10.0, 30.0, 20.0, 25.0, 25.0])
 
     def evaluate(*_):
         value = next(aps)
@@ -123,6 +124,10 @@ def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
     assert results["iterations"] == 12  # evaluated after 3, 6, 9 and 12
     assert results["ap"]["bbox"]["AP"] == 25.0
     assert results["best"]["iterations"] == 6 and results["best"]["ap"]["segm"]["AP"] == 30.0
+    assert report.best_model(results) == "bbox/AP 30.0 after 6"
+    panels = {panel[0]: panel[3][0] for panel in pictures.fine_tuning_panels({"run": tmp_path})}
+    assert panels["Box AP"][0][1] == ((2, 5, 8, 11), (10.0, 30.0, 20.0, 25.0))
+    assert len(panels["Validation loss"][0][1][1]) == 4
     saved = stops.model(tmp_path / "model_best.pth")
     assert saved.keys() == stops.model(tmp_path / "model_final.pth").keys()
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
