@@ -160,7 +160,7 @@ def test_signal_as_the_handlers_are_set(image_folder, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     with monkeypatch.context() as patch:
         patch.setattr(signal, "signal", signaled)
-        with pytest.raises(Interrupted, match="stopped by SIGTERM with nothing to save"):
+        with pytest.raises(Interrupted, match="stopped by SIGTERM, with nothing to save"):
             train_loop.train(tiny_cfg(image_folder, tmp_path))
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -449,6 +449,7 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
     data = CocoInstances(load_dataset(coco), training=True)
     model = engine.build_model(cfg)
     monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
+    monkeypatch.setattr(engine.detectors, "is_detector", lambda path: False)
     engine.fit(engine.Trainer(cfg, model, data))
     assert all(torch.equal(model.backbone.body.state_dict()[name], tensor) for name, tensor in state.items())
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["weights"] == {"method": "rsa"}
@@ -462,6 +463,7 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
 def test_weights_of_another_input_and_bad_annotations_are_refused(coco, tmp_path, monkeypatch):
     cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
     monkeypatch.setattr(engine, "load_weights", lambda path: ({}, {"method": "rsa"}))
+    monkeypatch.setattr(engine.detectors, "is_detector", lambda path: False)
     with pytest.raises(InputError, match="r50.pkl was trained with MODEL.PIXEL_STD"):
         engine.train(cfg)
     path, images = coco.split("::")
