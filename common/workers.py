@@ -61,8 +61,6 @@ def load(
             num_workers=num_workers,
             worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
-            # With a fork server, Python 3.14's default, workers outlive a process that was killed.
-            multiprocessing_context="fork" if num_workers else None,
         ),
         setting,
     )
@@ -73,6 +71,9 @@ class Loader:
 
     def __init__(self, loader: DataLoader, setting: str):
         self.loader, self.setting = loader, setting
+        if loader.num_workers:
+            # With a fork server, Python 3.14's default, workers outlive a process that was killed.
+            loader.multiprocessing_context = "fork"
 
     def __len__(self) -> int:
         return len(self.loader)
