@@ -1,6 +1,7 @@
 """A fine-tuned detector as the start of another one: a model of this project or of stock Detectron2."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ CLASS_LAYERS = re.compile(
 )
 # What a model has besides its ResNet: so a file is known for a detector.
 HEADS = ("roi_heads.", "rpn.", "proposal_generator.", "head.cls_score.")
+Translate = Callable[[dict[str, torch.Tensor], Iterable[str]], dict[str, torch.Tensor]]
 NOT_NEEDED = "num_batches_tracked"  # Detectron2's own models are without
 
 
@@ -27,19 +29,20 @@ def is_detector(path: str | Path) -> bool:
         return any(name.startswith(HEADS) for name in _tensors(contents))
 
 
-def load_detector(path: str | Path, model: torch.nn.Module) -> str:
+def load_detector(path: str | Path, model: torch.nn.Module, translate: Translate | None = None) -> str:
     """Copy a detector into ``model``; returns a line that names the layers which start anew, because the
-    number of classes is another one.
+    number of classes is another one. ``translate``: from the file's tensors to those of the model's layout.
 
     Raises InputError where another tensor has no place or is absent. Never runs code of the file.
     """
     needed = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(NOT_NEEDED)}
     with open_checkpoint(path) as contents:
-        found = {name: as_tensor(value) for name, value in _tensors(contents).items()}
+        stored = {name: as_tensor(value) for name, value in _tensors(contents).items()}
+        found = {name: tensor.read() for name, tensor in stored.items() if tensor is not None}
+        if translate:
+            found = translate(found, needed)
         wrong = [
-            name
-            for name, tensor in needed.items()
-            if found.get(name) is None or tuple(found[name].shape) != tuple(tensor.shape)
+            name for name, tensor in needed.items() if name not in found or found[name].shape != tensor.shape
         ]
         if lost := [name for name in wrong if not CLASS_LAYERS.fullmatch(name)]:
             raise InputError(
@@ -47,9 +50,7 @@ def load_detector(path: str | Path, model: torch.nn.Module) -> str:
                 f"another shape ({', '.join(lost[:3])}): give its config and engine, or its backbone alone, "
                 f"by tools/convert_to_d2.py {path}"
             )
-        state = {
-            name: found[name].read().to(tensor.dtype) for name, tensor in needed.items() if name not in wrong
-        }
+        state = {name: found[name].to(tensor.dtype) for name, tensor in needed.items() if name not in wrong}
     model.load_state_dict(state, strict=False)
     anew = sorted({name.rpartition(".")[0] for name in wrong})
     return f"{path}: a detector; " + (f"starting anew: {', '.join(anew)}" if anew else "all of it is used")

@@ -63,6 +63,7 @@ from rsa_detectron2.transfer.report.runs import (
     own_training,
     write_results,
 )
+from rsa_detectron2.transfer.tv import layout
 from rsa_detectron2.transfer.tv.model import bfloat16_inside, build_model, check
 from rsa_detectron2.transfer.tv.paste import paste_rles
 
@@ -140,7 +141,7 @@ def load_start(cfg: CfgNode, model: nn.Module) -> dict | None:
         return None
     if detectors.is_detector(cfg.MODEL.WEIGHTS):
         check_network(cfg, Path(cfg.MODEL.WEIGHTS).parent)
-        log.info(detectors.load_detector(cfg.MODEL.WEIGHTS, model))
+        log.info(detectors.load_detector(cfg.MODEL.WEIGHTS, model, layout.to_ours))
         return detectors.describe_detector(cfg.MODEL.WEIGHTS)
     state, provenance = load_weights(cfg.MODEL.WEIGHTS)
     check_weights(cfg, provenance)

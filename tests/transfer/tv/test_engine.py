@@ -221,6 +221,44 @@ def test_equals_detectron2_part_by_part():
         assert (ours_map - theirs_map).norm() <= 1e-4 * theirs_map.norm()
 
 
+@pytest.mark.parametrize("protocol", ["infomin", "moco"])
+def test_a_detector_of_detectron2_arrives(tmp_path, protocol):
+    """Part by part, the outputs are those of Detectron2's own model."""
+    model = pytest.importorskip("detectron2.modeling")
+    cfg, theirs = torchvision_defaults(), pytest.importorskip("detectron2.config").get_cfg()
+    for each in (cfg, theirs):
+        each.merge_from_file(BASE)
+        if protocol == "moco":
+            each.merge_from_file(str(CONFIGS / "transfer" / "protocol_moco.yaml"))
+        each.merge_from_list([*RESNET18, "MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    theirs = model.build_model(theirs).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.save({"model": theirs.state_dict(), "iteration": 9}, tmp_path / "model_final.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
+    ours = engine.build_model(cfg).eval()
+    assert engine.load_start(cfg, ours)["method"] == "detector"
+    regions, masks = torch.rand(3, 256, 7, 7), torch.rand(3, 256, 14, 14)
+    heads, their_heads = ours.roi_heads, theirs.roi_heads
+    with torch.no_grad():
+        image = torch.rand(1, 3, 64, 96)
+        features, wanted = list(ours.backbone(image).values()), list(theirs.backbone(image).values())
+        pairs = [*zip(features, wanted)]
+        pairs += zip(sum(ours.rpn.head(features), []), sum(theirs.proposal_generator.rpn_head(features), []))
+        scores, boxes = heads.box_predictor(heads.box_head(regions))
+        their_scores, their_boxes = their_heads.box_predictor(their_heads.box_head(regions))
+        pairs += [(scores[:, 0], their_scores[:, -1]), (scores[:, 1:], their_scores[:, :-1])]
+        pairs += [(boxes[:, 4:], their_boxes)]
+        found = heads.mask_predictor(heads.mask_head(masks))[:, 1:]
+        pairs.append((found, their_heads.mask_head.layers(masks)))
+    assert len(pairs) == 5 + 10 + 3 + 1
+    for found, wanted in pairs:
+        assert wanted.std() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("freeze_at", range(6))
 def test_freezes_what_detectron2_freezes(freeze_at):
     resnet = pytest.importorskip("detectron2.modeling.backbone.resnet")
