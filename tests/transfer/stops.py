@@ -1,5 +1,6 @@
 """Fine-tunings that are stopped again and again; for tests of both engines."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from rsa_detectron2.common.errors import REQUEUE, Interrupted
-from tests.conftest import processes
+from tests.conftest import assert_same, processes
 
 
 def run(train, trainer, cfg):
@@ -60,3 +61,11 @@ def finish(start):
 
 def model(path):
     return torch.load(path, weights_only=True, map_location="cpu")["model"]
+
+
+def assert_equal(folder, other):
+    """Two runs have the same final model, best model and results."""
+    for name in ("model_final.pth", "model_best.pth"):
+        assert_same(model(folder / name), model(other / name))
+    found, wanted = (json.loads((run / "results.json").read_text()) for run in (folder, other))
+    assert found["ap"] == wanted["ap"] and found["best"] == wanted["best"]

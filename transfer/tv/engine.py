@@ -217,10 +217,10 @@ class Trainer:
                 mininterval=0.1 if sys.stderr.isatty() else 10,
             ) as bar,
         ):
-            # The run may have been killed before it had evaluated.
-            stop = self.start if self.start and self.evaluate_after(last, metrics) else solver.MAX_ITER
             self.stop.stepping = True
-            for i, batch in enumerate(self.batches(self.start, stop), self.start):
+            # The run may have been killed before it had evaluated.
+            end = self.start if self.start and self.evaluate_after(last, metrics) else solver.MAX_ITER
+            for i, batch in enumerate(self.batches(self.start, end), self.start):
                 recent.append(self.step(i, *batch))
                 last = i
                 bar.set_postfix(loss=f"{recent[-1]['total_loss']:.3f}", refresh=False)

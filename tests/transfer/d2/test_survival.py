@@ -49,14 +49,6 @@ def uninterrupted(shapes, tmp_path_factory):
     return folder
 
 
-def assert_equal(folder, uninterrupted):
-    """The final and the best model, and all results."""
-    for name in ("model_final.pth", "model_best.pth"):
-        assert_same(stops.model(folder / name), stops.model(uninterrupted / name))
-    found, wanted = (json.loads((run / "results.json").read_text()) for run in (folder, uninterrupted))
-    assert found["ap"] == wanted["ap"] and found["best"] == wanted["best"]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):
     """By SIGKILL, with or without workers of the loader; in the end by SIGTERM."""
@@ -67,7 +59,7 @@ def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):
     codes = stops.stop_again_and_again(run, tmp_path, signal.SIGTERM, 2)
     assert set(codes) <= {REQUEUE, -signal.SIGTERM}
     stops.finish(run)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +79,7 @@ def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, wher
         with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
             engine.train(cfg)
     engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted, monkeypatch):
@@ -104,7 +96,7 @@ def test_stopped_in_the_last_precise_statistics(shapes, tmp_path, uninterrupted,
             engine.train(tiny(shapes, tmp_path, *SETTINGS))
     assert not (tmp_path / "model_final.pth").exists()
     engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 def test_two_processes_save_at_a_signal(shapes, tmp_path):

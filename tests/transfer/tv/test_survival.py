@@ -37,14 +37,6 @@ def uninterrupted(coco, tmp_path_factory):
     return folder
 
 
-def assert_equal(folder, uninterrupted):
-    """The final and the best model, and all results."""
-    for name in ("model_final.pth", "model_best.pth"):
-        assert_same(stops.model(folder / name), stops.model(uninterrupted / name))
-    found, wanted = (json.loads((run / "results.json").read_text()) for run in (folder, uninterrupted))
-    assert found["ap"] == wanted["ap"] and found["best"] == wanted["best"]
-
-
 @pytest.mark.parametrize("number, count, code", [(signal.SIGKILL, 20, -9), (signal.SIGTERM, 5, REQUEUE)])
 def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count, code):
     (tmp_path / "steps").write_bytes(b"")
@@ -54,7 +46,7 @@ def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count,
     if number == signal.SIGTERM:  # a process that has not set its handlers yet simply ends
         assert set(codes) <= {code, -number}
     stops.finish(run)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +67,7 @@ def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where,
         with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
             engine.train(cfg)
     engine.train(cfg, resume=True)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 def test_stopped_in_the_last_precise_statistics(coco, tmp_path, uninterrupted, monkeypatch):
@@ -93,7 +85,7 @@ def test_stopped_in_the_last_precise_statistics(coco, tmp_path, uninterrupted, m
             engine.train(cfg)
     assert not (tmp_path / "model_final.pth").exists()
     engine.train(cfg, resume=True)
-    assert_equal(tmp_path, uninterrupted)
+    stops.assert_equal(tmp_path, uninterrupted)
 
 
 def test_the_command_saves_at_a_signal(coco, tmp_path):
