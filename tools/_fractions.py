@@ -241,7 +241,6 @@ def plot(rows: dict[tuple[str, float], Row], images: dict[float, int], path: Pat
     columns = [each for each in SHOWN if any(row.figures[each] for row in rows.values())] or SHOWN[:1]
     figure = Figure(figsize=(5 * len(columns), 4), dpi=150, layout="constrained")
     for ax, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        ax.set_xscale("log")
         for place, name in enumerate(names):
             shift = 1.03 ** (place - (len(names) - 1) / 2)  # so that no bar hides another
             known = {n: row.figures[column] for n in images if (row := rows[name, n]).figures[column]}
@@ -249,9 +248,10 @@ def plot(rows: dict[tuple[str, float], Row], images: dict[float, int], path: Pat
             ax.errorbar(
                 [images[n] * shift for n in known], means, stds, fmt="o-", ms=4, capsize=3, label=name
             )
+        ax.set_xscale("log")  # after the curves: an empty axis would keep 1 in view
         ax.set_xticks([*images.values()], [f"{number}\n{n:g} %" for n, number in images.items()])
         ax.minorticks_off()
-        ax.set(title=column, xlabel="labeled images", ylabel="AP (%)")
+        ax.set(title=column, xlabel="labeled images", ylabel="AP (%)", ylim=(0, None))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=8)
