@@ -1,8 +1,10 @@
-"""Pictures of what the aggressive augmentation does to images, and of how far features move with it."""
+"""Pictures of what the aggressive augmentation does to images, of how far features move with it, and of
+which images a backbone takes for alike."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -263,3 +265,56 @@ def frame(ax: Axes, label: int, other: int) -> None:
     if label < 0 or other < 0:
         return
     ax.spines[:].set(visible=True, color=SAME if label == other else OTHER, linewidth=2)
+
+
+MAPPED = 10_000  # points of a map: more hide each other
+LEGEND_ENTRIES = 20  # as many as tab20 has colors
+PALE = "0.85"  # no class has this color
+
+
+def draw_map(features: torch.Tensor, labels: torch.Tensor | None, classes: Sequence[str], path: Path) -> Path:
+    """A point for each image: the first two principal components of its l2-normalized features.
+
+    Features float [N, D], at least two images; at most MAPPED are drawn, evenly spaced. Points have the color
+    of their class: ``labels``, int64 [N], are places in ``classes``. Those without a label, -1, are pale.
+    Without any label all are blue. Up to LEGEND_ENTRIES classes have a legend. Returns ``path``.
+    """
+    chosen = torch.from_numpy(choose(len(features), MAPPED))
+    labels = torch.full((len(features),), -1) if labels is None else labels
+    labels = labels.cpu()[chosen].numpy()
+    points, variance = principal_components(F.normalize(features[chosen.to(features.device)], dim=1))
+    figure = Figure(figsize=(7, 6), dpi=150, layout="constrained")
+    ax = figure.subplots()
+    area = min(30, max(3, 20_000 / len(points)))  # in square points
+
+    def scatter(part: np.ndarray, **style: object) -> None:
+        ax.scatter(*points[part].T, s=area, linewidths=0, alpha=0.7, **style)
+
+    present = np.unique(labels[labels >= 0])
+    scatter(labels < 0, color=PALE if len(present) else WEAK)
+    if len(present) <= LEGEND_ENTRIES:
+        colors = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
+        with matplotlib.rc_context({"text.parse_math": False}):  # a class may be named "$5"
+            for place, label in enumerate(present):
+                scatter(labels == label, color=colors(place), label=" " + classes[label])
+            if len(present):
+                figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=2)
+    else:
+        scatter(labels >= 0, c=labels[labels >= 0], cmap="turbo")
+    for axis, number, share in zip((ax.xaxis, ax.yaxis), ("first", "second"), variance):
+        axis.set_label_text(f"{number} principal component, {share:.1%} of the variance")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
+def principal_components(features: torch.Tensor) -> tuple[np.ndarray, list[float]]:
+    """float [N, D] -> the first two principal components float64 [N, 2], and each one's share of the
+    variance; zero where all are equal."""
+    centered = features.double() - features.double().mean(0)
+    values, vectors = torch.linalg.eigh(centered.T @ centered)  # ascending
+    axes = vectors[:, -2:].flip(1)
+    # An axis has no direction of its own. Without a rule, the same features could be drawn mirrored.
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    shares = values[-2:].flip(0) / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return (centered @ axes).cpu().numpy(), shares.tolist()
