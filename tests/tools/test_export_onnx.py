@@ -20,7 +20,7 @@ from rsa_detectron2.transfer.data.drawn import TOYS, draw_toys
 from rsa_detectron2.transfer.data.images import read_image
 from rsa_detectron2.transfer.report.trained import find_trained
 from rsa_detectron2.transfer.tv.detector import Detector
-from rsa_detectron2.transfer.tv.engine import detect_one
+from rsa_detectron2.transfer.tv.evaluation import detect_one
 from rsa_detectron2.transfer.tv.export import Exported
 from rsa_detectron2.transfer.tv.paste import paste_rles
 from tests.conftest import ROOT

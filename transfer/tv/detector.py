@@ -7,7 +7,8 @@ import torch
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.transfer.convert.writers import load_model
-from rsa_detectron2.transfer.tv.engine import build_on_device, detect_one, detections_of, test_mode
+from rsa_detectron2.transfer.tv.engine import build_on_device
+from rsa_detectron2.transfer.tv.evaluation import detect_one, detections_of, test_mode
 
 
 class Detector:

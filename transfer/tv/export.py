@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.transfer.tv.detector import Detector
-from rsa_detectron2.transfer.tv.engine import detect_one
+from rsa_detectron2.transfer.tv.evaluation import detect_one
 
 OUTPUTS = ("boxes", "labels", "scores", "masks")
 OPSET = 17  # from 16 on, ONNX has torchvision's RoIAlign

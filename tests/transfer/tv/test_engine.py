@@ -22,7 +22,7 @@ from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
 from rsa_detectron2.transfer.data.average_precision import coco_ap
 from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.report import run_folder
-from rsa_detectron2.transfer.tv import engine
+from rsa_detectron2.transfer.tv import engine, trainer, weights
 from tests.transfer.report.test_run_folder import full_after
 from tests.transfer.tv.conftest import CATEGORIES
 
@@ -140,7 +140,7 @@ def test_batches_are_a_function_of_seed_and_iteration(coco):
     data = CocoInstances(load_dataset(coco), training=True)
 
     def draw(start, stop):
-        batches = engine.training_batches(cfg, data, start, stop, "cpu")
+        batches = trainer.training_batches(cfg, data, start, stop, "cpu")
         return [(torch.stack(images), torch.rand(3)) for images, _ in batches]
 
     whole = draw(0, 4)
@@ -239,7 +239,7 @@ def test_a_detector_of_detectron2_arrives(tmp_path, protocol):
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("coco_2017_val",)
     ours = engine.build_model(cfg).eval()
-    assert engine.load_start(cfg, ours)["method"] == "detector"
+    assert weights.load_start(cfg, ours)["method"] == "detector"
     regions, masks = torch.rand(3, 256, 7, 7), torch.rand(3, 256, 14, 14)
     heads, their_heads = ours.roi_heads, theirs.roi_heads
     with torch.no_grad():
@@ -301,7 +301,9 @@ def test_learning_rate_is_detectron2s(max_iter, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
     scheduler = build.build_lr_scheduler(cfg, optimizer)
     for i in range(max_iter):
-        assert engine.learning_rate(cfg.SOLVER, i) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        assert trainer.learning_rate(cfg.SOLVER, i) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-6
+        )
         optimizer.step()
         scheduler.step()
 
@@ -486,22 +488,22 @@ def test_whole_backbone_arrives_or_nothing(coco, tmp_path, monkeypatch):
     cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "SOLVER.MAX_ITER", 0)
     data = CocoInstances(load_dataset(coco), training=True)
     model = engine.build_model(cfg)
-    monkeypatch.setattr(engine, "load_weights", lambda path: (state, {"method": "rsa"}))
-    monkeypatch.setattr(engine.detectors, "is_detector", lambda path: False)
-    engine.fit(engine.Trainer(cfg, model, data))
+    monkeypatch.setattr(weights, "load_weights", lambda path: (state, {"method": "rsa"}))
+    monkeypatch.setattr(weights.detectors, "is_detector", lambda path: False)
+    trainer.fit(trainer.Trainer(cfg, model, data))
     assert all(torch.equal(model.backbone.body.state_dict()[name], tensor) for name, tensor in state.items())
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["weights"] == {"method": "rsa"}
 
     del state["layer4.2.bn3.running_var"]
     with pytest.raises(InputError, match="layer4.2.bn3.running_var"):
-        engine.fit(engine.Trainer(cfg, model, data))
+        trainer.fit(trainer.Trainer(cfg, model, data))
     (tmp_path / "model_final.pth").unlink()
 
 
 def test_weights_of_another_input_and_bad_annotations_are_refused(coco, tmp_path, monkeypatch):
     cfg = config(coco, tmp_path, "MODEL.WEIGHTS", "r50.pkl", "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
-    monkeypatch.setattr(engine, "load_weights", lambda path: ({}, {"method": "rsa"}))
-    monkeypatch.setattr(engine.detectors, "is_detector", lambda path: False)
+    monkeypatch.setattr(weights, "load_weights", lambda path: ({}, {"method": "rsa"}))
+    monkeypatch.setattr(weights.detectors, "is_detector", lambda path: False)
     with pytest.raises(InputError, match="r50.pkl was trained with MODEL.PIXEL_STD"):
         engine.train(cfg)
     path, images = coco.split("::")
@@ -519,7 +521,7 @@ def test_learns_two_images(coco, tmp_path):
     )
     data = CocoInstances(load_dataset(coco), training=True)
     data.ids = data.ids[:2]
-    engine.fit(engine.Trainer(cfg, engine.build_model(cfg), data))
+    trainer.fit(trainer.Trainer(cfg, engine.build_model(cfg), data))
     first, last = [
         json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()
     ]

@@ -12,7 +12,7 @@ import torch
 from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
 from rsa_detectron2.tools import report
 from rsa_detectron2.transfer.report import best, pictures
-from rsa_detectron2.transfer.tv import engine
+from rsa_detectron2.transfer.tv import engine, evaluation, trainer, weights
 from tests.conftest import Program, assert_same
 from tests.transfer import stops
 from tests.transfer.tv.test_engine import RESNET18, config
@@ -26,7 +26,7 @@ SETTINGS = (
 
 
 def start(cfg):
-    stops.run(engine.train, (engine.Trainer, "step"), cfg)
+    stops.run(engine.train, (trainer.Trainer, "step"), cfg)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count,
 @pytest.mark.parametrize(
     "where, name, message",
     [
-        (engine, "detect_one", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (engine, "validation_losses", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (engine, "update_statistics", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (engine.Trainer, "step", f"stopped after iteration 1 of {ITERATIONS}, saved"),
-        (engine, "load_start", "stopped by SIGTERM, with nothing to save"),
+        (evaluation, "detect_one", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (trainer, "validation_losses", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (trainer, "update_statistics", f"stopped after iteration 9 of {ITERATIONS}, saved"),
+        (trainer.Trainer, "step", f"stopped after iteration 1 of {ITERATIONS}, saved"),
+        (trainer, "load_start", "stopped by SIGTERM, with nothing to save"),
     ],
 )
 def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where, name, message):
@@ -72,7 +72,7 @@ def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where,
 
 def test_stopped_in_the_last_precise_statistics(coco, tmp_path, uninterrupted, monkeypatch):
     cfg = config(coco, tmp_path, *SETTINGS)
-    part = engine.Trainer.make_statistics_precise
+    part = trainer.Trainer.make_statistics_precise
     with monkeypatch.context() as patch:
 
         def signaled(trainer, start):
@@ -80,7 +80,7 @@ def test_stopped_in_the_last_precise_statistics(coco, tmp_path, uninterrupted, m
                 signal.raise_signal(signal.SIGTERM)
             part(trainer, start)
 
-        patch.setattr(engine.Trainer, "make_statistics_precise", signaled)
+        patch.setattr(trainer.Trainer, "make_statistics_precise", signaled)
         with pytest.raises(Interrupted, match=f"iteration {ITERATIONS} of {ITERATIONS}, saved"):
             engine.train(cfg)
     assert not (tmp_path / "model_final.pth").exists()
@@ -105,11 +105,11 @@ def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
     """AP rises, falls, and training ends after two evaluations without a better one."""
     aps = iter([10.0, 30.0, 20.0, 25.0, 25.0])
 
-    def evaluate(*_):
+    def coco_ap(*_):
         value = next(aps)
         return {"bbox": {"AP": value, "AP50": 1.0}, "segm": {"AP": value}}
 
-    monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "coco_ap", coco_ap)
     monkeypatch.setattr(engine, "judge", lambda cfg: {})
     more = "TEST.EVAL_PERIOD", 3, "TEST.PATIENCE", 2, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", ()
     results = engine.train(config(coco, tmp_path, *SETTINGS, *more))
@@ -130,7 +130,7 @@ def test_the_best_model_is_kept(coco, tmp_path, monkeypatch):
 
 def test_the_final_model_may_be_the_best(coco, tmp_path, monkeypatch):
     aps = iter([10.0, 30.0])
-    monkeypatch.setattr(engine, "evaluate", lambda *_: {"bbox": {"AP": next(aps)}})
+    monkeypatch.setattr(evaluation, "coco_ap", lambda *_: {"bbox": {"AP": next(aps)}})
     monkeypatch.setattr(engine, "judge", lambda cfg: {})
     results = engine.train(config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 10))
     assert results["best"] == {
@@ -180,7 +180,7 @@ def test_training_starts_from_a_detector(coco, tmp_path, uninterrupted):
         cfg = config(coco, tmp_path, *SETTINGS, "MODEL.WEIGHTS", path, "MODEL.ROI_HEADS.NUM_CLASSES", classes)
         torch.manual_seed(5)
         model = engine.build_model(cfg)
-        assert engine.load_start(cfg, model)["source"] == path
+        assert weights.load_start(cfg, model)["source"] == path
         state = model.state_dict()
         anew = {
             name
