@@ -76,11 +76,10 @@ def extract_features(
 
     Returns the names of the images, and their features in the same order: float32 [N, D] on the CPU.
     """
-    from rsa_detectron2.pretrain.data.datasets import open_images
-    from rsa_detectron2.tools._weights import load_features
+    from rsa_detectron2.tools._weights import load_features, open_for
 
-    features, _, _ = load_features(str(checkpoint))
-    source = open_images(str(images), limit=limit or 0)
+    features, cfg, _ = load_features(str(checkpoint))
+    source = open_for(cfg, str(images), limit or 0)
     values, _ = features.of(source, "features")
     return [source.name(index) for index in range(len(source))], values.cpu()
 

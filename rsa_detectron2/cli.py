@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": "detections of a fine-tuned model in images, drawn and as COCO JSON",
     "export_onnx": "write a detector of the embedded engine as ONNX",
     "evaluate": "kNN top-1 and linear evaluation of a backbone",
+    "embed": "write the features of images as Parquet or NumPy",
     "report": "table, curves and pictures of fine-tuning runs",
     "report_top1": "tables of top-1 beside the paper's",
     "reproduce": "the tables and figures of the paper, and two tests of its claim",

@@ -1,6 +1,8 @@
-"""The Python API: the README's examples, run as they are written, and what each function returns."""
+"""The Python API: the examples of the README and of the converter's docs, run as they are written, and what
+each function returns."""
 
 import re
+import sys
 
 import pytest
 import safetensors.torch
@@ -8,9 +10,11 @@ import timm
 import torch
 
 import rsa_detectron2 as rsa
+from rsa_detectron2.tools import embed
 from tests.conftest import ROOT, TINY
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+CONVERTER = (ROOT / "docs" / "commands.md").read_text().split("## tools/")[2]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text() + CONVERTER, re.S)
 
 
 @pytest.fixture
@@ -22,8 +26,8 @@ def folder(tmp_path, monkeypatch, image_folder, resnet50_checkpoint):
     return tmp_path
 
 
-def test_examples_of_the_readme(folder, monkeypatch):
-    assert len(EXAMPLES) == 4
+def test_examples(folder, monkeypatch):
+    assert len(EXAMPLES) == 5
     pretrain_backbone = rsa.pretrain_backbone
 
     def tiny(recipe, overrides):  # as the example says, but for the size
@@ -34,6 +38,10 @@ def test_examples_of_the_readme(folder, monkeypatch):
     for example in EXAMPLES:
         if "detectron2" in re.sub("rsa_detectron2", "", example):
             pytest.importorskip("detectron2")
+        if "features.parquet" in example:
+            pytest.importorskip("pandas")
+            monkeypatch.setattr(sys, "argv", ["embed"])
+            embed.main()
         exec(example, namespace)
     assert namespace["features"].shape == (24, 2048) and len(namespace["names"]) == 24
 

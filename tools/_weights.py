@@ -11,6 +11,8 @@ from rsa_detectron2.common.config import find_config, merge_config
 from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import check, get_cfg
+from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -82,9 +84,28 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
 
 def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:
     """The same of a recipe's network before its training. Raises InputError."""
-    cfg = merge_config(get_cfg(), find_config(recipe), [])
+    cfg = merge_config(get_cfg(), find_config(recipe), ["SEED", seed])
     check(cfg)
-    torch.manual_seed(seed)
-    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
     provenance = {"source": recipe, "branch": "online", "method": "untrained", "step": 0}
-    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP)), cfg, provenance
+    return features_before(cfg), cfg, provenance
+
+
+def features_before(cfg: CfgNode) -> Features:
+    """The Features of the online backbone with which a pre-training of this configuration starts."""
+    torch.manual_seed(cfg.SEED)
+    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
+    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP))
+
+
+def open_for(cfg: CfgNode, path: str = "", limit: int = 0) -> Source:
+    """The images of ``path``, or those of the pre-training, with its range of values.
+
+    ``cfg``: a checkpoint's configuration. At most ``limit`` images, evenly spaced; 0: all. Raises InputError.
+    """
+    if path:
+        images = open_images(path, limit=limit)
+    else:
+        limit = min(filter(None, (limit, cfg.DATA.LIMIT)), default=0)
+        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, limit)
+    images.value_range = tuple(cfg.DATA.RANGE)
+    return images

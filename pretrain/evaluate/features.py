@@ -19,6 +19,7 @@ from rsa_detectron2.pretrain.data.source import Source, say
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache, fingerprint
 from rsa_detectron2.pretrain.method.augment import normalize, to_float
 
+BATCH = 128  # images that go through the backbone at once
 LONGEST = 4  # in short sides: pixels farther out matter neither to the center crop nor to its filter
 
 
@@ -154,7 +155,7 @@ class Features:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Center-crop features [B, D] and labels [B], batch by batch."""
         crops = CenterCrops(images, indices, self.data.EVAL_RESIZE, self.data.IMAGE_SIZE, replace)
-        sampler = BatchSampler(SequentialSampler(crops), 128, False)
+        sampler = BatchSampler(SequentialSampler(crops), BATCH, False)
         loader = build_loader(crops, sampler, self.data.NUM_WORKERS)
         for batch, labels in tqdm(loader, description, leave=False, dynamic_ncols=True, disable=None):
             yield self(batch), labels

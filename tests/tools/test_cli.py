@@ -96,6 +96,8 @@ def test_defaults_chain(tool, tmp_path, image_folder, resnet50_checkpoint):
     assert judged.returncode == 0 and 0 <= json.loads(judged.stdout)["knn_top1"] <= 100, judged.stderr
     linear = tool("evaluate", "linear", "--epochs", "2", cwd=tmp_path)
     assert linear.returncode == 0 and json.loads(linear.stdout)["protocol"] == "small", linear.stderr
+    embedded = tool("embed", "--output", "features.npy", cwd=tmp_path)
+    assert embedded.returncode == 0 and "features of 24 images" in embedded.stdout, embedded.stderr
 
     shutil.copy(resnet50_checkpoint, tmp_path / "output" / "pretrain" / "model_final.pth")
     converted = tool("convert_to_d2", cwd=tmp_path)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Write the features of images, by a pre-trained backbone, to a file that other programs read.
+
+    tools/embed.py                                  # output/pretrain/model_final.pth, its own images
+    tools/embed.py CHECKPOINT IMAGES --output features.npy
+
+CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. FILE.parquet has
+the columns file, label (the class, if any) and feature. FILE.npy is an array [N, D], and FILE.npy.csv has
+the file and label of each row. FILE.json beside either says what it was computed from. An image that cannot
+be decoded is named and left out. Stopped at any point, the same command goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.data.pixels import check_pixels
+from rsa_detectron2.pretrain.evaluate.embed import embed
+from rsa_detectron2.pretrain.evaluate.writers import check_format
+from rsa_detectron2.tools._weights import load_features, open_for
+
+
+def main() -> None:
+    args = parse()
+    for name, value, least in (("limit", args.limit, 0), ("workers", args.workers, -1)):
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}: it must be at least {least}")
+    output = Path(args.output)
+    check_format(output)
+    features, cfg, provenance = load_features(args.checkpoint, args.branch)
+    if args.workers is not None:
+        cfg.DATA.NUM_WORKERS = args.workers
+    images = open_for(cfg, args.images, args.limit)
+    for note in check_pixels(images):
+        print(f"warning: {note}", file=sys.stderr)
+    about = embed(features, images, provenance, output)
+    (count, dim), left_out = about["shape"], len(about["left_out"])
+    note = f"; {left_out} images that cannot be decoded are left out" if left_out else ""
+    print(f"{output}: features of {count} images, {dim} numbers each{note}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
+    parser.add_argument(
+        "images",
+        nargs="?",
+        default="",
+        metavar="IMAGES",
+        help="folder of images, or a data set that tools/pretrain.py takes (default: what it was pre-trained "
+        "on)",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/features.parquet",
+        metavar="FILE",
+        help="to write, .parquet or .npy (default %(default)s)",
+    )
+    parser.add_argument(
+        "--branch",
+        choices=("online", "target"),
+        help="network of the checkpoint (default: online, or the one that a converted file holds)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="at most N images, evenly spaced (default: all)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that load images (default: as in pre-training)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
