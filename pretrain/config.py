@@ -108,6 +108,8 @@ KEYS = (
     Key("MODEL.BACKBONE", "resnet50"),
     # 3x3 stride-1 stem without max-pool, for images of 32 or 64 pixels.
     Key("MODEL.SMALL_STEM", False),
+    # Checkpoint whose backbone the run starts from, online and target alike. "": random weights.
+    Key("MODEL.INIT", ""),
     # Width of the hidden layers of projector and predictor.
     Key("MODEL.HIDDEN_DIM", 4096, at_least(1)),
     # Width of the projection.
@@ -169,6 +171,8 @@ KEYS = (
     Key("KNN.BANK", 100_000, at_least(0), free=True),
 )
 FREE_KEYS = tuple(key.name for key in KEYS if key.free)
+# What a backbone needs as it was trained with.
+BACKBONE_KEYS = ("MODEL.BACKBONE", "MODEL.SMALL_STEM", "DATA.MEAN", "DATA.STD")
 DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # free as well where the checkpoint tells the images (identity.py)
 
 
@@ -188,7 +192,13 @@ def get_cfg() -> CN:
 
 def expand_paths(cfg: CN) -> None:
     """Replace ``~`` by the home folder in the keys that hold paths."""
-    for section, key in ((cfg.DATA, "PATH"), (cfg.DATA, "VAL"), (cfg.DATA, "CLASSES"), (cfg, "OUTPUT_DIR")):
+    for section, key in (
+        (cfg.DATA, "PATH"),
+        (cfg.DATA, "VAL"),
+        (cfg.DATA, "CLASSES"),
+        (cfg.MODEL, "INIT"),
+        (cfg, "OUTPUT_DIR"),
+    ):
         section[key] = os.path.expanduser(section[key])
 
 
@@ -238,5 +248,12 @@ def differences(
     return saved, [
         f"{key}: {saved.get(key)} -> {now.get(key)}"
         for key in sorted({*saved, *now})
-        if key not in free and saved.get(key) != now.get(key)
+        if key not in free and not same(key, saved.get(key), now.get(key))
     ]
+
+
+def same(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a key mean the same. Two paths of MODEL.INIT do if they lead to one file."""
+    if key == "MODEL.INIT" and one and other:
+        return os.path.realpath(one) == os.path.realpath(other)
+    return one == other

@@ -39,11 +39,12 @@ def pretrain_backbone(recipe: str, overrides: Sequence = ()) -> Path:
     """
     from rsa_detectron2.pretrain.engine.trainer import train
     from rsa_detectron2.tools._recipe import load_recipe
+    from rsa_detectron2.tools._weights import read_initial
 
     cfg, came_from, note = load_recipe(recipe, overrides)
     if note:
         print(note)
-    return Path(train(cfg, came_from))
+    return Path(train(cfg, came_from, read_initial))
 
 
 def convert_backbone(

@@ -1,5 +1,6 @@
 """A pre-trained backbone from any checkpoint, for the tools that look at features."""
 
+import json
 import os
 from pathlib import Path
 
@@ -25,6 +26,20 @@ from rsa_detectron2.transfer.convert.provenance import sha256
 def load_features(path: str | Path, branch: str | None = None) -> tuple[Features, CfgNode, dict]:
     """The Features of a checkpoint's backbone, its configuration, and its provenance.
 
+    ``path`` and ``branch`` as in :func:`read_backbone`. Raises InputError.
+    """
+    state, cfg, provenance = read_backbone(path, branch)
+    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
+    networks.load_backbone(backbone, state, str(path))
+    cache = FeatureCache(os.path.expanduser(path), provenance["sha256"] + provenance["branch"])
+    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance
+
+
+def read_backbone(
+    path: str | Path, branch: str | None = None
+) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
+    """The tensors of a checkpoint's backbone, its configuration, and its provenance.
+
     A checkpoint of tools/pretrain.py may have any backbone of this project, and brings its configuration.
     One of another project must be readable by tools/convert_to_d2.py. It gets the normalization of its
     authors, and ImageNet's configuration otherwise.
@@ -37,7 +52,7 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
         ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
-        branch, cfg.MODEL.BACKBONE = provenance["branch"], provenance["architecture"]
+        cfg.MODEL.BACKBONE = provenance["architecture"]
         cfg.DATA.MEAN, cfg.DATA.STD = (
             tuple(value / 255 for value in provenance[key]) for key in ("pixel_mean", "pixel_std")
         )
@@ -61,16 +76,9 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
             "branch": branch,
             "method": saved["method"],
             "step": saved["step"],
+            "architecture": cfg.MODEL.BACKBONE,
             "pretrain": saved.get("run"),
         }
-    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
-    missing, unexpected = backbone.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # not used in eval mode
-    if missing or unexpected:
-        raise InputError(
-            f"{path} is not a {cfg.MODEL.BACKBONE}: {len(missing)} tensors missing, "
-            f"{len(unexpected)} left over"
-        )
     after = os.stat(path)
     if (before.st_ino, before.st_mtime_ns, before.st_size) != (
         after.st_ino,
@@ -78,8 +86,19 @@ def load_features(path: str | Path, branch: str | None = None) -> tuple[Features
         after.st_size,
     ):
         raise InputError(f"{path} was replaced while it was read: run the same command again")
-    cache = FeatureCache(path, provenance["sha256"] + branch)
-    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance
+    return state, cfg, provenance
+
+
+def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
+    """What a run needs of the checkpoint that it starts from: tensors, configuration, and provenance.
+
+    The provenance has no record of the checkpoint's own run, but what that run started from, as ``init``.
+    Raises InputError.
+    """
+    state, cfg, provenance = read_backbone(path)
+    converted = json.loads(provenance.pop("run", "null"))
+    run = provenance.pop("pretrain", None) or converted or {}
+    return state, cfg, {**provenance, "init": run.get("init")}
 
 
 def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:

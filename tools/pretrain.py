@@ -4,6 +4,7 @@
     tools/pretrain.py --epochs 200                        # ImageNet-1K recipe on datasets/imagenet/train
     tools/pretrain.py --data PATH --batch-size 256        # the same on your own images
     tools/pretrain.py --config-file pretrain/cifar10_rsa_R18.yaml --data PATH SOLVER.EPOCHS 20
+    tools/pretrain.py --init output/pretrain/model_final.pth --data PATH --output-dir output/second
 
 The same command, run again, goes on from the last checkpoint. KEY VALUE pairs at the end override the
 config (pretrain/config.py).
@@ -31,6 +32,7 @@ def main() -> None:
         "DATA.PATH": args.data,
         "OUTPUT_DIR": args.output_dir,
         "METHOD": args.method,
+        "MODEL.INIT": args.init,
         "SOLVER.AMP": args.amp,
         "SEED": args.seed,
         "DATA.NUM_WORKERS": args.workers,
@@ -43,6 +45,7 @@ def main() -> None:
     from rsa_detectron2.common import distributed, launch
     from rsa_detectron2.pretrain.engine import trainer as train_loop
     from rsa_detectron2.pretrain.method import networks
+    from rsa_detectron2.tools._weights import read_initial
 
     networks.check_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)  # before the images are listed
     launch.adopt_slurm(os.environ)
@@ -54,7 +57,7 @@ def main() -> None:
             f"{cfg.SOLVER.EPOCHS} epochs, {cfg.SOLVER.OPTIMIZER}, {cfg.METHOD}; output in {cfg.OUTPUT_DIR}",
             flush=True,
         )
-    train = partial(train_loop.train, origin=came_from)
+    train = partial(train_loop.train, origin=came_from, reader=read_initial)
     final = launch.launch(train, cfg, launch.Processes(launch.num_processes(args.num_processes)))
     if distributed.is_first_process():
         print(f"done: {final}; next: {next_tool(cfg.MODEL)} {final}")
@@ -92,6 +95,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="folder of training images")
     parser.add_argument("--output-dir")
     parser.add_argument("--method", choices=METHODS)
+    parser.add_argument(
+        "--init",
+        metavar="FILE",
+        help="start from the backbone of this checkpoint: of another run, or any that "
+        "tools/convert_to_d2.py reads (default: random weights)",
+    )
     parser.add_argument(
         "--micro-batch",
         type=int,

@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import check_tensors, write_atomically
-from rsa_detectron2.pretrain.config import DATA_KEYS, FREE_KEYS, differences, get_cfg
+from rsa_detectron2.pretrain.config import BACKBONE_KEYS, DATA_KEYS, FREE_KEYS, differences, get_cfg
 
 LAST, PREVIOUS, FINAL = "checkpoint_last.pth", "checkpoint_previous.pth", "model_final.pth"
 CONFIG = "config.yaml"
@@ -80,12 +80,12 @@ def finished(folder: Path) -> dict | None:
         raise InputError(f"{error}: move it away, or give another --output-dir") from None
 
 
-def compare_run(cfg: CfgNode, saved: dict | None) -> tuple[int, bool]:
+def compare_run(cfg: CfgNode, saved: dict | None, path: str | Path) -> tuple[int, bool]:
     """Compare ``cfg`` with the run in the output folder: with its checkpoint ``saved``, or config.yaml.
 
-    Returns the run's micro-batch, 0 if it chose none, and whether its data set has the same path. Raises
-    InputError that names each difference from the configuration of the checkpoint: a run under two
-    configurations would be a result of neither.
+    ``path``: of a checkpoint with the run's newest weights, for the message. Returns the run's micro-batch, 0
+    if it chose none, and whether its data set has the same path. Raises InputError that names each difference
+    from the configuration of the checkpoint: a run under two configurations would be a result of neither.
     """
     folder = Path(cfg.OUTPUT_DIR)
     config = folder / CONFIG
@@ -97,11 +97,22 @@ def compare_run(cfg: CfgNode, saved: dict | None) -> tuple[int, bool]:
     free = FREE_KEYS + DATA_KEYS if images_known else FREE_KEYS
     own, changed = differences(text, cfg, config, free)
     if changed and saved:
+        keys = {text.partition(":")[0] for text in changed}
         raise InputError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}): "
-            "give the same options, or another --output-dir"
+            f"give the same options, or another --output-dir{start_from(path, keys)}"
         )
     return 0 if changed else own["SOLVER.MICRO_BATCH"], own["DATA.PATH"] == cfg.DATA.PATH
+
+
+def start_from(path: str | Path, keys: set[str]) -> str:
+    """How a run that differs in ``keys`` may start from the backbone in ``path``: the end of a message."""
+    advice = "" if keys & {*BACKBONE_KEYS} else f" with --init {path}, to start from its backbone"
+    if "SOLVER.EPOCHS" in keys:
+        advice += (
+            "; a run keeps its length, because the cosines of learning rate, beta and tau are spread over it"
+        )
+    return advice
 
 
 def write_config(cfg: CfgNode) -> None:

@@ -22,6 +22,7 @@ from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, Ste
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
 from rsa_detectron2.pretrain.engine.guards import Alarms, assert_finite
+from rsa_detectron2.pretrain.engine.initial import Initial, Reader, find_initial
 from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -33,8 +34,8 @@ from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.pretrain.method.optim import build_optimizer, set_lr
 
 
-def train(cfg: CfgNode, origin: record.Origin = record.Origin()) -> str:
-    """Pre-train as ``cfg`` says; ``origin`` is where ``cfg`` came from.
+def train(cfg: CfgNode, origin: record.Origin = record.Origin(), reader: Reader | None = None) -> str:
+    """Pre-train as ``cfg`` says; ``origin`` is where ``cfg`` came from, and ``reader`` reads MODEL.INIT.
 
     Goes on from the last checkpoint in ``cfg.OUTPUT_DIR``, if there is one. Leaves ``model_final.pth``
     there and returns its path. Raises InputError. After one of the stop signals (common/signals.py) it saves
@@ -44,12 +45,12 @@ def train(cfg: CfgNode, origin: record.Origin = record.Origin()) -> str:
     lock = files.locked(cfg.OUTPUT_DIR, "--output-dir") if first else contextlib.nullcontext()
     try:
         with lock, StopSignals() as stop:
-            return _train(cfg, origin, stop)
+            return _train(cfg, origin, reader, stop)
     except Stopped as stopped:
         raise Interrupted(str(stopped)) from None
 
 
-def _train(cfg: CfgNode, origin: record.Origin, stop: StopSignals) -> str:
+def _train(cfg: CfgNode, origin: record.Origin, reader: Reader | None, stop: StopSignals) -> str:
     if cfg.SOLVER.DETERMINISTIC:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -57,7 +58,7 @@ def _train(cfg: CfgNode, origin: record.Origin, stop: StopSignals) -> str:
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.allow_tf32 = cfg.SOLVER.TF32
     torch.backends.cudnn.benchmark = not cfg.SOLVER.DETERMINISTIC
-    past = find_past(cfg)
+    past = find_past(cfg, reader)
     if not (past.complete and past.same_path):
         bad_images = open_data(cfg, past)
     if past.complete:
@@ -70,16 +71,17 @@ def _train(cfg: CfgNode, origin: record.Origin, stop: StopSignals) -> str:
 
 @dataclass
 class Past:
-    """What the output folder holds of the run so far."""
+    """What the output folder holds of the run so far, and the weights that the run started from."""
 
     saved: dict | None  # the newest checkpoint
     known: dict | None  # the newest checkpoint or, without one, model_final.pth
     complete: bool  # whether model_final.pth is there
     micro_batch_size: int  # 0 if none was chosen
     same_path: bool  # whether DATA.PATH is the same
+    initial: Initial
 
 
-def find_past(cfg: CfgNode) -> Past:
+def find_past(cfg: CfgNode, reader: Reader | None) -> Past:
     """What ``cfg.OUTPUT_DIR`` holds. Raises InputError for a run of another configuration, or a damaged
     one."""
     folder = Path(cfg.OUTPUT_DIR)
@@ -87,8 +89,9 @@ def find_past(cfg: CfgNode) -> Past:
     saved = checkpoint.load(path) if path else None
     complete = distributed.from_first((folder / checkpoint.FINAL).is_file())
     known = saved or checkpoint.finished(folder)
-    micro_batch_size, same_path = checkpoint.compare_run(cfg, known)
-    return Past(saved, known, complete, micro_batch_size, same_path)
+    newest = folder / checkpoint.FINAL if complete else path
+    micro_batch_size, same_path = checkpoint.compare_run(cfg, known, newest)
+    return Past(saved, known, complete, micro_batch_size, same_path, find_initial(cfg, known, reader))
 
 
 def open_data(cfg: CfgNode, past: Past) -> BadImages:
@@ -117,7 +120,8 @@ class Trainer:
         self.pixel_notes = check_pixels(self.images)
         self.find_validation()
         self.local_batch_size = memory.per_process(cfg.SOLVER.BATCH_SIZE, self.num_processes)
-        self.build_networks(past.micro_batch_size)
+        self.init = past.initial.about
+        self.build_networks(past.micro_batch_size, past.initial.backbone)
         self.build_state()
         self.build_loader()
         self.peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
@@ -139,8 +143,8 @@ class Trainer:
             if self.is_first:
                 print(f"kNN top-1 is left out: {reason}")
 
-    def build_networks(self, kept: int) -> None:
-        """Build the networks, and choose the micro-batch. Raises InputError.
+    def build_networks(self, kept: int, backbone: dict[str, torch.Tensor] | None) -> None:
+        """Build the networks, ``backbone`` in them if given, and choose the micro-batch. Raises InputError.
 
         SOLVER.MICRO_BATCH becomes its size: the one that was given, else ``kept``, which the run had
         before, else what fits the free memory.
@@ -148,6 +152,8 @@ class Trainer:
         cfg = self.cfg
         torch.manual_seed(cfg.SEED)
         networks = build_networks(cfg, METHODS[cfg.METHOD])
+        if backbone:
+            networks.load_backbones(backbone, cfg.MODEL.INIT)
         amp = distributed.amp_dtype(cfg.SOLVER.AMP)
         self.micro_batch_size = cfg.SOLVER.MICRO_BATCH = memory.resolve(
             cfg.SOLVER.MICRO_BATCH,
@@ -206,6 +212,7 @@ class Trainer:
             processes=self.num_processes,
             device=distributed.device_name(),
             bn_batch_size=self.bn_batch_size,
+            init=self.init,
             data=identity.summary(self.images),
         )
 
@@ -394,6 +401,11 @@ class Trainer:
             f"{distributed.precision(self.state.amp)}, peak lr {self.peak_lr:g}{resumes}",
             flush=True,
         )
+        if self.init and not self.start:
+            print(
+                f"the backbone is that of {self.cfg.MODEL.INIT}: {self.init['method']}, "
+                f"step {self.init['step']}, {self.init['branch']} branch"
+            )
         if bad_images.removed:
             print(
                 f"{bad_images.removed} images of {bad_images.path} are gone: "

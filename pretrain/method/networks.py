@@ -58,6 +58,24 @@ def check_backbone(name: str, small_stem: bool = False) -> None:
         build_backbone(name, small_stem)
 
 
+def load_backbone(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load tensors into a network of :func:`build_backbone`.
+
+    ``num_batches_tracked`` may be missing. Raises InputError that names their ``source`` where any other
+    tensor is missing, left over, or of another shape.
+    """
+    needed, given = (
+        {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+        for tensors in (backbone.state_dict(), state)
+    )
+    if wrong := [name for name in needed | given if needed.get(name) != given.get(name)]:
+        raise InputError(
+            f"{source} holds another network: {len(wrong)} tensors are missing, left over or of another "
+            f"shape, {wrong[0]} for one"
+        )
+    backbone.load_state_dict(state, strict=False)
+
+
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, bias: bool = False) -> nn.Sequential:
     """[B, in_dim] -> [B, out_dim]; ``bias`` is the last layer's."""
     return nn.Sequential(
@@ -173,6 +191,11 @@ class Networks(nn.Module):
         The target network gives it, or the online network where a method has no target.
         """
         return (self.target or self.online)(view)
+
+    def load_backbones(self, state: dict[str, Tensor], source: str) -> None:
+        """:func:`load_backbone` of the online and the target network."""
+        for branch in filter(None, (self.online, self.target)):
+            load_backbone(branch.backbone, state, source)
 
     def compile_backbones(self) -> None:
         """torch.compile the backbones in place, which keeps the names of the tensors in checkpoints."""
