@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from rsa_detectron2.common.config import find_config, merge_config
 from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.record import is_sound
 from rsa_detectron2.pretrain.config import check, get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.source import Source
@@ -96,9 +97,8 @@ def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
     Raises InputError.
     """
     state, cfg, provenance = read_backbone(path)
-    converted = json.loads(provenance.pop("run", "null"))
-    run = provenance.pop("pretrain", None) or converted or {}
-    return state, cfg, {**provenance, "init": run.get("init")}
+    run = provenance.pop("pretrain", None) or json.loads(provenance.pop("run", "null"))
+    return state, cfg, {**provenance, "init": run.get("init") if is_sound(run) else None}
 
 
 def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:

@@ -50,13 +50,7 @@ def timm_safetensors(path):
     return network
 
 
-def timm_pth(path):
-    network = randomize(timm.create_model("resnet18", num_classes=0))
-    torch.save({"state_dict": network.state_dict()}, path)
-    return network
-
-
-@pytest.mark.parametrize("write", [torchvision_pth, timm_safetensors, timm_pth])
+@pytest.mark.parametrize("write", [torchvision_pth, timm_safetensors])
 def test_other_libraries_networks(image_folder, tmp_path, monkeypatch, write):
     """Before the first step, the features of the online network equal those of the library's own network,
     1e-5 of the largest; the target has the same backbone to the bit, and the heads are those of a run without
