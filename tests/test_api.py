@@ -87,7 +87,7 @@ def test_stock_detectron2_gives_the_same_features(folder):
 def test_length_chooses_the_learning_rate_in_python_too(folder, monkeypatch, capsys):
     from rsa_detectron2.pretrain.engine import trainer
 
-    monkeypatch.setattr(trainer, "train", lambda cfg, origin: f"{cfg.SOLVER.BASE_LR}")
+    monkeypatch.setattr(trainer, "train", lambda cfg, origin, reader: f"{cfg.SOLVER.BASE_LR}")
     rate = rsa.pretrain_backbone("pretrain/imagenet_rsa_R50.yaml", ["SOLVER.EPOCHS", 100])
     assert str(rate) == "0.9" and "published for 100 epochs" in capsys.readouterr().out
 
