@@ -56,6 +56,10 @@ def black_and_white(values: Sequence[float]) -> str:
     return "it takes the values that become black and white, as in (0, 4095), the smaller first, or ()"
 
 
+def images_to_compare(value: int) -> str:
+    return "" if value in (-1, 0) or value >= 2 else "it takes two or more, 0 for none, or -1 to choose"
+
+
 def utf8(path: str) -> str:
     if any("\udc80" <= letter <= "\udcff" for letter in path):
         return "TensorBoard takes names in UTF-8 only, give another"
@@ -165,10 +169,14 @@ KEYS = (
     # ... for so many steps in a row.
     Key("ALARM.COLLAPSE_STEPS", 1000, free=True),
     #
-    # Epochs between two kNN evaluations. There is always one before the first step and at the end.
+    # Epochs between two evaluations: kNN top-1, and HEALTH. There is always one before the first step and at
+    # the end.
     Key("KNN.PERIOD", 10, at_least(0), free=True),
     # At most so many training images in the bank, evenly spaced. 0: all.
     Key("KNN.BANK", 100_000, at_least(0), free=True),
+    # Images whose features tell without labels whether pre-training works (evaluate/health.py): at most so
+    # many, evenly spaced. 0: none. -1: 10,000 on a GPU, 1,000 on a CPU.
+    Key("HEALTH.IMAGES", -1, images_to_compare, free=True),
 )
 FREE_KEYS = tuple(key.name for key in KEYS if key.free)
 # What a backbone needs as it was trained with.

@@ -19,6 +19,7 @@ from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
 from rsa_detectron2.pretrain.evaluate.features import Features
 from rsa_detectron2.pretrain.method import networks
+from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.transfer.convert import readers
 from rsa_detectron2.transfer.convert.files import local_file, open_checkpoint
 from rsa_detectron2.transfer.convert.provenance import sha256
@@ -27,23 +28,35 @@ from rsa_detectron2.transfer.convert.provenance import sha256
 def load_features(path: str | Path, branch: str | None = None) -> tuple[Features, CfgNode, dict]:
     """The Features of a checkpoint's backbone, its configuration, and its provenance.
 
-    ``path`` and ``branch`` as in :func:`read_backbone`. Raises InputError.
+    ``path`` and ``branch`` as in :func:`read_networks`. Raises InputError.
     """
-    state, cfg, provenance = read_backbone(path, branch)
+    tensors, cfg, provenance = read_networks(path, branch)
     backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
-    networks.load_backbone(backbone, state, str(path))
+    networks.load_backbone(backbone, tensors["backbone"], str(path))
     cache = FeatureCache(os.path.expanduser(path), provenance["sha256"] + provenance["branch"])
-    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP), cache), cfg, provenance
+    projector = None
+    if tensors["projector"]:
+        projector = build_projector(provenance["method"], tensors["projector"])
+    amp = amp_dtype(cfg.SOLVER.AMP)
+    return Features(backbone.to(device()).eval(), cfg.DATA, amp, cache, projector), cfg, provenance
 
 
-def read_backbone(
+def build_projector(method: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The projector of a method with the tensors of a checkpoint, which tell its widths."""
+    weights = [tensor for tensor in state.values() if tensor.ndim == 2]
+    projector, _ = METHODS[method].heads(weights[0].shape[1], len(weights[0]), len(weights[-1]))
+    projector.load_state_dict(state)
+    return projector.to(device()).eval()
+
+
+def read_networks(
     path: str | Path, branch: str | None = None
-) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
-    """The tensors of a checkpoint's backbone, its configuration, and its provenance.
+) -> tuple[dict[str, dict[str, torch.Tensor]], CfgNode, dict]:
+    """The tensors of a checkpoint's "backbone" and "projector", its configuration, and its provenance.
 
     A checkpoint of tools/pretrain.py may have any backbone of this project, and brings its configuration.
     One of another project must be readable by tools/convert_to_d2.py. It gets the normalization of its
-    authors, and ImageNet's configuration otherwise.
+    authors, ImageNet's configuration otherwise, and no projector.
 
     branch: "online" or "target"; None: online, or the one that a converted file holds. Raises InputError.
     """
@@ -53,6 +66,7 @@ def read_backbone(
         ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
+        tensors = {"backbone": state, "projector": {}}
         cfg.MODEL.BACKBONE = provenance["architecture"]
         cfg.DATA.MEAN, cfg.DATA.STD = (
             tuple(value / 255 for value in provenance[key]) for key in ("pixel_mean", "pixel_std")
@@ -61,13 +75,8 @@ def read_backbone(
         branch = branch or "online"
         saved = checkpoint.load(path)
         cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(saved["config"])))
-        prefix = f"{branch}.backbone."
-        state = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in saved["model"].items()
-            if name.startswith(prefix)
-        }
-        if not state:
+        tensors = {part: below(f"{branch}.{part}.", saved["model"]) for part in ("backbone", "projector")}
+        if not tensors["backbone"]:
             raise InputError(
                 f"{path} has no {branch} network: {saved['method']} trains without one, so leave --branch out"
             )
@@ -87,7 +96,12 @@ def read_backbone(
         after.st_size,
     ):
         raise InputError(f"{path} was replaced while it was read: run the same command again")
-    return state, cfg, provenance
+    return tensors, cfg, provenance
+
+
+def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
@@ -96,9 +110,9 @@ def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
     The provenance has no record of the checkpoint's own run, but what that run started from, as ``init``.
     Raises InputError.
     """
-    state, cfg, provenance = read_backbone(path)
+    tensors, cfg, provenance = read_networks(path)
     run = provenance.pop("pretrain", None) or json.loads(provenance.pop("run", "null"))
-    return state, cfg, {**provenance, "init": run.get("init") if is_sound(run) else None}
+    return tensors["backbone"], cfg, {**provenance, "init": run.get("init") if is_sound(run) else None}
 
 
 def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:
@@ -110,10 +124,10 @@ def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]
 
 
 def features_before(cfg: CfgNode) -> Features:
-    """The Features of the online backbone with which a pre-training of this configuration starts."""
+    """The Features of the online network with which a pre-training of this configuration starts."""
     torch.manual_seed(cfg.SEED)
-    backbone = networks.build_backbone(cfg.MODEL.BACKBONE, cfg.MODEL.SMALL_STEM)
-    return Features(backbone.to(device()).eval(), cfg.DATA, amp_dtype(cfg.SOLVER.AMP))
+    online = networks.build_networks(cfg, METHODS[cfg.METHOD]).to(device()).eval().online
+    return Features(online.backbone, cfg.DATA, amp_dtype(cfg.SOLVER.AMP), projector=online.projector)
 
 
 def open_for(cfg: CfgNode, path: str = "", limit: int = 0) -> Source:

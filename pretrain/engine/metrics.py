@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, batch_size: int, seconds: float = 0.0):
         self.batch_size = batch_size  # global
-        self.total = seconds  # of training, with its loader, but without kNN evaluations
+        self.total = seconds  # of training, with its loader, but without evaluations
         # steps without a finite loss, in a row up to now
         self.streak = torch.zeros((), device=distributed.device())
         self.reset()
@@ -78,6 +78,11 @@ PROGRESS = {
     "loss": ("loss", ".3f"),
     "feature_std": ("std", ".2f"),
     "knn_top1": ("kNN", ".1f"),
+    "rank_backbone": ("rank", ".1f"),
+    "consistency": ("cons", ".0f"),
+    "alignment": ("align", ".2f"),
+    "uniformity": ("unif", ".2f"),
+    "rank_projection": ("rank z", ".1f"),
     "images_per_s": ("img/s", ".0f"),
     "data_wait": ("wait", ".0%"),
     "cos_aw": ("cos aw", ".2f"),
@@ -90,6 +95,17 @@ PROGRESS = {
     "bad_images": ("bad", "d"),
     "skipped_steps": ("skipped", "d"),
     "loss_scale": ("scale", ".3g"),
+}
+
+
+# Figures of an evaluation, which a line of its own tells.
+EVALUATED = {
+    "knn_top1": "kNN top-1 {:.2f} %",
+    "rank_backbone": "effective rank {:.1f}",
+    "rank_projection": "of the projection {:.1f}",
+    "alignment": "alignment {:.3f}",
+    "uniformity": "uniformity {:.2f}",
+    "consistency": "consistency {:.1f} %",
 }
 
 
@@ -136,9 +152,9 @@ class Log:
                 if name in self.latest
             )
         )
-        if "knn_top1" in row:
-            self.say(f"step {row['step']}: kNN top-1 {row['knn_top1']:.2f} %")
-            self.progress.unpause()  # kNN's time must not count in the speed of the steps
+        if told := [words.format(row[name]) for name, words in EVALUATED.items() if name in row]:
+            self.say(f"step {row['step']}: {', '.join(told)}")
+            self.progress.unpause()  # the evaluation's time must not count in the speed of the steps
 
     def say(self, line: str) -> None:
         """Print a line to stderr, above the progress bar."""

@@ -26,6 +26,7 @@ from rsa_detectron2.pretrain.engine.initial import Initial, Reader, find_initial
 from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.health import measure_health
 from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, find_labeled
 from rsa_detectron2.pretrain.method import schedules
 from rsa_detectron2.pretrain.method.augment import Output
@@ -125,7 +126,8 @@ class Trainer:
         self.build_state()
         self.build_loader()
         self.peak_lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.BATCH_SIZE / 256
-        self.features = Features(self.networks.online.backbone, cfg.DATA, self.state.amp)
+        online = self.networks.online
+        self.features = Features(online.backbone, cfg.DATA, self.state.amp, projector=online.projector)
         # A checkpoint of an early version has no record.
         seconds = (past.saved or {}).get("run", {}).get("seconds", 0.0)
         self.meter, self.alarms = Meter(cfg.SOLVER.BATCH_SIZE, seconds), Alarms(cfg.ALARM)
@@ -241,11 +243,11 @@ class Trainer:
         return str(self.folder / checkpoint.FINAL)
 
     def open(self) -> None:
-        """Announce the run, and begin its files. kNN of the untrained network is the first row."""
+        """Announce the run, and begin its files. The figures of the untrained network are the first row."""
         self.announce()
         self.log = Log(self.folder, self.num_steps, self.start)
-        if self.val and not self.start:
-            self.evaluate_knn(0)
+        if not self.start:
+            self.evaluate(0)
         checkpoint.write_config(self.cfg)
         record.write(self.folder, self.record(self.start))
 
@@ -295,20 +297,20 @@ class Trainer:
             self.alarms.check(step, row, steps)
 
     def end_epoch(self, step: int, stopping: bool) -> None:
-        """Save, then evaluate by kNN.
+        """Save, then evaluate.
 
-        In that order, because a launcher grants seconds after a signal, and kNN may take minutes.
+        In that order, because a launcher grants seconds after a signal, and an evaluation may take minutes.
         """
         epoch, last = step // self.steps_per_epoch, step == self.num_steps
-        keep_period, knn_period = self.cfg.CHECKPOINT.KEEP_PERIOD, self.cfg.KNN.PERIOD
+        keep_period, period = self.cfg.CHECKPOINT.KEEP_PERIOD, self.cfg.KNN.PERIOD
         # Collapsed features may recover. Until they do, they must not replace the good checkpoint.
         collapsed = self.alarms.collapsed
         if last or epoch % self.cfg.CHECKPOINT.PERIOD == 0 and not collapsed and not stopping:
             self.save_last(step)
         if keep_period and epoch % keep_period == 0 and not collapsed:
             self.save(self.folder / f"checkpoint_{step:07d}.pth", step)
-        if self.val and not last and knn_period and epoch % knn_period == 0 and not stopping:
-            self.evaluate_knn(step)
+        if not last and period and epoch % period == 0 and not stopping:
+            self.evaluate(step)
 
     def leave(self, step: int) -> NoReturn:
         """Save and raise Interrupted."""
@@ -326,8 +328,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluate, and write the final weights. Raises InputError."""
-        if self.val:
-            self.evaluate_knn(self.num_steps)
+        self.evaluate(self.num_steps)
         final = self.folder / checkpoint.FINAL
         written = self.save(final, self.num_steps, whole=False)
         record.write(self.folder, self.record(self.num_steps))
@@ -337,15 +338,26 @@ class Trainer:
 
     # ---- what a run leaves ----
 
-    def evaluate_knn(self, step: int) -> None:
-        """Log a row with kNN top-1. The time that it takes does not count as training."""
+    def evaluate(self, step: int) -> None:
+        """Log a row with kNN top-1, where there are labels, and the health of the features.
+
+        The time that it takes does not count as training.
+        """
+        health = self.cfg.HEALTH.IMAGES
+        if not (self.val or health):
+            return
         self.meter.pause()
         assert_finite(self.networks, step)
         # Not compiled: the last batches are smaller, and torch.compile would make the training graphs anew,
         # with a batch of any size.
         with torch.compiler.set_stance("force_eager"):
-            top1 = evaluate_knn(self.features, self.bank, self.val, self.cfg.KNN.BANK, replace=True)
-        self.log.row({"step": step, "knn_top1": top1})
+            row = {"step": step}
+            if self.val:
+                bank, val, size = self.bank, self.val, self.cfg.KNN.BANK
+                row["knn_top1"] = evaluate_knn(self.features, bank, val, size, replace=True)
+            if health:
+                row |= measure_health(self.features, self.images, health)
+        self.log.row(row)
         self.networks.train()
         self.meter.reset()
 

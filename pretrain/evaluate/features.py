@@ -1,4 +1,4 @@
-"""Features of a frozen backbone. knn.py and linear.py classify them."""
+"""Features of a frozen backbone. knn.py and linear.py classify them, health.py needs no labels."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class Features:
 
     It runs in eval mode unless asked otherwise. ``data`` is the DATA of a configuration, ``amp`` a dtype or
     None. ``cache`` is that of the checkpoint which holds the backbone: features of center crops are kept
-    there.
+    there. ``projector`` follows the backbone in pre-training; None for a checkpoint without one.
     """
 
     def __init__(
@@ -84,8 +84,10 @@ class Features:
         data: CfgNode,
         amp: torch.dtype | None,
         cache: FeatureCache | None = None,
+        projector: torch.nn.Module | None = None,
     ):
         self.backbone, self.data, self.amp, self.cache = backbone, data, amp, cache
+        self.projector = projector
         self.mean, self.std = (torch.tensor(values, device=device()) for values in (data.MEAN, data.STD))
 
     def __call__(self, images: torch.Tensor, train: bool = False) -> torch.Tensor:
@@ -101,6 +103,12 @@ class Features:
         images = normalize(images, self.mean, self.std)
         with torch.autocast(device().type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             return self.backbone(images.contiguous(memory_format=torch.channels_last)).float()
+
+    @torch.no_grad()
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Projections [N, out_dim] of features [N, D], float32 both, by the projector in eval mode."""
+        self.projector.eval()
+        return torch.cat([self.projector(part) for part in features.split(1024)])
 
     def of(
         self, images: Source, description: str, limit: int | None = None, replace: bool = False

@@ -44,7 +44,12 @@ PANELS = {
         "",
         {},
     ),
-    "kNN accuracy": ("top-1 (%)", {"knn_top1": "kNN top-1"}, "", {}),
+    "Evaluation": (
+        "%",
+        {"knn_top1": "kNN top-1", "consistency": "neighbor is other view"},
+        "effective rank",
+        {"rank_backbone": "effective rank"},
+    ),
     "Similarity": (
         "cosine",
         {"cos_aa": "aggressive–aggressive", "cos_aw": "aggressive–weak"},
@@ -130,7 +135,7 @@ def read_series(path: str | Path, x: str, keys: list[str]) -> dict[str, Series]:
 def plot_curves(pretrain_folder: str | Path | None, runs: dict[str, str | Path], path: Path) -> Path | None:
     """Draw the curves of pre-training, then of fine-tuning, a row of panels each, as one PNG.
 
-    Of pre-training: losses, kNN accuracy, similarities and schedules; of fine-tuning: loss and AP.
+    Of pre-training: losses, evaluation, similarities and schedules; of fine-tuning: loss and AP.
 
     pretrain_folder: a folder with ``metrics.jsonl``, or None; runs: {name: folder}.
     A panel without data is left out. Returns the path, or None when no panel has data.
