@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""Report fine-tuning runs: an AP table, and a page with curves, errors, classes and detections.
+"""Report fine-tuning runs: an AP table, and a page with curves, errors, classes and detections. Or compare
+pre-training runs.
 
     tools/report.py output/transfer                                       # one run
     tools/report.py output/rsa output/scratch --pretrain output/pretrain  # two, with pre-training curves
     tools/report.py seed0/rsa seed1/rsa seed2/rsa                         # differ only in seed: mean ± std
+    tools/report.py --pretrain output/pretrain output/second              # pre-training runs, side by side
 
 Prints the table as Markdown, and writes report.md, report.html, table.csv, ap.png, curves.png,
 precision_recall.png, errors.png and detections.png. A run needs only results.json; what its other files
 would show is left out if they are missing. Below a row of Tables 5 and 6 stand the published numbers and
 the difference, marked if it is more than another seed may change. Below a run that is almost such a row, a
 line says how it differs. Runs of different protocols or test sets are refused.
+
+Of pre-training runs alone it prints what they are, the settings that differ, and the first and last figures,
+and writes pretrain.md, pretrain.html, pretrain.csv and pretrain.png. A run need not have ended.
 """
 
 import argparse
@@ -18,13 +23,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsa_detectron2.common import record
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.data.annotations import locate_dataset
 from rsa_detectron2.transfer.data.detection_errors import KINDS
-from rsa_detectron2.transfer.report import paper
-from rsa_detectron2.transfer.report.page import write_report
+from rsa_detectron2.transfer.report import paper, pretraining
+from rsa_detectron2.transfer.report.page import body_markdown, write_report
 from rsa_detectron2.transfer.report.pictures import draw_detections, plot_ap, plot_curves
 from rsa_detectron2.transfer.report.quality_pictures import plot_errors, plot_precision_recall
 from rsa_detectron2.transfer.report.runs import load_results
@@ -42,7 +48,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="fine-tuning output folder, which holds results.json"
+        "runs", nargs="*", metavar="RUN", help="fine-tuning output folder, which holds results.json"
     )
     parser.add_argument(
         "--table",
@@ -50,7 +56,10 @@ def main() -> None:
         help="show all rows of this table, also those that were not run",
     )
     parser.add_argument(
-        "--pretrain", metavar="DIR", help="pre-training output folder, whose curves are drawn too"
+        "--pretrain",
+        nargs="+",
+        metavar="DIR",
+        help="pre-training output folders to compare; beside RUN one of them, whose curves are drawn too",
     )
     parser.add_argument(
         "--output", metavar="DIR", default="output/report", help="where to write (default %(default)s)"
@@ -63,8 +72,34 @@ def main() -> None:
         help="validation images to draw detections on (default %(default)s)",
     )
     args = parser.parse_args()
+    check(args)
+    if not args.runs:
+        compare(args.pretrain, Path(args.output))
+        return
     tables = [args.table] if args.table else None
-    write(args.runs, args.output, tables, pictures=Pictures(args.pretrain, args.images))
+    curves = args.pretrain[0] if args.pretrain else None
+    write(args.runs, args.output, tables, pictures=Pictures(curves, args.images))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for folders of the wrong kind or number."""
+    if not args.runs and not args.pretrain:
+        raise InputError("give the folders of fine-tuning runs, or of pre-training runs after --pretrain")
+    if not args.runs and args.table:
+        raise InputError(f"--table {args.table} shows fine-tuning runs: give their folders")
+    if args.runs and len(args.pretrain or ()) > 1:
+        raise InputError("--pretrain takes one folder beside fine-tuning runs: compare several without those")
+    for folder in args.runs:
+        if Path(folder, record.FILE).is_file():
+            raise InputError(f"{folder} holds a pre-training run: give it after --pretrain")
+
+
+def compare(folders: list[str], output: Path) -> None:
+    """Write the comparison of the pre-training runs in ``folders``, and print its tables."""
+    for heading, body in pretraining.write(folders, output):
+        if not isinstance(body, Path):
+            print(f"{heading}\n\n{body_markdown(heading, body, output)}")
+    print(f"{output}/pretrain.html")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A report as report.md and as report.html, one file that can be mailed."""
+"""A report as Markdown and as HTML, one file that can be mailed."""
 
 import base64
 import html
@@ -20,11 +20,13 @@ img { max-width: 100% }
 """.strip()
 
 
-def write_report(folder: str | Path, title: str, sections: list[tuple[str, Body]]) -> None:
-    """Write report.md and report.html into ``folder``.
+def write_report(
+    folder: str | Path, title: str, sections: list[tuple[str, Body]], name: str = "report"
+) -> None:
+    """Write ``name``.md and ``name``.html into ``folder``.
 
     sections: (heading, body) pairs. A body is text, a table (a header and rows of strings), or the
-    path of a PNG, which report.html embeds.
+    path of a PNG, which the HTML file embeds.
     """
     folder = Path(folder)
     markdown, page = [f"# {title}\n"], [f"<h1>{html.escape(title)}</h1>"]
@@ -34,8 +36,8 @@ def write_report(folder: str | Path, title: str, sections: list[tuple[str, Body]
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "report.html").write_text(head + "\n".join(page) + "\n</html>\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n".join(markdown), encoding="utf-8")
+    (folder / f"{name}.html").write_text(head + "\n".join(page) + "\n</html>\n", encoding="utf-8")
 
 
 def body_markdown(heading: str, body: Body, folder: Path) -> str:

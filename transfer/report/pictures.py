@@ -118,18 +118,23 @@ def tell_once(line: str) -> None:
 def read_series(path: str | Path, x: str, keys: list[str]) -> dict[str, Series]:
     """JSON lines -> {key: (x values, y values)} for the keys that occur, NaN and all, sorted by x.
 
-    A resumed run writes some steps twice: the later row counts. A line cut short by a crash is passed over.
+    A resumed run writes some steps twice: the later row counts. A line that is damaged, or was cut short by a
+    crash, is passed over.
     """
     points = {key: {} for key in keys}
-    for line in Path(path).read_text().splitlines() if Path(path).is_file() else ():
+    for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        for key in keys:
-            if row.get(key) is not None and x in row:
+        if isinstance(row, dict) and is_number(row.get(x)):
+            for key in filter(lambda key: is_number(row.get(key)), keys):
                 points[key][row[x]] = row[key]
     return {key: tuple(zip(*sorted(series.items()))) for key, series in points.items() if series}
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def plot_curves(pretrain_folder: str | Path | None, runs: dict[str, str | Path], path: Path) -> Path | None:
