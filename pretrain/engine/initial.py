@@ -59,3 +59,12 @@ def agree(given: object, needed: object) -> bool:
 def text(value: object) -> str:
     """A setting as a command line takes it."""
     return f'"({", ".join(f"{part:.4g}" for part in value)})"' if isinstance(value, list) else str(value)
+
+
+def in_words(about: dict) -> str:
+    """What is known of the weights: "rsa, step 500, online branch"."""
+    method = about["method"]
+    if method == "unknown":  # the file does not say; its layout is all that is known
+        method = f"layout of {about['format']}"
+    step = f", step {about['step']}" if about["step"] >= 0 else ""
+    return f"{method}{step}, {about['branch']} branch"

@@ -22,7 +22,7 @@ from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, Ste
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.engine import checkpoint, memory, parallel
 from rsa_detectron2.pretrain.engine.guards import Alarms, assert_finite
-from rsa_detectron2.pretrain.engine.initial import Initial, Reader, find_initial
+from rsa_detectron2.pretrain.engine.initial import Initial, Reader, find_initial, in_words
 from rsa_detectron2.pretrain.engine.metrics import Log, Meter
 from rsa_detectron2.pretrain.engine.step import TrainState, normalized_views, prefetch, train_step
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -414,10 +414,7 @@ class Trainer:
             flush=True,
         )
         if self.init and not self.start:
-            print(
-                f"the backbone is that of {self.cfg.MODEL.INIT}: {self.init['method']}, "
-                f"step {self.init['step']}, {self.init['branch']} branch"
-            )
+            print(f"the backbone is that of {self.cfg.MODEL.INIT}: {in_words(self.init)}")
         if bad_images.removed:
             print(
                 f"{bad_images.removed} images of {bad_images.path} are gone: "

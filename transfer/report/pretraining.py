@@ -162,12 +162,11 @@ def plot(runs: list[Run], figures: list[str], path: Path) -> None:
     """A panel for each figure, with a curve for each run over the images that it has seen, as a PNG."""
     panels = []
     for key in figures:
-        curves = [
-            (run.name, (tuple(run.about["settings"]["SOLVER.BATCH_SIZE"] * step for step in steps), values))
-            for run in runs
-            if key in run.series
-            for steps, values in [run.series[key]]
-        ]
+        curves = []
+        for run in runs:
+            steps, values = run.series.get(key, ((), ()))  # without points it keeps its color from the others
+            seen = tuple(run.about["settings"]["SOLVER.BATCH_SIZE"] * step for step in steps)
+            curves.append((run.name, (seen, values)))
         panels.append((FIGURES[key][0], "images seen", ("", ""), [curves, []]))
     with literal_text(*(run.name for run in runs)):
         draw_panels([panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)], len(runs), path)

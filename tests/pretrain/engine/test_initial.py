@@ -14,6 +14,7 @@ from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL, LAST
+from rsa_detectron2.pretrain.engine.initial import in_words
 from rsa_detectron2.pretrain.evaluate.features import CenterCrops
 from rsa_detectron2.tools._weights import load_features, read_initial
 from rsa_detectron2.transfer.convert.provenance import sha256
@@ -72,6 +73,13 @@ def test_other_libraries_networks(image_folder, tmp_path, monkeypatch, write):
     assert_same(online.projector.state_dict(), random.online.projector.state_dict())
     assert_same(trainer.networks.predictor.state_dict(), random.predictor.state_dict())
     assert random.online.backbone.conv1.weight.ne(online.backbone.conv1.weight).any()
+
+
+def test_what_is_known_of_the_weights_in_words():
+    known = {"method": "rsa", "step": 500, "branch": "target"}
+    assert in_words(known) == "rsa, step 500, target branch"
+    unknown = {"method": "unknown", "format": "SimSiam", "step": -1, "branch": "online"}
+    assert in_words(unknown) == "layout of SimSiam, online branch"
 
 
 @pytest.fixture(scope="module")

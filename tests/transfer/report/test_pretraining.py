@@ -18,7 +18,7 @@ INIT = {"source": "model_final.pth", "sha256": "fedcba9876543210", "method": "rs
 
 
 def make_run(folder, rows, overrides=(), **facts):
-    """A folder as tools/pretrain.py leaves it: 20 steps of 32 images, finished unless ``facts`` say otherwise."""
+    """A folder as tools/pretrain.py leaves it: 20 steps of 32 images, finished unless ``facts`` differ."""
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.BATCH_SIZE", 32, "OUTPUT_DIR", str(folder), *overrides])
     known = {"seed": 0, "step": 20, "steps": 20, "bn_batch_size": 32, "processes": 1, "device": "CPU"}
@@ -106,7 +106,8 @@ def test_curves_are_over_the_images_seen(two, tmp_path, monkeypatch):
     [[(title, xlabel, _, [curves, _]), (_, _, _, [knn, _])]] = drawn
     assert (title, xlabel) == ("loss", "images seen")
     assert curves == [(str(two[0]), ((320, 640), (2.0, 1.0))), (str(large), ((640,), (2.0,)))]
-    assert knn == [(str(two[0]), ((0, 320, 640), (10.0, 35.04, 30.0)))]
+    # The empty curve keeps its place, and so the others their colors.
+    assert knn == [(str(two[0]), ((0, 320, 640), (10.0, 35.04, 30.0))), (str(large), ((), ()))]
 
 
 def test_other_images_are_said(two, tmp_path):
