@@ -103,6 +103,8 @@ KEYS = (
     Key("DATA.STD", IMAGENET_STD, three_positive_numbers),
     # (black, white) of channels with more than 8 bits. (): the range of their format.
     Key("DATA.RANGE", (), black_and_white),
+    # Decode large JPEGs at 1/2, 1/4 or 1/8, where the crops keep enough pixels (data/reduced.py).
+    Key("DATA.REDUCED_DECODE", True),
     # Fraction of images that may be unreadable. Five always may, unless it is 0.
     Key("DATA.MAX_BAD", 0.001, fraction, free=True),
     # Per process. -1: from the number of cores.
@@ -181,6 +183,8 @@ KEYS = (
 FREE_KEYS = tuple(key.name for key in KEYS if key.free)
 # What a backbone needs as it was trained with.
 BACKBONE_KEYS = ("MODEL.BACKBONE", "MODEL.SMALL_STEM", "DATA.MEAN", "DATA.STD")
+# A run that began before these keys were there may go on with any value of them.
+ADDED_KEYS = ("DATA.REDUCED_DECODE",)
 DATA_KEYS = ("DATA.PATH", "DATA.CLASSES")  # free as well where the checkpoint tells the images (identity.py)
 
 
@@ -243,16 +247,17 @@ def differences(
     """Compare ``cfg`` with a saved configuration, the YAML text of ``source``.
 
     Returns the saved one as {key: value}, and the keys that differ, as ``KEY: saved -> now``. A key that it
-    lacks counts as its default; the keys of ``free`` may differ. Raises InputError where the text is no
-    configuration.
+    lacks counts as its default; the keys of ``free`` may differ, and those of ADDED_KEYS where it lacks them.
+    Raises InputError where the text is no configuration.
     """
+    now = flatten(cfg)
     try:
-        saved = {**flatten(get_cfg()), **flatten(yaml.safe_load(saved_yaml))}
+        added = {key: now[key] for key in ADDED_KEYS}
+        saved = {**flatten(get_cfg()), **added, **flatten(yaml.safe_load(saved_yaml))}
     except (yaml.YAMLError, AttributeError):
         raise InputError(
             f"{source} cannot be read as a configuration: restore it, or give another --output-dir"
         ) from None
-    now = flatten(cfg)
     return saved, [
         f"{key}: {saved.get(key)} -> {now.get(key)}"
         for key in sorted({*saved, *now})

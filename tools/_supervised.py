@@ -40,6 +40,7 @@ def main() -> None:
     if cfg.SOLVER.OPTIMIZER != "sgd":
         raise InputError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}: supervised training takes sgd alone")
     images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
+    images.reduced_decode = cfg.DATA.REDUCED_DECODE
     if len(images.classes) < 2 or min(images.labels) < 0:
         raise InputError(f"{cfg.DATA.PATH} has no labels: it must hold a folder of images for each class")
     with locked(cfg.OUTPUT_DIR, "--output-dir"):

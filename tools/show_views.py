@@ -39,6 +39,7 @@ def main() -> None:
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
     images.value_range = tuple(cfg.DATA.RANGE)
+    images.reduced_decode = cfg.DATA.REDUCED_DECODE
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,18 +19,22 @@ TRIES = 100  # so many images in a row may be unreadable
 HANDFUL = 5  # so many images may be unreadable, however small the data set
 
 
-def read_or_next(images: Source, index: int) -> tuple[torch.Tensor, int]:
+def read_or_next(
+    images: Source, index: int, read: Callable[[int], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, int]:
     """Image ``index``, or the next that can be decoded, and how many were skipped.
 
-    After the last image comes the first. Images that are known to be unreadable are not decoded again, which
-    does not change the result. Raises InputError after :data:`TRIES` images.
+    ``read``: what to do instead of ``images.read``. After the last image comes the first. Images that are
+    known to be unreadable are not decoded again, which does not change the result. Raises InputError after
+    :data:`TRIES` images.
     """
+    read = read or images.read
     for skipped in range(min(TRIES, len(images))):
         at = (index + skipped) % len(images)
         if images.bad[at]:
             continue
         try:
-            return images.read(at), skipped
+            return read(at), skipped
         except UnreadableImage:
             images.bad[at] = 1
     first, last = printable(images.name(index)), printable(images.name(at))

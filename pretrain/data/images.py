@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +175,16 @@ def suits_native(data: bytes) -> bool:
 
 def has_end(data: bytes) -> bool:
     """Whether a JPEG has an end marker after the start of its first scan; a thumbnail has one before."""
+    start = next((position for marker, position in jpeg_segments(data) if marker == 0xDA), None)
+    return start is not None and data.rfind(b"\xff\xd9", start) >= 0
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, position) of each segment of a JPEG, which begins with its second marker."""
     position = 2
-    while data[position : position + 1] == b"\xff":
-        if data[position + 1 : position + 2] == b"\xda":
-            return data.rfind(b"\xff\xd9", position) >= 0
+    while data[position : position + 1] == b"\xff" and position + 1 < len(data):
+        yield data[position + 1], position
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
 
 
 # ---- Pillow ----
@@ -221,10 +225,17 @@ def stated_bits(data: bytes, tiff: "Tiff | None", image: Image.Image) -> int:
 
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says."""
+    forget_xmp(image)
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF is no reason to leave out the image
         return image
+
+
+def forget_xmp(image: Image.Image) -> None:
+    """Where EXIF says nothing, Pillow would turn the image as XMP says; the other decoders do not."""
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ drawn from (seed, epoch, index). So a run can stop anywhere and go on bit for bi
 ranks and accumulation steps do not change which pixels are seen.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,10 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from rsa_detectron2.common import distributed, workers
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
+from rsa_detectron2.pretrain.data.images import decode
+from rsa_detectron2.pretrain.data.reduced import reduced_views
 from rsa_detectron2.pretrain.data.source import Source
-from rsa_detectron2.pretrain.method.augment import draw_params, weak_view
+from rsa_detectron2.pretrain.method.augment import Crop, draw_crop, draw_params, weak_view
 
 # First words of seeds: the order of an epoch and the samples in it are drawn independently.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
@@ -35,14 +37,25 @@ class MultiStageViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
-        image, skipped = read_or_next(self.images, index)
-        views = [weak_view(image, rng, self.size).movedim(0, -1) for _ in range(2)]
+        crops = [draw_crop(rng) for _ in range(2)]
+        views, skipped = read_or_next(self.images, index, lambda at: self.weak_views(at, crops))
         return {
-            "views": torch.stack(views).movedim(-1, 1),
+            "views": torch.stack([view.movedim(0, -1) for view in views]).movedim(-1, 1),
             "params": torch.stack([draw_params(rng) for _ in range(2)]),
             "index": index,
             "skipped": skipped,
         }
+
+    def weak_views(self, index: int, crops: Sequence[Crop]) -> list[torch.Tensor]:
+        """A view of an image for each of ``crops``, uint8 [3, S, S]. Raises UnreadableImage."""
+        if self.images.reduced_decode and hasattr(self.images, "encoded"):
+            data, name = self.images.encoded(index)
+            if views := reduced_views(data, crops, self.size):
+                return views
+            image = decode(data, name, self.images.value_range)
+        else:
+            image = self.images.read(index)
+        return [weak_view(image, crop, self.size) for crop in crops]
 
     @staticmethod
     def collate(samples: list[dict]) -> dict[str, torch.Tensor]:

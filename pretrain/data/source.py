@@ -29,6 +29,7 @@ class Source:
     own_val = False  # whether the validation images lie in the same data set, not in a folder beside ``root``
     files = ()  # that hold many images each; () where each image is a file
     value_range = ()  # DATA.RANGE
+    reduced_decode = True  # DATA.REDUCED_DECODE
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -118,6 +118,7 @@ class Trainer:
         self.num_processes, self.is_first = distributed.world_size(), distributed.rank() == 0
         self.data = identity.describe(self.images)
         self.images.value_range = tuple(cfg.DATA.RANGE)
+        self.images.reduced_decode = cfg.DATA.REDUCED_DECODE
         self.pixel_notes = check_pixels(self.images)
         self.find_validation()
         self.local_batch_size = memory.per_process(cfg.SOLVER.BATCH_SIZE, self.num_processes)

@@ -16,7 +16,7 @@ from rsa_detectron2.pretrain.data.loader import SAMPLE_STREAM, StepBatches, buil
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.features import Features, Labeled, label_of
 from rsa_detectron2.pretrain.evaluate.knn import check_labeled
-from rsa_detectron2.pretrain.method.augment import weak_view
+from rsa_detectron2.pretrain.method.augment import draw_crop, weak_view
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class RandomCrops(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, SAMPLE_STREAM, epoch, index))
         image, skipped = read_or_next(self.images, index)
-        return weak_view(image, rng, self.size, scale=(0.08, 1.0)), label_of(self.images, index + skipped)
+        view = weak_view(image, draw_crop(rng, scale=(0.08, 1.0)), self.size)
+        return view, label_of(self.images, index + skipped)
 
 
 class LinearClassifier:

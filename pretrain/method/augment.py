@@ -28,40 +28,46 @@ GRAYED, GRAYED_AND_BLURRED, BLURRED = 1, 2, 3
 # ---- weak stage, on one image in a worker ----
 
 
-def crop_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (top, left, height, width) in pixels.
-
-    Ten tries, then the largest central crop.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for u in rng.random((10, 4)):
-        area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
-        aspect = math.exp(low + u[1] * (high - low))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    return (height - h) // 2, (width - w) // 2, h, w
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+RATIO = (3 / 4, 4 / 3)  # of a box's width to its height
 
 
-def weak_view(
-    image: torch.Tensor, rng: np.random.Generator, size: int, scale: tuple[float, float] = (0.2, 1.0)
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Crop:
+    """What is drawn for one t_w, RandomResizedCrop and flip: it fits an image of any size."""
+
+    tries: np.ndarray  # float64 [10, 4] in [0, 1): area, aspect, top and left of each
+    flip: bool
+    scale: tuple[float, float]  # least and greatest area, as a fraction of the image's
+
+    def box(self, height: int, width: int) -> Box:
+        """The first of ten tries that fits into the image, else the largest central crop."""
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        for u in self.tries:
+            area = height * width * (self.scale[0] + u[0] * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(low + u[1] * (high - low))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
+        aspect = min(max(width / height, RATIO[0]), RATIO[1])
+        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_crop(rng: np.random.Generator, scale: tuple[float, float] = (0.2, 1.0)) -> Crop:
+    """Draw one t_w."""
+    return Crop(rng.random((10, 4)), rng.random() < 0.5, scale)
+
+
+def weak_view(image: torch.Tensor, crop: Crop, size: int) -> torch.Tensor:
     """t_w: uint8 [3, H, W] -> uint8 [3, size, size], channels last in memory."""
-    top, left, height, width = crop_box(rng, *image.shape[-2:], scale)
+    top, left, height, width = crop.box(*image.shape[-2:])
     # Copy the crop first: resizing the strided crop takes 1.5 times as long, for the same bits.
-    crop = image[None, :, top : top + height, left : left + width].contiguous(
+    pixels = image[None, :, top : top + height, left : left + width].contiguous(
         memory_format=torch.channels_last
     )
-    view = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
-    return view.flip(-1) if rng.random() < 0.5 else view
+    view = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+    return view.flip(-1) if crop.flip else view
 
 
 def draw_params(rng: np.random.Generator) -> torch.Tensor:

@@ -146,3 +146,12 @@ def test_differences_name_what_would_change_the_result():
     assert differences("SEED: 0", get_cfg(), "config.yaml")[1] == []  # a key that it lacks had its default
     with pytest.raises(InputError, match="config.yaml cannot be read as a configuration"):
         differences("[", cfg, "config.yaml")
+
+
+def test_a_run_from_before_large_photographs_were_reduced_goes_on_either_way():
+    for switch in (True, False):
+        cfg = get_cfg()
+        cfg.DATA.REDUCED_DECODE = switch
+        assert differences("SEED: 0", cfg, "config.yaml")[1] == []
+        saved = f"DATA: {{REDUCED_DECODE: {not switch}}}"
+        assert differences(saved, cfg, "config.yaml")[1] == [f"DATA.REDUCED_DECODE: {not switch} -> {switch}"]

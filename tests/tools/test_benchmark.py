@@ -7,14 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.engine.step import normalized_views, train_step
 from rsa_detectron2.pretrain.method.augment import aggressive
 from rsa_detectron2.tools import benchmark
-from rsa_detectron2.tools.benchmarks import pil, step_timer
+from rsa_detectron2.tools.benchmarks import data, pil, step_timer
 from rsa_detectron2.tools.benchmarks.augment import one_by_one, synthetic_views
+from rsa_detectron2.tools.benchmarks.photographs import write_photographs
 from rsa_detectron2.tools.benchmarks.step_timer import PARTS, StepTimer, synthetic_batches
 from rsa_detectron2.tools.benchmarks.timing import take_turns
 from rsa_detectron2.tools.benchmarks.traffic import measure_traffic
@@ -38,6 +40,7 @@ def bench(monkeypatch, capsys):
     return call
 
 
+FLAT = [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2
 TINY = "--backbone test_resnet --size 32 --batch-size 4 --repeats 2".split()
 
 
@@ -100,8 +103,22 @@ def test_data_with_prepared_images(bench, image_folder, tmp_path):
 
 def test_data_draws_images_where_there_are_none(bench, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert len(bench("data", "--images", 2, "--size", 32, "--repeats", 1)) == 4
+    assert len(bench("data", "--images", 2, "--size", 32, "--repeats", 1)) == 5
     assert not any(tmp_path.iterdir())
+
+
+def test_data_draws_photographs(bench, monkeypatch, tmp_path):
+    """Of so many megapixels, in files of as many bytes a pixel as a camera's; one variant reduces them."""
+    monkeypatch.setattr(data, "DRAWN", 1)
+    monkeypatch.setattr(data.MultiStageViews, "weak_views", lambda self, *_: seen.append(self.images) or FLAT)
+    seen = []
+    rows = bench("data", "--megapixels", 4, "--size", 32, "--repeats", 1)
+    assert rows[3]["variant"] == "this project, REDUCED_DECODE False"
+    assert {images.reduced_decode for images in seen} == {True, False}
+    [photograph] = write_photographs(tmp_path, 1, 1, 90).iterdir()
+    with Image.open(photograph) as image:
+        assert image.format == "JPEG" and 1.0 <= image.width * image.height / 1e6 < 1.01
+    assert 0.25 < photograph.stat().st_size / 1e6 < 0.35
 
 
 def test_pil_pipelines_make_the_papers_views(image_folder, monkeypatch):

@@ -1,6 +1,7 @@
 """Images per second of a loader's worker: this project, PIL pipelines, decoding alone."""
 
 import argparse
+import copy
 import itertools
 import random
 import tempfile
@@ -18,14 +19,23 @@ from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.tools.benchmarks import pil
 from rsa_detectron2.tools.benchmarks.options import positive
+from rsa_detectron2.tools.benchmarks.photographs import write_photographs
 from rsa_detectron2.tools.benchmarks.timing import take_turns
 from rsa_detectron2.transfer.data import drawn
 
 FOLDERS = ("datasets/imagenet/train", "output/quickstart/images/train")  # tried without --data
+DRAWN = 4  # photographs of --megapixels
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="a folder of images (default: found or drawn)")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--data", metavar="PATH", help="a folder of images (default: found or drawn)")
+    images.add_argument(
+        "--megapixels", type=positive, metavar="N", help=f"draw {DRAWN} photographs of so many megapixels"
+    )
+    parser.add_argument(
+        "--quality", type=positive, default=90, help="JPEG quality of drawn photographs (default 90)"
+    )
     parser.add_argument(
         "--prepared", metavar="PATH", help="what tools/prepare_data.py made of the images: measured too"
     )
@@ -39,7 +49,11 @@ def measure(args: argparse.Namespace) -> list[dict]:
     random.seed(0)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        source = find_images(args.data, folder)
+        if args.megapixels:
+            write_photographs(folder, DRAWN, args.megapixels, args.quality)
+            size = sum(file.stat().st_size for file in Path(folder).iterdir()) / DRAWN
+            print(f"drawn photographs of {args.megapixels} megapixels, {size / 1e6:.1f} MB on average")
+        source = find_images(folder if args.megapixels else args.data, folder)
         indices = np.unique(np.linspace(0, len(source) - 1, args.images).astype(int)).tolist()
         parts = [indices[i : i + 4] for i in range(0, len(indices), 4)]
         seconds = take_turns(make_variants(source, args), parts, args.repeats, time.process_time)
@@ -58,10 +72,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def make_variants(source: ImageFolder, args: argparse.Namespace) -> dict[str, Callable]:
     """{name: function of a list of indices}. Raises InputError if the prepared images are not as many."""
+    whole = copy.copy(source)
+    whole.reduced_decode = False
     variants = {
         "RSA in PIL, four float views": in_pil(source, pil.rsa_views(args.size)),
         "BYOL in PIL, two float views": in_pil(source, pil.byol_views(args.size)),
         "this project": in_this_project(source, args.size),
+        "this project, REDUCED_DECODE False": in_this_project(whole, args.size),
         "decoding alone": lambda part: [source.read(i) for i in part],
     }
     if args.prepared:

@@ -17,7 +17,7 @@ from rsa_detectron2.pretrain.method.augment import (
     SIGMA,
     Output,
     aggressive,
-    crop_box,
+    draw_crop,
     draw_params,
     normalize,
     to_float,
@@ -203,7 +203,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width):
         )
         return np.stack([top, left, h * w, np.log(w / h)])
 
-    ours = statistics([crop_box(rng, height, width) for _ in range(4000)])
+    ours = statistics([draw_crop(rng).box(height, width) for _ in range(4000)])
     drawn = [theirs.make_params([image]) for _ in range(4000)]
     expected = statistics([(p["top"], p["left"], p["height"], p["width"]) for p in drawn])
     error = 5 * (ours.std(1) + expected.std(1)) / math.sqrt(4000) + 1e-9
@@ -218,10 +218,11 @@ def test_weak_view_is_crop_resize_flip():
         return (a.int() - b.int()).abs().max() <= 1
 
     for seed in range(40):
-        view = weak_view(image, np.random.default_rng(seed), 24)
-        top, left, h, w = crop_box(np.random.default_rng(seed), 50, 70)
+        drawn = draw_crop(np.random.default_rng(seed))
+        view = weak_view(image, drawn, 24)
+        top, left, h, w = drawn.box(50, 70)
         crop = TF.resize(image[:, top : top + h, left : left + w], [24, 24], antialias=True)
         flipped = same(view, TF.horizontal_flip(crop))
-        assert view.dtype == torch.uint8 and (flipped or same(view, crop))
+        assert view.dtype == torch.uint8 and flipped == drawn.flip and (flipped or same(view, crop))
         flips += flipped
     assert 10 <= flips <= 30
