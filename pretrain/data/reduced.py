@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from rsa_detectron2.pretrain.data.images import forget_xmp, has_end, jpeg_segments, upright
+from rsa_detectron2.pretrain.data.images import forget_xmp, jpeg_segments, upright
 from rsa_detectron2.pretrain.method.augment import Box, Crop
 
 SCALES = (8, 4, 2)  # libjpeg's, the strongest first
@@ -37,7 +37,7 @@ def reduced_views(data: bytes, crops: Sequence[Crop], size: int) -> list[torch.T
     None for what must be decoded whole: other images, CMYK, crops too small for any scale, and damaged
     files, of which ``decode`` says what is wrong.
     """
-    if num_pixels(data) < LEAST_PIXELS or not has_end(data):
+    if num_pixels(data) < LEAST_PIXELS:
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:
