@@ -73,6 +73,7 @@ def test_data(bench, image_folder):
         "RSA in PIL, four float views",
         "BYOL in PIL, two float views",
         "this project",
+        "this project, REDUCED_DECODE False",
         "decoding alone",
     ]
     rates = {name: row["images/s per core"] for name, row in rows.items()}
@@ -118,7 +119,7 @@ def test_data_draws_photographs(bench, monkeypatch, tmp_path):
     [photograph] = write_photographs(tmp_path, 1, 1, 90).iterdir()
     with Image.open(photograph) as image:
         assert image.format == "JPEG" and 1.0 <= image.width * image.height / 1e6 < 1.01
-    assert 0.25 < photograph.stat().st_size / 1e6 < 0.35
+    assert 0.25 < photograph.stat().st_size / 1e6 < 0.45
 
 
 def test_pil_pipelines_make_the_papers_views(image_folder, monkeypatch):
