@@ -44,6 +44,7 @@ setup(
         "torchcodec": ["torchcodec>=0.16,<0.18"],  # for torch 2.11 or later
         "hf": ["datasets"],
         "onnx": ["onnx", "onnxruntime"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "setuptools>=70.1",
             "pytest",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode as CN
 
+from rsa_detectron2.common import loggers
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import flatten
 
@@ -86,6 +87,8 @@ KEYS = (
     Key("OUTPUT_DIR", "output/pretrain", utf8, free=True),
     # Steps between two rows of metrics.jsonl.
     Key("LOG_PERIOD", 10, at_least(1), free=True),
+    # Where these rows go as well: "tensorboard", "wandb".
+    Key("LOGGERS", ("tensorboard",), loggers.problem, free=True),
     #
     # Whatever data/datasets.py can open. In a folder, the first-level folders are the classes.
     Key("DATA.PATH", "datasets/imagenet/train"),

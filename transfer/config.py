@@ -223,11 +223,12 @@ def torchvision_defaults() -> CN:
         )
     )
     cfg.TEST = CN(dict(DETECTIONS_PER_IMAGE=100, EVAL_PERIOD=0, PRECISE_BN=dict(ENABLED=False, NUM_ITER=200)))
-    add_best_model(cfg)
+    add_own_keys(cfg)
     return cfg
 
 
-def add_best_model(cfg: CN) -> None:
-    """Add the keys of the best model, which Detectron2 does not have."""
+def add_own_keys(cfg: CN) -> None:
+    """Add the keys that Detectron2 does not have."""
+    cfg.LOGGERS = ("tensorboard",)  # where the rows of metrics.json go as well: "tensorboard", "wandb"
     cfg.TEST.BEST_METRIC = "bbox/AP"  # what makes a model the best among those that EVAL_PERIOD evaluates
     cfg.TEST.PATIENCE = 0  # end after that many evaluations in a row without a better model; 0: never

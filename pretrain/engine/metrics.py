@@ -1,18 +1,15 @@
 """The figures of a run: averaged over steps, logged, and shown on a progress bar."""
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from fvcore.common.config import CfgNode
 from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
-from rsa_detectron2.pretrain.engine import checkpoint
+from rsa_detectron2.common.loggers import Rows
 
 
 class Meter:
@@ -110,20 +107,11 @@ EVALUATED = {
 
 
 class Log:
-    """Rows to metrics.jsonl and TensorBoard, and the progress bar.
+    """Rows to metrics.jsonl and the loggers, and the progress bar. ``start``: the steps made before."""
 
-    A killed run may have written rows of steps after ``start``. They are dropped: the resumed run
-    writes them again.
-    """
-
-    def __init__(self, folder: Path, total: int, start: int):
-        path = folder / "metrics.jsonl"
-        rows = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
-        rows = [row for row in rows if _step(row) <= start]
-        checkpoint.write_atomically(path, lambda file: file.writelines(row.encode() for row in rows))
-        self.file = open(path, "a", buffering=1)
-        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
-        self.complained, self.latest = False, {}
+    def __init__(self, cfg: CfgNode, total: int, start: int):
+        self.rows = Rows(cfg, "metrics.jsonl", "step", start or None)
+        self.latest = {}
         self.progress = tqdm(
             total=total,
             initial=start,
@@ -135,15 +123,7 @@ class Log:
 
     def row(self, row: dict[str, float]) -> None:
         """Write a row {"step": k, name: number}."""
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(name, value, row["step"])
-        except OSError as error:  # a full disk loses rows, not the run
-            if not self.complained:
-                self.say(f"warning: cannot write metrics ({error.strerror}); the run goes on without them")
-            self.complained = True
+        self.rows.write(row["step"], {name: value for name, value in row.items() if name != "step"})
         self.latest |= row
         self.progress.set_postfix_str(
             " ".join(
@@ -162,16 +142,4 @@ class Log:
 
     def close(self) -> None:
         self.progress.close()
-        for writer in (self.tensorboard, self.file):
-            try:
-                writer.close()
-            except OSError:
-                pass  # row() has warned
-
-
-def _step(row):
-    """Step of a line of metrics.jsonl; infinite for one that a kill or a full disk cut short."""
-    try:
-        return json.loads(row)["step"] if row.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        self.rows.close()

@@ -246,7 +246,7 @@ class Trainer:
     def open(self) -> None:
         """Announce the run, and begin its files. The figures of the untrained network are the first row."""
         self.announce()
-        self.log = Log(self.folder, self.num_steps, self.start)
+        self.log = Log(self.cfg, self.num_steps, self.start)
         if not self.start:
             self.evaluate(0)
         checkpoint.write_config(self.cfg)

@@ -3,13 +3,13 @@
 from detectron2 import config
 from detectron2.config import CfgNode
 
-from rsa_detectron2.transfer.config import RGB_IMAGENET, add_best_model
+from rsa_detectron2.transfer.config import RGB_IMAGENET, add_own_keys
 
 
 def get_cfg() -> CfgNode:
     """Detectron2's defaults, and the keys of tools/train_net.py."""
     cfg = config.get_cfg()
-    add_best_model(cfg)
+    add_own_keys(cfg)
     return cfg
 
 

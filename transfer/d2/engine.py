@@ -1,5 +1,6 @@
 """Fine-tuning with Detectron2: checks, processes, training, and the AP of the saved file, read back."""
 
+import contextlib
 import gc
 import logging
 import time
@@ -11,9 +12,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_setup
 
-from rsa_detectron2.common import distributed
+from rsa_detectron2.common import distributed, loggers
 from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memory, one_line
 from rsa_detectron2.common.launch import Processes, launch
+from rsa_detectron2.common.loggers import Rows
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.transfer.config import BYTES_PER_IMAGE, CLASSES_KEYS, REFERENCE_GPUS, check_possible
@@ -44,6 +46,7 @@ from rsa_detectron2.transfer.report.runs import (
     check_network,
     check_unchanged,
     load_results,
+    open_rows,
     own_training,
     read_training,
     settings,
@@ -115,6 +118,7 @@ def plan(request: Request) -> Job:
     cfg, passes, resume, eval_only = request.cfg, request.passes, request.resume, request.eval_only
     processes, accumulate = passes.processes.all, passes.accumulate
     check_possible(cfg, POSSIBLE, "the detectron2 engine")
+    loggers.check(cfg)
     start = None if eval_only else find_start(cfg.OUTPUT_DIR, resume)
     datasets = check_datasets(cfg, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
@@ -276,9 +280,10 @@ def run(job: Job, stop: StopSignals) -> None:
     register_datasets(cfg, job.eval_only)
     cfg.freeze()
     default_setup(cfg, None)
-    if not job.eval_only:
-        fit(job, stop)
-    evaluate_saved_model(job, start, stop)
+    with training_rows(job) as rows:
+        if not job.eval_only:
+            fit(job, stop, rows)
+        evaluate_saved_model(job, start, stop, rows)
     comm.synchronize()  # no process may take the group down while another still reads
     # DistributedDataParallel, which reference cycles of the trainer hold, must go before the group.
     gc.collect()
@@ -290,9 +295,16 @@ def without_traceback(log: logging.LogRecord) -> bool:
     return not (error and (isinstance(error, ONE_LINE) or is_out_of_memory(error)))
 
 
-def fit(job: Job, stop: StopSignals) -> None:
+def training_rows(job: Job) -> contextlib.AbstractContextManager[Rows | None]:
+    """The rows of a training, which the main process writes; None in the others, and of an evaluation."""
+    if job.eval_only or not comm.is_main_process():
+        return contextlib.nullcontext()
+    return open_rows(job.cfg, iterations_of(job.start) if job.start else 0)
+
+
+def fit(job: Job, stop: StopSignals, rows: Rows | None) -> None:
     """Train to SOLVER.MAX_ITER. Raises Interrupted when a signal has stopped it."""
-    trainer = Trainer(job.cfg, job.setup.accumulate, stop)
+    trainer = Trainer(job.cfg, job.setup.accumulate, stop, rows)
     forget_datasets()  # the trainer has its own copy, serialized
     trainer.resume_or_load(bool(job.start))
     if comm.is_main_process() and trainer.start_iter == 0:
@@ -305,7 +317,7 @@ def fit(job: Job, stop: StopSignals) -> None:
     comm.synchronize()  # only the main process writes the file that all read now
 
 
-def evaluate_saved_model(job: Job, start: float, stop: StopSignals) -> None:
+def evaluate_saved_model(job: Job, start: float, stop: StopSignals, rows: Rows | None) -> None:
     """Read the saved model, evaluate it, and write results.json. ``start``: when the run began, by
     time.perf_counter."""
     cfg, setup = job.cfg, job.setup
@@ -329,4 +341,4 @@ def evaluate_saved_model(job: Job, start: float, stop: StopSignals) -> None:
     finest = None if job.eval_only else keep_final_if_best(cfg, ap, iterations)
     seconds = time.perf_counter() - start
     outcome = Outcome(ap, iterations, seconds, job.eval_only and not own, judge(cfg), finest)
-    write_results(cfg, setup, outcome)
+    write_results(cfg, setup, outcome, rows)

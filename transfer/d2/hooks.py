@@ -4,15 +4,17 @@ What is due after an iteration is due again when a run goes on from there: it ma
 """
 
 import sys
+from collections import defaultdict
 
 import detectron2.utils.comm as comm
 import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
+from rsa_detectron2.common.loggers import Rows
 from rsa_detectron2.common.signals import Stopped
 from rsa_detectron2.transfer.d2.data import seed_of
 from rsa_detectron2.transfer.d2.evaluation import evaluate, validation_losses
@@ -91,10 +93,33 @@ class Evaluation(Due):
             trainer.leave(done)
         if comm.is_main_process():
             figures = flatten_results_dict({**ap, "validation": losses})
-            trainer.storage.put_scalars(**figures, smoothing_hint=False)
+            # A run that goes on here is in the iteration after it.
+            trainer.storage.put_scalars(**figures, smoothing_hint=False, cur_iter=done - 1)
             best.keep_if_best(trainer.cfg, ap, done, lambda: trainer.content(done))
         if distributed.any_rank(comm.is_main_process() and best.out_of_patience(trainer.cfg, done)):
             raise OutOfPatience(done)
+
+
+class RowWriter(EventWriter):
+    """Writes what is new in Detectron2's storage as rows; medians over 20 iterations, as its JSONWriter."""
+
+    def __init__(self, rows: Rows):
+        self.rows, self.last = rows, -1
+
+    def write(self) -> None:
+        storage, new, images = get_event_storage(), defaultdict(dict), defaultdict(dict)
+        for name, (value, i) in storage.latest_with_smoothing_hint(20).items():
+            if i > self.last:
+                new[i][name] = value
+        for name, image, i in storage._vis_data:  # those of VIS_PERIOD, as Detectron2's writer takes them
+            images[i][name] = image
+        storage.clear_images()
+        for i in sorted({*new, *images}):
+            for name, image in images[i].items():
+                self.rows.draw(i, name, image)
+            if new[i]:
+                self.rows.write(i, new[i])
+        self.last = max(new, default=self.last)
 
 
 class ProgressBar(HookBase):

@@ -15,19 +15,28 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase, SimpleTrainer, hooks
-from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils.events import CommonMetricPrinter
 
 from rsa_detectron2.common import distributed, workers
 from rsa_detectron2.common.distributed import OWN_BUFFERS
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.loggers import Rows
 from rsa_detectron2.common.signals import StopSignals
 from rsa_detectron2.transfer.convert.detectors import is_detector, load_detector
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.accumulation import AccumulatingTrainer
 from rsa_detectron2.transfer.d2.data import NUM_WORKERS, Mapper, Order, Places
-from rsa_detectron2.transfer.d2.hooks import Checkpoints, Evaluation, OutOfPatience, PreciseBN, ProgressBar
+from rsa_detectron2.transfer.d2.hooks import (
+    Checkpoints,
+    Evaluation,
+    OutOfPatience,
+    PreciseBN,
+    ProgressBar,
+    RowWriter,
+)
 from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.weights import (
     ZOO,
@@ -56,10 +65,12 @@ class Record(dict):
 class Trainer(TrainerBase):
     """Trains the model of ``cfg``, until ``stop`` asks it to save and end.
 
-    accumulate: the passes of each process in an iteration.
+    accumulate: the passes of each process in an iteration. rows: where the main process writes its figures.
     """
 
-    def __init__(self, cfg: CfgNode, accumulate: int = 1, stop: StopSignals | None = None):
+    def __init__(
+        self, cfg: CfgNode, accumulate: int = 1, stop: StopSignals | None = None, rows: Rows | None = None
+    ):
         super().__init__()
         self.cfg, self.accumulate, self.stop = cfg, accumulate, stop or StopSignals(AGAIN_WITH_RESUME)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
@@ -80,7 +91,7 @@ class Trainer(TrainerBase):
         self.about = Record()
         trainer = weakref.proxy(self)
         self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer, run=self.about)
-        self.register_hooks(self.build_hooks())
+        self.register_hooks(self.build_hooks(rows))
 
     def train(self) -> None:
         """Train to SOLVER.MAX_ITER, or until TEST.PATIENCE runs out. Raises Interrupted."""
@@ -145,15 +156,15 @@ class Trainer(TrainerBase):
         loader.dataset = workers.Loader(loader.dataset, NUM_WORKERS)
         return loader
 
-    def build_hooks(self) -> list[HookBase]:
+    def build_hooks(self, rows: Rows | None) -> list[HookBase]:
         cfg = self.cfg
         result = [hooks.IterationTimer(), hooks.LRScheduler(), Checkpoints()]
         if cfg.TEST.PRECISE_BN.ENABLED and norm_layers(self.model):
             result.append(PreciseBN())
         if cfg.TEST.EVAL_PERIOD:
             result.append(Evaluation())
-        if comm.is_main_process():
-            writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
+        if rows:
+            writers = [CommonMetricPrinter(self.max_iter), RowWriter(rows)]
             result += [hooks.PeriodicWriter(writers, period=20), ProgressBar()]
         return result
 

@@ -5,7 +5,6 @@ record with the results, written when the run ends.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.loggers import Rows
 from rsa_detectron2.transfer.config import protocol_of
 from rsa_detectron2.transfer.convert.provenance import sha256
 from rsa_detectron2.transfer.data.annotations import locate_dataset
@@ -70,10 +70,10 @@ def describe(cfg: CfgNode, setup: Setup) -> dict:
     )
 
 
-def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
+def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome, rows: Rows | None = None) -> dict:
     """Write ``cfg.OUTPUT_DIR/results.json``, whole or not at all, and return its content.
 
-    A missing or non-finite AP becomes null. The APs of a training also end its ``metrics.json``.
+    A missing or non-finite AP becomes null. The APs of a training also end its ``rows``.
     """
     tasks = ("bbox", "segm", *outcome.ap.keys() & {"keypoints"})
     results = {
@@ -87,13 +87,17 @@ def write_results(cfg: CfgNode, setup: Setup, outcome: Outcome) -> dict:
         **outcome.quality,
     }
     record.write(cfg.OUTPUT_DIR, results, RESULTS)
-    if not outcome.eval_only:
+    if rows:
         last = {
             f"{task}/{key}": value for task, values in results["ap"].items() for key, value in values.items()
         }
-        with open(Path(cfg.OUTPUT_DIR, "metrics.json"), "a") as metrics:
-            metrics.write(json.dumps({"iteration": outcome.iterations - 1, **last}) + "\n")
+        rows.write(outcome.iterations - 1, last)
     return results
+
+
+def open_rows(cfg: CfgNode, done: int) -> Rows:
+    """The rows of a training that has made ``done`` iterations. Raises InputError."""
+    return Rows(cfg, "metrics.json", "iteration", done - 1 if done else None)
 
 
 NUMBER, NOTHING = (int, float), type(None)
@@ -169,7 +173,7 @@ def load_results(folder: str | Path) -> dict:
 
 # Settings that may change when a run is resumed, or when its model is evaluated again.
 EVALUATION = re.compile(
-    r"OUTPUT_DIR|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
+    r"OUTPUT_DIR|LOGGERS|MODEL\.WEIGHTS|VIS_PERIOD|MODEL\.DEVICE|SOLVER\.CHECKPOINT_PERIOD|"
     r"DATALOADER\.NUM_WORKERS|DATASETS\.TEST|TEST\.(?!PRECISE_BN).*|.*_TEST"
 )
 # Settings that define the network and its input. They must stay as in training.
@@ -182,12 +186,10 @@ def begin_training(
     """Write the record of a run that begins, and return it.
 
     categories: COCO's [{"id": int, "name": str}], in the order of the model's classes. num_images: the
-    number of training images. Empties the metrics.json of an earlier run that came to no checkpoint.
+    number of training images.
     """
     folder = Path(cfg.OUTPUT_DIR)
     forget_best(cfg)
-    if (folder / "metrics.json").is_file():
-        os.truncate(folder / "metrics.json", 0)  # Detectron2 has opened it already, to append
     about = describe(cfg, setup)
     about["categories"] = list(categories)
     about["annotations"] = annotation_digests(cfg)

@@ -8,6 +8,7 @@ shift; anchors are rounded to whole pixels; mask targets are cut from the resize
 polygons; images are resized without antialiasing; SyncBN is BatchNorm.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from rsa_detectron2.common import loggers
 from rsa_detectron2.common.errors import Interrupted
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.signals import Stopped, StopSignals
@@ -61,6 +63,7 @@ def _train(cfg: CfgNode, resume: bool, eval_only: bool, origin: Origin, stop: St
     began, folder = time.time(), Path(cfg.OUTPUT_DIR)
     start = None if eval_only else find_start(folder, resume)
     check(cfg)
+    loggers.check(cfg)
     check_datasets(cfg, eval_only)
     if start:
         check_unchanged(cfg, done=iterations_of(start))
@@ -79,16 +82,18 @@ def _train(cfg: CfgNode, resume: bool, eval_only: bool, origin: Origin, stop: St
     model = build_on_device(cfg)
     (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
-    if not eval_only:
-        fit(Trainer(cfg, model, train_set, val_set, start), origin, stop)
-    final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
-    state, iterations, weights = load_model(final, model.state_dict())
-    model.load_state_dict(state)
-    ap = evaluate(cfg, model, val_set)
-    other_model = eval_only and not (resume and own_training(cfg))
-    finest = None if eval_only else best.keep_final_if_best(cfg, ap, iterations)
-    outcome = Outcome(ap, iterations, time.time() - began, other_model, judge(cfg), finest)
-    return write_results(cfg, Setup("torchvision", weights, origin=origin), outcome)
+    trainer = None if eval_only else Trainer(cfg, model, train_set, val_set, start)
+    with trainer.rows if trainer else contextlib.nullcontext() as rows:
+        if trainer:
+            fit(trainer, origin, stop)
+        final = cfg.MODEL.WEIGHTS if eval_only and not resume else folder / FINAL
+        state, iterations, weights = load_model(final, model.state_dict())
+        model.load_state_dict(state)
+        ap = evaluate(cfg, model, val_set)
+        other_model = eval_only and not (resume and own_training(cfg))
+        finest = None if eval_only else best.keep_final_if_best(cfg, ap, iterations)
+        outcome = Outcome(ap, iterations, time.time() - began, other_model, judge(cfg), finest)
+        return write_results(cfg, Setup("torchvision", weights, origin=origin), outcome, rows)
 
 
 def build_on_device(cfg: CfgNode) -> nn.Module:

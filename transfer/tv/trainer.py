@@ -9,13 +9,12 @@ up to the order of its atomic sums. Iterations count from 0, as in Detectron2: t
 import contextlib
 import copy
 import functools
-import json
 import logging
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from rsa_detectron2.transfer.data.coco import CocoInstances
 from rsa_detectron2.transfer.precise_bn import update_statistics
 from rsa_detectron2.transfer.report import best
 from rsa_detectron2.transfer.report.run_folder import FINAL, leave, save_checkpoint
-from rsa_detectron2.transfer.report.runs import Setup, begin_training
+from rsa_detectron2.transfer.report.runs import Setup, begin_training, open_rows
 from rsa_detectron2.transfer.tv.evaluation import LOSSES, NO_SIGNALS, evaluate, validation_losses
 from rsa_detectron2.transfer.tv.weights import load_checkpoint, load_start
 
@@ -58,14 +57,18 @@ class Trainer:
         self.folder, self.device = Path(cfg.OUTPUT_DIR), next(model.parameters()).device
         self.optimizer = build_optimizer(model, cfg.SOLVER)
         self.start, self.about, self.complete = 0, None, best.is_complete(cfg, checkpoint)
-        if not checkpoint:
+        if checkpoint:
+            self.load(checkpoint)
+        else:
             self.provenance = load_start(cfg, model)
-            return
-        saved = load_checkpoint(checkpoint, model)
+        self.rows = open_rows(cfg, self.start)
+
+    def load(self, checkpoint: Path) -> None:
+        saved = load_checkpoint(checkpoint, self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.start, self.provenance = saved["iteration"] + 1, saved["weights"]
         self.about = saved.get("run")  # an older version wrote a checkpoint without it
-        log.info("%s: resuming at iteration %d of %d", checkpoint.name, self.start, cfg.SOLVER.MAX_ITER)
+        log.info("%s: resuming at iteration %d of %d", checkpoint.name, self.start, self.cfg.SOLVER.MAX_ITER)
 
     def fit(self, origin: Origin) -> None:
         """Train to MAX_ITER, then save model_final.pth. Raises Interrupted when a signal has stopped it."""
@@ -75,21 +78,18 @@ class Trainer:
             categories = self.dataset.dataset.categories
             self.about = begin_training(self.cfg, setup, categories, len(self.dataset.ids))
         self.model.train()
-        recent = []  # losses since the last row of metrics.json
-        with (
-            open(self.folder / "metrics.json", "a" if self.start else "w", buffering=1) as metrics,
-            tqdm(
-                total=solver.MAX_ITER,
-                initial=self.start,
-                desc="fine-tuning",
-                unit="it",
-                dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10,
-            ) as bar,
-        ):
+        recent = []  # losses since the last row
+        with tqdm(
+            total=solver.MAX_ITER,
+            initial=self.start,
+            desc="fine-tuning",
+            unit="it",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        ) as bar:
             self.stop.stepping = True
             # The run may have been killed before it had evaluated.
-            end = self.start if self.start and self.evaluate_after(last, metrics) else solver.MAX_ITER
+            end = self.start if self.start and self.evaluate_after(last) else solver.MAX_ITER
             for i, batch in enumerate(self.batches(self.start, end), self.start):
                 recent.append(self.step(i, *batch))
                 last = i
@@ -97,15 +97,13 @@ class Trainer:
                 bar.update()
                 if (i + 1) % 20 == 0 or i + 1 == solver.MAX_ITER:
                     means = {name: np.mean([losses[name] for losses in recent]) for name in recent[0]}
-                    metrics.write(
-                        json.dumps({"iteration": i, **means, "lr": learning_rate(solver, i)}) + "\n"
-                    )
+                    self.rows.write(i, {**means, "lr": learning_rate(solver, i)})
                     recent.clear()
                 if self.stop.asked:
                     self.leave(i)
                 if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
                     self.save(f"model_{i:07d}.pth", i)
-                if self.evaluate_after(i, metrics):
+                if self.evaluate_after(i):
                     break
         try:
             self.make_statistics_precise(last + 1)
@@ -135,7 +133,7 @@ class Trainer:
         self.optimizer.step()
         return dict(zip(("total_loss", *map(LOSSES.get, losses)), figures))
 
-    def evaluate_after(self, i: int, metrics: TextIO) -> bool:
+    def evaluate_after(self, i: int) -> bool:
         """Evaluate after iteration ``i`` if TEST.EVAL_PERIOD asks for it, and keep the best model.
 
         The last evaluation is that of the saved model. Training goes on as if there had been none, unless
@@ -154,7 +152,7 @@ class Trainer:
             self.leave(i)
         row = {f"{task}/{key}": value for task, values in ap.items() for key, value in values.items()}
         row |= {f"validation/{name}": loss for name, loss in losses.items()}
-        metrics.write(json.dumps({"iteration": i, **row}) + "\n")
+        self.rows.write(i, row)
         return best.out_of_patience(self.cfg, i + 1)
 
     @contextlib.contextmanager
