@@ -119,7 +119,7 @@ def start_of(init: dict | None) -> str:
     if init:
         text += f" ({init['source']}, {init['sha256'][:SHORT]})"
         if init.get("init"):
-            text += f", which started from {start_of(init['init'])}"
+            text += f", from {start_of(init['init'])}"
     return text
 
 

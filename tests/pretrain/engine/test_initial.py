@@ -229,7 +229,7 @@ def test_a_checkpoint_without_all_of_its_backbone(image_folder, tmp_path, first)
 
 def test_the_command_in_two_processes(image_folder, tmp_path, tool, first):
     words = ["--data", image_folder, "--output-dir", tmp_path, "--init", first, "--num-processes", 2]
-    done = tool("pretrain", *words, *TINY, "SOLVER.EPOCHS", 2)
+    done = tool("pretrain", *words, *TINY, *R18[2:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"the backbone is that of {first}: rsa, step 9, online branch\n") == 1
     start = rows(tmp_path / FINAL)[0]

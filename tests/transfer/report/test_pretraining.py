@@ -69,7 +69,7 @@ def test_what_runs_are_and_how_they_went(two, tmp_path):
     images = "photographs, 640 (01234567)"
     start = "rsa, step 20 (model_final.pth, fedcba98)"
     assert lines[0][1:] == ["rsa", "pretrain/mine.yaml", images, "random", "20 of 20", "2.00", "50"]
-    start = f"byol, step 20 (model_final.pth, 77777777), which started from {start}"
+    start = f"byol, step 20 (model_final.pth, 77777777), from {start}"
     # 5 steps of 32 images at 16 images/s, 5 at 32: 15 s
     assert lines[1][4:] == [start, "10 of 20", "0.00", "24"]
     assert pretraining.read(two[1]).seconds == pytest.approx(15)
@@ -141,7 +141,7 @@ def test_the_command(two, tmp_path, monkeypatch, capsys):
     said = call("--pretrain", *two)
     assert "| SOLVER.BASE_LR | 0.6" in said and said.endswith(f"{tmp_path}/out/pretrain.html\n")
     page = (tmp_path / "out" / "pretrain.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64") == 1 and "which started from rsa" in page
+    assert page.count("data:image/png;base64") == 1 and ", from rsa, step 20" in page
     fine_tuning = tmp_path / "ft"
     fine_tuning.mkdir()
     for words, message in (
