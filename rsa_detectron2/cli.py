@@ -19,6 +19,7 @@ COMMANDS = {
     "reproduce": "the tables and figures of the paper, and two tests of its claim",
     "label_fractions": "AP by the number of labeled images: is pre-training worth it on my data?",
     "show_views": "aggressive views, and the pairs that drifted most",
+    "show_features": "nearest neighbors before and after pre-training, and a map of features",
     "check_device": "does this machine train rightly, and how fast?",
     "prepare_data": "copy a folder of images at a smaller size, for a faster loader",
     "benchmark": "speed of the parts, beside what they replace",

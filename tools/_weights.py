@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from rsa_detectron2.common.config import find_config, merge_config
 from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.progress import say
 from rsa_detectron2.common.record import is_sound
 from rsa_detectron2.pretrain.config import check, get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
@@ -123,11 +124,39 @@ def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]
     return features_before(cfg), cfg, provenance
 
 
-def features_before(cfg: CfgNode) -> Features:
-    """The Features of the online network with which a pre-training of this configuration starts."""
+def features_before(cfg: CfgNode, sha256: str | None = None) -> Features:
+    """The Features of the online network with which a pre-training of this configuration starts.
+
+    ``sha256``: of MODEL.INIT when the run began. Raises InputError where that file is gone or another.
+    """
     torch.manual_seed(cfg.SEED)
-    online = networks.build_networks(cfg, METHODS[cfg.METHOD]).to(device()).eval().online
+    online = networks.build_networks(cfg, METHODS[cfg.METHOD]).online
+    if cfg.MODEL.INIT:
+        state, _, initial = read_initial(cfg.MODEL.INIT)
+        if sha256 not in (None, initial["sha256"]):
+            raise InputError(f"{cfg.MODEL.INIT} is no longer the file that the run started from: restore it")
+        networks.load_backbone(online.backbone, state, cfg.MODEL.INIT)
+    online.to(device()).eval()
     return Features(online.backbone, cfg.DATA, amp_dtype(cfg.SOLVER.AMP), projector=online.projector)
+
+
+def before_and_after(
+    features: Features, cfg: CfgNode, provenance: dict, images: Source
+) -> dict[str, torch.Tensor]:
+    """Features of images, float32 [N, D], by title: with the weights that pre-training started from, where
+    those are known, and after it.
+
+    The first three arguments are those that load_features gives. The next image stands in for one that cannot
+    be decoded.
+    """
+    known = {"nearest after pre-training": features}
+    if "pretrain" in provenance:  # a checkpoint of tools/pretrain.py, not of another project or converted
+        initial = (provenance["pretrain"] or {}).get("init") or {}
+        try:
+            known = {"nearest before pre-training": features_before(cfg, initial.get("sha256")), **known}
+        except InputError as error:
+            say(f"features before pre-training are left out: {error}")
+    return {title: each.of(images, title, replace=True).features for title, each in known.items()}
 
 
 def open_for(cfg: CfgNode, path: str = "", limit: int = 0) -> Source:

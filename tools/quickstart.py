@@ -32,7 +32,7 @@ from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
 from rsa_detectron2.pretrain.evaluate.drift import choose
 from rsa_detectron2.pretrain.evaluate.pictures import draw_neighbors, draw_views
-from rsa_detectron2.tools._weights import load_features, untrained_features
+from rsa_detectron2.tools._weights import before_and_after, load_features
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data import drawn
@@ -206,7 +206,10 @@ def pictures(cfg: CfgNode, folder: Path, folders: dict[str, Path]) -> list[tuple
     """(heading, picture) of the report: views, curves, and detections of the runs in ``folders``."""
     source, coco = open_images(cfg.DATA.PATH), folder / "coco"
     views = draw_views(source, cfg.DATA.IMAGE_SIZE, cfg.SEED, 4, folder / "views.png")
-    neighbors = draw_before_and_after(cfg, folder)
+    pretrained, val = load_features(folder / "pretrain" / FINAL), open_images(str(folder / "images" / "val"))
+    queries = choose(len(val), 8).tolist()
+    features = before_and_after(*pretrained, val)
+    neighbors = draw_neighbors(val, features, queries, folder / "neighbors.png")
     curves = plot_curves(folder / "pretrain", folders, folder / "curves.png")
     detections = draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png")
     return [
@@ -215,19 +218,6 @@ def pictures(cfg: CfgNode, folder: Path, folders: dict[str, Path]) -> list[tuple
         ("Curves", curves),
         ("Detections", detections),
     ]
-
-
-def draw_before_and_after(cfg: CfgNode, folder: Path) -> Path:
-    """The nearest neighbors of a few images, by the untrained and by the pre-trained backbone."""
-    images = open_images(str(folder / "images" / "val"))
-    after, _, _ = load_features(folder / "pretrain" / FINAL)
-    before, _, _ = untrained_features(str(PRETRAIN_CONFIG), cfg.SEED)
-    features = {
-        f"nearest {word} pre-training": each.of(images, f"features {word}").features
-        for word, each in (("before", before), ("after", after))
-    }
-    queries = choose(len(images), 8)
-    return draw_neighbors(images, features, queries.tolist(), folder / "neighbors.png")
 
 
 def say(line: str) -> None:

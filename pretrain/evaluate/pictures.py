@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as TF
 
+from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.drift import OPERATIONS, caption, choose, load_views
+from rsa_detectron2.pretrain.evaluate.features import label_of
 from rsa_detectron2.pretrain.method.augment import GRAY, ORDER, SIGMA, aggressive, to_float
 
 WEAK, STRONG, NEUTRAL = "#0072b2", "#d55e00", "0.55"
@@ -218,7 +220,7 @@ def show(ax: Axes, picture: np.ndarray, words: str) -> None:
 
 
 SAME, OTHER = "#009e73", "#cc3311"  # frames: a neighbor of the query's class, or of another
-NEIGHBORS = 5
+NEIGHBORS = 8
 
 
 def draw_neighbors(
@@ -228,7 +230,7 @@ def draw_neighbors(
     all images, by cosine, once for each of ``features``.
 
     features: {title: float [N, D] of the N images}. Where images have labels, a green frame means
-    the class of the query, a red one another class.
+    the class of the query, a red one another class. The next image stands in for one that cannot be decoded.
     """
     group = [0.2, *[1] * NEIGHBORS]  # widths: a gap, and the neighbors
     widths = [1, *group * len(features)]
@@ -243,13 +245,19 @@ def draw_neighbors(
     for start, title in zip(starts, features):
         grid[0][start].set_title(title, fontsize=9, loc="left")
     for row, query in zip(grid, queries):
-        row[0].imshow(square(images.read(query), 96))
+        label = show_small(row[0], images, query)
         for start, vectors in zip(starts, features.values()):
             for ax, index in zip(row[start:], nearest(vectors, query)):
-                ax.imshow(square(images.read(index), 96))
-                frame(ax, images.labels[query], images.labels[index])
+                frame(ax, label, show_small(ax, images, index))
     figure.savefig(path)
     return path
+
+
+def show_small(ax: Axes, images: Source, index: int) -> int:
+    """Show an image, or the next that can be decoded, and return its label."""
+    image, skipped = read_or_next(images, index)
+    ax.imshow(square(image, 96))
+    return label_of(images, index + skipped)
 
 
 def nearest(features: torch.Tensor, query: int) -> list[int]:

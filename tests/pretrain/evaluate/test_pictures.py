@@ -26,18 +26,21 @@ def test_neighbors_stand_beside_their_image_with_the_frame_of_their_class(tmp_pa
     by_class = torch.eye(2)[torch.as_tensor(np.asarray(images.labels))] + 0.01 * torch.rand(6, 2)
     mixed = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0.1], [1, 0.2], [0, 1]])
 
-    path = pictures.draw_neighbors(images, {"a": by_class, "b": mixed}, [0], tmp_path / "n.png")
-    drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
-
     def count(color):
+        drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         return int((abs(drawn - wanted).max(2) < 12).sum())
 
+    path = pictures.draw_neighbors(images, {"a": by_class, "b": mixed}, [0], tmp_path / "n.png")
     # Of five neighbors two are of the class of image 0 in either ranking: four green frames, six red ones.
     assert count(pictures.OTHER) > 1.3 * count(pictures.SAME) > 0
+    before = count(pictures.OTHER), count(pictures.SAME)
+    (tmp_path / "images" / "dark" / "2.png").write_bytes(b"")  # an image of the other class stands in for it
+    pictures.draw_neighbors(images, {"a": by_class, "b": mixed}, [0], path)
+    assert count(pictures.OTHER) == pytest.approx(before[0] * 8 / 6, rel=0.05)
+    assert count(pictures.SAME) == pytest.approx(before[1] * 2 / 4, rel=0.05)
     images.labels = np.full(6, -1)
     pictures.draw_neighbors(images, {"a": by_class}, [0], path)
-    drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert count(pictures.SAME) == count(pictures.OTHER) == 0
 
 

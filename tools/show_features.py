@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Show which images a pre-trained backbone takes for alike. No labels are needed.
+
+    tools/show_features.py                          # output/pretrain/model_final.pth, its own images
+    tools/show_features.py CHECKPOINT IMAGES
+
+neighbors.png shows twelve images, each with the eight that are nearest to it by the cosine of their
+features: with the weights that pre-training started from, and after it. map.png shows all images by the
+first two principal components of their features. Classes, where they are known, are frames in the one and
+colors in the other. CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py
+reads, of which only the features after pre-training are known.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rsa_detectron2.common.cli import run
+from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.pretrain.data.images import printable
+from rsa_detectron2.pretrain.evaluate.drift import choose
+from rsa_detectron2.pretrain.evaluate.pictures import draw_map, draw_neighbors
+from rsa_detectron2.tools._weights import before_and_after, load_features, open_for
+
+QUERIES = 12  # rows of neighbors.png
+
+
+def main() -> None:
+    args = parse()
+    for name, value, least in (("limit", args.limit, 2), ("workers", args.workers, -1)):
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}: it must be at least {least}")
+    features, cfg, provenance = load_features(args.checkpoint, args.branch)
+    if args.workers is not None:
+        cfg.DATA.NUM_WORKERS = args.workers
+    images = open_for(cfg, args.images, args.limit)
+    if len(images) < 2:
+        raise InputError(f"{printable(images.root)} holds one image: neighbors need two or more")
+    vectors = before_and_after(features, cfg, provenance, images)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    queries = choose(len(images), QUERIES).tolist()
+    print(draw_neighbors(images, vectors, queries, folder / "neighbors.png"), flush=True)
+    *_, after = vectors.values()
+    labels = torch.as_tensor(np.asarray(images.labels))
+    print(draw_map(after, labels, images.classes, folder / "map.png"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
+    parser.add_argument(
+        "images",
+        nargs="?",
+        default="",
+        metavar="IMAGES",
+        help="folder of images, or a data set that tools/pretrain.py takes (default: what it was pre-trained "
+        "on)",
+    )
+    parser.add_argument(
+        "--branch",
+        choices=("online", "target"),
+        help="network of the checkpoint (default: online, or the one that a converted file holds)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="at most N images, evenly spaced (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that load images (default: as in pre-training)"
+    )
+    parser.add_argument(
+        "--output-dir", default="output/features", metavar="DIR", help="where to write (default %(default)s)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
