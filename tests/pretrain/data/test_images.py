@@ -163,6 +163,11 @@ def test_images_are_upright(decoder, kind):
             assert torch.equal(result, by_pillow(data))
 
 
+def test_a_rotation_in_xmp_alone_does_not_count(decoder):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert torch.equal(decode(encoded(COLORS, "JPEG", xmp=xmp), "x"), decode(encoded(COLORS, "JPEG"), "x"))
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animation_is_its_first_image(decoder, kind):
     first, second = (Image.fromarray(np.full((6, 9, 3), value, np.uint8)) for value in (10, 200))
