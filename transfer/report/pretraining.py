@@ -146,7 +146,7 @@ def figure_table(runs: list[Run], figures: list[str]) -> list[list[str]]:
 
 
 def course(run: Run, key: str) -> str:
-    """How a figure went: "20.1 → 45.3 (best 46.0 at step 900)"."""
+    """How a figure went: "10.5 → 21.5 (best 22.5 at step 900)"."""
     if key not in run.series:
         return "–"
     steps, values = run.series[key]
