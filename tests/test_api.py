@@ -38,8 +38,7 @@ def test_examples(folder, monkeypatch):
     for example in EXAMPLES:
         if "detectron2" in re.sub("rsa_detectron2", "", example):
             pytest.importorskip("detectron2")
-        if "features.parquet" in example:
-            pytest.importorskip("pandas")
+        if "features.npy" in example:
             monkeypatch.setattr(sys, "argv", ["embed"])
             embed.main()
         exec(example, namespace)

@@ -2,11 +2,11 @@
 """Write the features of images, by a pre-trained backbone, to a file that other programs read.
 
     tools/embed.py                                  # output/pretrain/model_final.pth, its own images
-    tools/embed.py CHECKPOINT IMAGES --output features.npy
+    tools/embed.py CHECKPOINT IMAGES --output features.parquet
 
-CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. FILE.parquet has
-the columns file, label (the class, if any) and feature. FILE.npy is an array [N, D], and FILE.npy.csv has
-the file and label of each row. FILE.json beside either says what it was computed from. An image that cannot
+CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py reads. FILE.npy is an
+array [N, D], and FILE.npy.csv has the file and label (the class, if any) of each row. FILE.parquet has the
+columns file, label and feature. FILE.json beside either says what it was computed from. An image that cannot
 be decoded is named and left out. Stopped at any point, the same command goes on.
 """
 
@@ -56,9 +56,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        default="output/features.parquet",
+        default="output/features.npy",
         metavar="FILE",
-        help="to write, .parquet or .npy (default %(default)s)",
+        help="to write, .npy or .parquet (default %(default)s)",
     )
     parser.add_argument(
         "--branch",
