@@ -13,6 +13,7 @@ MISTAKES = {
     "benchmark": ["data", "--data", "absent"],
     "check_device": ["absent"],
     "convert_to_d2": ["absent"],
+    "embed": ["absent"],
     "evaluate": ["knn", "absent"],
     "export_onnx": ["absent", "out.onnx"],
     "label_fractions": ["--data", "absent"],
@@ -22,6 +23,7 @@ MISTAKES = {
     "report": ["absent"],
     "report_top1": ["absent"],
     "reproduce": ["table1", "--set", "ABSENT", "1"],
+    "show_features": ["absent"],
     "show_views": ["absent"],
     "train_net": ["--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "MODEL.WEIGHTS", "absent"],
 }

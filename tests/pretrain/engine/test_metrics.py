@@ -168,10 +168,13 @@ def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, mo
     broken = sorted(copy.glob("*/*.png"))[0]
     broken.write_bytes(b"")
     reads = []
-    read = ImageFolder.read
-    monkeypatch.setattr(
-        ImageFolder, "read", lambda images, index: (reads.append(images.name(index)), read(images, index))[1]
-    )
+    encoded = ImageFolder.encoded
+
+    def counted(images, index):
+        reads.append(images.name(index))
+        return encoded(images, index)
+
+    monkeypatch.setattr(ImageFolder, "encoded", counted)
     shutil.copytree(image_folder.parent / "val", tmp_path / "val")
     train_loop.train(tiny_cfg(copy, tmp_path, "KNN.PERIOD", 1))
     assert (tmp_path / "run" / "bad_images.txt").read_text() == f'"{broken.relative_to(copy)}"\n'
