@@ -10,7 +10,8 @@ import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.data.folders import ImageFolder
+from rsa_detectron2.pretrain.data import loader, source
+from rsa_detectron2.pretrain.data.images import decode
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from rsa_detectron2.pretrain.engine.guards import Alarms, assert_finite
@@ -168,13 +169,13 @@ def test_a_bad_image_in_24_is_listed_and_decoded_once(image_folder, tmp_path, mo
     broken = sorted(copy.glob("*/*.png"))[0]
     broken.write_bytes(b"")
     reads = []
-    encoded = ImageFolder.encoded
 
-    def counted(images, index):
-        reads.append(images.name(index))
-        return encoded(images, index)
+    def counted(data, name, value_range=()):
+        reads.append(name)
+        return decode(data, name, value_range)
 
-    monkeypatch.setattr(ImageFolder, "encoded", counted)
+    for module in (source, loader):
+        monkeypatch.setattr(module, "decode", counted)
     shutil.copytree(image_folder.parent / "val", tmp_path / "val")
     train_loop.train(tiny_cfg(copy, tmp_path, "KNN.PERIOD", 1))
     assert (tmp_path / "run" / "bad_images.txt").read_text() == f'"{broken.relative_to(copy)}"\n'
