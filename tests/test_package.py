@@ -111,6 +111,7 @@ def test_tables_of_the_paper(command):
     assert done.returncode == 0 and "tools/train_net.py" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_quickstart(command, tmp_path):
     done = command("quickstart", "--fast", "--engine", "torchvision")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -131,7 +131,9 @@ def part_of_the_batch(rank, folder, layout):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last]
+)
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path, layout):
     torch.multiprocessing.spawn(part_of_the_batch, (tmp_path, layout), nprocs=len(COUNTS))
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1))

@@ -160,6 +160,7 @@ def test_worst_of_several_trials():
     assert math.isnan(figure.value) and not figure.passes
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(tool):
     done = tool("check_device", "resume")
     assert done.returncode == 0 and not done.stderr, done.stderr

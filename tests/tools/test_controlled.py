@@ -25,6 +25,7 @@ def call(monkeypatch, *arguments):
     return reproduce.main()
 
 
+@pytest.mark.slow
 def test_runs_are_done_once_and_reported(tmp_path, monkeypatch, capsys):
     arguments = ["--rows", "byol", "simsiam_rsa", "--seeds", 1, "--jobs", 2]
     arguments += ["--output-dir", tmp_path, "--set", *SMALL]

@@ -65,7 +65,10 @@ def uninterrupted(image_folder, tmp_path_factory):
     return final_weights(Path(cfg.OUTPUT_DIR, checkpoint.FINAL)), seconds
 
 
-@pytest.mark.parametrize("number, kills, code", [(signal.SIGKILL, 10, None), (signal.SIGTERM, 4, REQUEUE)])
+@pytest.mark.parametrize(
+    "number, kills, code",
+    [(signal.SIGKILL, 10, None), pytest.param(signal.SIGTERM, 6, REQUEUE, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
     """Some runs are killed at a random time of their start, the others after a random number of further
     steps, whether they are in a step or writing a file. Each start uses another number of workers."""

@@ -49,7 +49,7 @@ def uninterrupted(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):
     """By SIGKILL, with or without workers of the loader; in the end by SIGTERM."""
     (tmp_path / "steps").write_bytes(b"")

@@ -480,6 +480,7 @@ def test_precise_bn_is_equal_on_all_ranks_and_that_of_all_images(shapes, tmp_pat
     assert differ == len(own0) > 10
 
 
+@pytest.mark.slow
 def test_two_processes_train_resume_and_evaluate_what_they_saved(shapes, tmp_path, tool):
     """The tool itself is stopped at half of the schedule and resumed, with evaluations during training."""
     cfg = tiny(shapes, tmp_path / "run", "TEST.EVAL_PERIOD", 1)
@@ -816,7 +817,9 @@ NEGATIVES = "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "INPUT.MASK_FORMAT", "
 NORMALIZED_HEADS = "MODEL.ROI_BOX_HEAD.NORM", "naiveSyncBN_N", "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"
 
 
-@pytest.mark.parametrize("processes, norms", [(1, ()), (2, ()), (2, NORMALIZED_HEADS)])
+@pytest.mark.parametrize(
+    "processes, norms", [(1, ()), pytest.param(2, (), marks=pytest.mark.slow), (2, NORMALIZED_HEADS)]
+)
 def test_passes_and_iterations_without_any_object_train(shapes, tmp_path, processes, norms):
     """One image of eight has objects, so at least five of six iterations see none on any rank. One process
     has SyncBN; two have their own BatchNorm, or the synchronized one that Detectron2 gives the heads on

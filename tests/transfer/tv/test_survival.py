@@ -37,7 +37,10 @@ def uninterrupted(coco, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number, count, code", [(signal.SIGKILL, 10, -9), (signal.SIGTERM, 4, REQUEUE)])
+@pytest.mark.parametrize(
+    "number, count, code",
+    [(signal.SIGKILL, 10, -9), pytest.param(signal.SIGTERM, 5, REQUEUE, marks=pytest.mark.slow)],
+)
 def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count, code):
     (tmp_path / "steps").write_bytes(b"")
     run = functools.partial(start, config(coco, tmp_path, *SETTINGS))
