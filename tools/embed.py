@@ -15,18 +15,20 @@ import sys
 from pathlib import Path
 
 from rsa_detectron2.common.cli import run
-from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.evaluate.embed import embed
 from rsa_detectron2.pretrain.evaluate.writers import check_format
+from rsa_detectron2.tools._feature_options import (
+    add_branch_and_workers,
+    add_checkpoint_and_images,
+    check_at_least,
+)
 from rsa_detectron2.tools._weights import load_features, open_for
 
 
 def main() -> None:
     args = parse()
-    for name, value, least in (("limit", args.limit, 0), ("workers", args.workers, -1)):
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}: it must be at least {least}")
+    check_at_least(args, limit=0, workers=-1)
     output = Path(args.output)
     check_format(output)
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
@@ -45,31 +47,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
-    parser.add_argument(
-        "images",
-        nargs="?",
-        default="",
-        metavar="IMAGES",
-        help="folder of images, or a data set that tools/pretrain.py takes (default: what it was pre-trained "
-        "on)",
-    )
+    add_checkpoint_and_images(parser)
     parser.add_argument(
         "--output",
         default="output/features.npy",
         metavar="FILE",
         help="to write, .npy or .parquet (default %(default)s)",
     )
-    parser.add_argument(
-        "--branch",
-        choices=("online", "target"),
-        help="network of the checkpoint (default: online, or the one that a converted file holds)",
-    )
+    add_branch_and_workers(parser)
     parser.add_argument(
         "--limit", type=int, default=0, metavar="N", help="at most N images, evenly spaced (default: all)"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that load images (default: as in pre-training)"
     )
     return parser.parse_args()
 

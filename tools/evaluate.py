@@ -43,19 +43,13 @@ from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, fin
 from rsa_detectron2.pretrain.evaluate.linear import evaluate_linear_on
 from rsa_detectron2.pretrain.evaluate.parts import evaluate_parts
 from rsa_detectron2.tools import _trust
+from rsa_detectron2.tools._feature_options import add_branch_and_workers, check_at_least
 from rsa_detectron2.tools._weights import load_features, untrained_features
 
 
 def main() -> None:
     args = parse()
-    for name, value, least in (
-        ("epochs", args.epochs, 1),
-        ("bank", args.bank, 0),
-        ("images", args.images, 2),
-        ("workers", args.workers, -1),
-    ):
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}: it must be at least {least}")
+    check_at_least(args, epochs=1, bank=0, images=2, workers=-1)
     if args.protocol == "trust":
         return run_trust(args)
 
@@ -222,11 +216,7 @@ def parse() -> argparse.Namespace:
         help="values of channels with more than 8 bits that become black and white (default: as in "
         "pre-training)",
     )
-    parser.add_argument(
-        "--branch",
-        choices=("online", "target"),
-        help="of the checkpoint (default: online, or the one that a converted file holds)",
-    )
+    add_branch_and_workers(parser)
     parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
     parser.add_argument(
         "--train-bn",
@@ -247,12 +237,6 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="of the health: at most N images, evenly spaced (default: as in pre-training, else 10,000 on a "
         "GPU, 1,000 on a CPU)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that load images (default: the pre-training's number)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

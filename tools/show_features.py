@@ -22,6 +22,11 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.evaluate.drift import choose
 from rsa_detectron2.pretrain.evaluate.pictures import draw_map, draw_neighbors
+from rsa_detectron2.tools._feature_options import (
+    add_branch_and_workers,
+    add_checkpoint_and_images,
+    check_at_least,
+)
 from rsa_detectron2.tools._weights import before_and_after, load_features, open_for
 
 QUERIES = 12  # rows of neighbors.png
@@ -29,9 +34,7 @@ QUERIES = 12  # rows of neighbors.png
 
 def main() -> None:
     args = parse()
-    for name, value, least in (("limit", args.limit, 2), ("workers", args.workers, -1)):
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}: it must be at least {least}")
+    check_at_least(args, limit=2, workers=-1)
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
@@ -52,29 +55,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", default="output/pretrain/model_final.pth")
-    parser.add_argument(
-        "images",
-        nargs="?",
-        default="",
-        metavar="IMAGES",
-        help="folder of images, or a data set that tools/pretrain.py takes (default: what it was pre-trained "
-        "on)",
-    )
-    parser.add_argument(
-        "--branch",
-        choices=("online", "target"),
-        help="network of the checkpoint (default: online, or the one that a converted file holds)",
-    )
+    add_checkpoint_and_images(parser)
+    add_branch_and_workers(parser)
     parser.add_argument(
         "--limit",
         type=int,
         default=2000,
         metavar="N",
         help="at most N images, evenly spaced (default %(default)s)",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that load images (default: as in pre-training)"
     )
     parser.add_argument(
         "--output-dir", default="output/features", metavar="DIR", help="where to write (default %(default)s)"

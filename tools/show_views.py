@@ -20,16 +20,14 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
+from rsa_detectron2.tools._feature_options import add_branch_and_workers, check_at_least
 from rsa_detectron2.tools._weights import load_features
 
 
 def main() -> None:
     args = parse()
     # The blur reflects 6 pixels, so an image needs at least 7.
-    for name, least in (("rows", 1), ("pairs", 1), ("limit", 1), ("workers", -1), ("image_size", 7)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    check_at_least(args, rows=1, pairs=1, limit=1, workers=-1, image_size=7)
     if len(args.images) > 1 and not args.noisy:
         raise InputError("several IMAGES need --noisy: add it, or give one of them")
     if args.noisy:
@@ -92,11 +90,7 @@ def parse() -> argparse.Namespace:
         "--titles", nargs="+", metavar="TITLE", help="titles of the panels of --noisy (default: IMAGES)"
     )
     parser.add_argument("--checkpoint", metavar="FILE")
-    parser.add_argument(
-        "--branch",
-        choices=("online", "target"),
-        help="network of the checkpoint (default: online, or the one that a converted file holds)",
-    )
+    add_branch_and_workers(parser)
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="rows of views.png (default %(default)s)"
     )
@@ -116,12 +110,6 @@ def parse() -> argparse.Namespace:
         type=int,
         metavar="PIXELS",
         help="size of the views (default: the checkpoint's, or 224)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that load images (default: as in pre-training)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
