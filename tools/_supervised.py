@@ -23,7 +23,7 @@ from rsa_detectron2.common.distributed import amp_dtype, device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import locked, save_tensors
 from rsa_detectron2.pretrain.data import identity
-from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.datasets import images_of
 from rsa_detectron2.pretrain.data.loader import MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
@@ -39,8 +39,7 @@ def main() -> None:
     cfg, origin, _ = load_recipe(args.config_file, given + args.overrides)
     if cfg.SOLVER.OPTIMIZER != "sgd":
         raise InputError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}: supervised training takes sgd alone")
-    images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
-    images.reduced_decode = cfg.DATA.REDUCED_DECODE
+    images = images_of(cfg.DATA)
     if len(images.classes) < 2 or min(images.labels) < 0:
         raise InputError(f"{cfg.DATA.PATH} has no labels: it must hold a folder of images for each class")
     with locked(cfg.OUTPUT_DIR, "--output-dir"):

@@ -14,7 +14,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.progress import say
 from rsa_detectron2.common.record import is_sound
 from rsa_detectron2.pretrain.config import check, get_cfg
-from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.datasets import images_of
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
@@ -53,7 +53,8 @@ def build_projector(method: str, state: dict[str, torch.Tensor]) -> torch.nn.Mod
 def read_networks(
     path: str | Path, branch: str | None = None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], CfgNode, dict]:
-    """The tensors of a checkpoint's "backbone" and "projector", its configuration, and its provenance.
+    """The tensors of a checkpoint's "backbone" and "projector", its configuration, and its provenance, with
+    the record of its run, if known, as ``pretrain``.
 
     A checkpoint of tools/pretrain.py may have any backbone of this project, and brings its configuration.
     One of another project must be readable by tools/convert_to_d2.py. It gets the normalization of its
@@ -67,6 +68,7 @@ def read_networks(
         ours = isinstance(contents, dict) and contents.get("format") == checkpoint.FORMAT
     if not ours:
         state, provenance = readers.read_checkpoint(path, branch)
+        provenance["pretrain"] = json.loads(provenance.pop("run", "null"))
         tensors = {"backbone": state, "projector": {}}
         cfg.MODEL.BACKBONE = provenance["architecture"]
         cfg.DATA.MEAN, cfg.DATA.STD = (
@@ -112,7 +114,7 @@ def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
     Raises InputError.
     """
     tensors, cfg, provenance = read_networks(path)
-    run = provenance.pop("pretrain", None) or json.loads(provenance.pop("run", "null"))
+    run = provenance.pop("pretrain")
     return tensors["backbone"], cfg, {**provenance, "init": run.get("init") if is_sound(run) else None}
 
 
@@ -150,7 +152,7 @@ def before_and_after(
     be decoded.
     """
     known = {"nearest after pre-training": features}
-    if "pretrain" in provenance:  # a checkpoint of tools/pretrain.py, not of another project or converted
+    if features.projector:  # a checkpoint of tools/pretrain.py, not of another project or converted
         initial = (provenance["pretrain"] or {}).get("init") or {}
         try:
             known = {"nearest before pre-training": features_before(cfg, initial.get("sha256")), **known}
@@ -164,10 +166,9 @@ def open_for(cfg: CfgNode, path: str = "", limit: int = 0) -> Source:
 
     ``cfg``: a checkpoint's configuration. At most ``limit`` images, evenly spaced; 0: all. Raises InputError.
     """
+    data = cfg.DATA.clone()
     if path:
-        images = open_images(path, limit=limit)
+        data.PATH, data.CLASSES, data.LIMIT = path, "", limit
     else:
-        limit = min(filter(None, (limit, cfg.DATA.LIMIT)), default=0)
-        images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, limit)
-    images.value_range = tuple(cfg.DATA.RANGE)
-    return images
+        data.LIMIT = min(filter(None, (limit, data.LIMIT)), default=0)
+    return images_of(data)

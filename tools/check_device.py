@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import io
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ CHECKS = {
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what a check started, like Ctrl-C
     names = parse().checks or CHECKS
     machine, *versions = describe_machine().items()
     print(", ".join([machine[1], *(f"{what} {value}" for what, value in versions)]), flush=True)

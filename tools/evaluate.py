@@ -33,7 +33,7 @@ from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data import identity
-from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.datasets import images_of
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
@@ -91,8 +91,7 @@ def load(args: argparse.Namespace, checkpoint: str) -> tuple[Features, CfgNode, 
 
 def open_source(cfg: CfgNode, split: str) -> Source:
     """The images of DATA.PATH; warns of unusual pixels."""
-    images = open_images(cfg.DATA.PATH, split, cfg.DATA.CLASSES, cfg.DATA.LIMIT)
-    images.value_range = cfg.DATA.RANGE
+    images = images_of(cfg.DATA, split)
     warn_of_pixels(images)
     return images
 

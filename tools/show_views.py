@@ -21,7 +21,7 @@ from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.tools._feature_options import add_branch_and_workers, check_at_least
-from rsa_detectron2.tools._weights import load_features
+from rsa_detectron2.tools._weights import load_features, open_for
 
 
 def main() -> None:
@@ -32,12 +32,10 @@ def main() -> None:
         raise InputError("several IMAGES need --noisy: add it, or give one of them")
     if args.noisy:
         return draw_noisy(args)
-    images = open_images(args.images[0])
     cfg, features = get_cfg(), None
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
-    images.value_range = tuple(cfg.DATA.RANGE)
-    images.reduced_decode = cfg.DATA.REDUCED_DECODE
+    images = open_for(cfg, args.images[0])
     if args.workers is not None:
         cfg.DATA.NUM_WORKERS = args.workers
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from rsa_detectron2.common.config import CONFIGS
@@ -44,6 +45,14 @@ def open_images(
     if not 0 < limit < len(source):
         return source
     return (SampleOfFiles if hasattr(source, "encoded") else Sample)(source, limit)
+
+
+def images_of(data: CfgNode, split: str = "pretrain") -> Source:
+    """The images of a configuration's DATA, read as it says; see :func:`open_images`. Raises InputError."""
+    images = open_images(data.PATH, split, data.CLASSES, data.LIMIT)
+    images.value_range = tuple(data.RANGE)
+    images.reduced_decode = data.REDUCED_DECODE
+    return images
 
 
 def _open(path, split, classes_file):

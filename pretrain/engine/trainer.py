@@ -16,7 +16,7 @@ from rsa_detectron2.common.errors import InputError, Interrupted, is_out_of_memo
 from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.bad_images import BadImages
-from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.datasets import images_of
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.loader import LocalBatch, MultiStageViews, StepBatches, build_loader
 from rsa_detectron2.pretrain.data.pixels import check_pixels
@@ -98,7 +98,7 @@ def find_past(cfg: CfgNode, reader: Reader | None) -> Past:
 def open_data(cfg: CfgNode, past: Past) -> BadImages:
     """The images to train on, and the list of those that cannot be decoded. Raises InputError."""
     folder = Path(cfg.OUTPUT_DIR)
-    images = open_images(cfg.DATA.PATH, "pretrain", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
+    images = images_of(cfg.DATA)
     identity.check_same_everywhere(images)
     bad_images = BadImages(folder / "bad_images.txt", images, cfg.DATA.MAX_BAD)
     if past.known:
@@ -117,8 +117,6 @@ class Trainer:
         self.folder, self.device = Path(cfg.OUTPUT_DIR), distributed.device()
         self.num_processes, self.is_first = distributed.world_size(), distributed.rank() == 0
         self.data = identity.describe(self.images)
-        self.images.value_range = tuple(cfg.DATA.RANGE)
-        self.images.reduced_decode = cfg.DATA.REDUCED_DECODE
         self.pixel_notes = check_pixels(self.images)
         self.find_validation()
         self.local_batch_size = memory.per_process(cfg.SOLVER.BATCH_SIZE, self.num_processes)
@@ -278,10 +276,12 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            # BatchNorm needs two images at a time.
+            fewer = self.bn_batch_size >= 4 and self.micro_batch_size >= 2
+            fix = f"give --micro-batch {self.micro_batch_size // 2}" if fewer else "lower DATA.IMAGE_SIZE"
             raise InputError(
                 f"{self.micro_batch_size} images of {self.cfg.DATA.IMAGE_SIZE} px at once do not fit into "
-                f"the memory of {self.device} ({one_line(error)[:100]}): "
-                f"give --micro-batch {max(1, self.micro_batch_size // 2)}"
+                f"the memory of {self.device} ({one_line(error)[:100]}): {fix}"
             ) from None
         return {"lr": lr, "beta": beta, "tau": tau}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 
 from rsa_detectron2.common.errors import InputError
-from rsa_detectron2.pretrain.data.datasets import open_images
+from rsa_detectron2.pretrain.data.datasets import images_of, open_images
 from rsa_detectron2.pretrain.data.folders import find_folders, part_of, rank
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.source import Source
@@ -117,7 +117,7 @@ def find_labeled(cfg: CfgNode, images: Source) -> tuple[Source, Source]:
     """
     bank = images
     if images.classes and images.labels.min() < 0:  # STL-10: only its training set is labeled
-        bank = open_images(cfg.DATA.PATH, "train", cfg.DATA.CLASSES, cfg.DATA.LIMIT)
+        bank = images_of(cfg.DATA, "train")
     if cfg.DATA.VAL:
         val = _open_val(cfg, cfg.DATA.VAL, images)
         check_labeled(bank, val)

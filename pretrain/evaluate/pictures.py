@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as TF
 
+from rsa_detectron2.common.fonts import literal_text
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.data.source import Source
@@ -298,21 +299,21 @@ def draw_map(features: torch.Tensor, labels: torch.Tensor | None, classes: Seque
     def scatter(part: np.ndarray, **style: object) -> None:
         ax.scatter(*points[part].T, s=area, linewidths=0, alpha=0.7, **style)
 
-    present = np.unique(labels[labels >= 0])
-    scatter(labels < 0, color=PALE if len(present) else WEAK)
-    if len(present) <= LEGEND_ENTRIES:
-        colors = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
-        with matplotlib.rc_context({"text.parse_math": False}):  # a class may be named "$5"
-            for place, label in enumerate(present):
-                scatter(labels == label, color=colors(place), label=" " + classes[label])
-            if len(present):
-                figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=2)
-    else:
-        scatter(labels >= 0, c=labels[labels >= 0], cmap="turbo")
     for axis, number, share in zip((ax.xaxis, ax.yaxis), ("first", "second"), variance):
         axis.set_label_text(f"{number} principal component, {share:.1%} of the variance")
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    present = np.unique(labels[labels >= 0])
+    scatter(labels < 0, color=PALE if len(present) else WEAK)
+    named = present if len(present) <= LEGEND_ENTRIES else []
+    if len(named) < len(present):
+        scatter(labels >= 0, c=labels[labels >= 0], cmap="turbo")
+    with literal_text(*(classes[label] for label in named)):
+        colors = matplotlib.colormaps["tab10" if len(named) <= 10 else "tab20"]
+        for place, label in enumerate(named):
+            scatter(labels == label, color=colors(place), label=" " + classes[label])
+        if len(named):
+            figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=2)
+        figure.savefig(path)
     return path
 
 

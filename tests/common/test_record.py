@@ -12,6 +12,7 @@ from rsa_detectron2.common.errors import Interrupted
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
+from rsa_detectron2.tools._weights import read_networks
 from rsa_detectron2.transfer.convert.readers import read_checkpoint
 from rsa_detectron2.transfer.convert.writers import convert, load_weights
 from tests.conftest import ROOT, TINY, tiny_cfg
@@ -158,5 +159,6 @@ def test_converted_weights_carry_it(resnet50_checkpoint, tmp_path):
         path, provenance = convert(tmp_path / "a.pth", tmp_path / name, to)
         assert json.loads(provenance["run"]) == about
         assert json.loads(read_checkpoint(path)[1]["run"]) == about
+        assert read_networks(path)[2]["pretrain"] == about  # of tools/evaluate.py and tools/embed.py
     convert(tmp_path / "w.pth", tmp_path / "again.pkl")  # through any number of conversions
     assert json.loads(load_weights(tmp_path / "again.pkl")[1]["run"]) == about

@@ -21,6 +21,16 @@ from rsa_detectron2.transfer.convert.metadata import is_rgb, own_pixels, said, s
 
 BRANCHES = ("online", "target")
 
+
+def is_json(value: object) -> bool:
+    """Whether a value is JSON text."""
+    try:
+        json.loads(value if type(value) is str else "")
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 # Key of a provenance: test of the value that a file claims.
 CLAIMS = {
     "branch": BRANCHES.__contains__,
@@ -30,9 +40,10 @@ CLAIMS = {
     "step": lambda value: type(value) is int,
     **{
         key: lambda value: type(value) is str
-        for key in ("source", "sha256", "format", "method", "pixel_source", "run")
+        for key in ("source", "sha256", "format", "method", "pixel_source")
     },
     **{key: is_rgb for key in ("pixel_mean", "pixel_std")},
+    "run": is_json,
 }
 
 

@@ -1,27 +1,20 @@
 """Pictures of runs: curves, APs, and detections drawn on images."""
 
-import contextlib
-import functools
 import json
-import sys
 import textwrap
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 from pycocotools import mask as rle
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
+from rsa_detectron2.common.fonts import literal_text
 from rsa_detectron2.transfer.data.coco_json import read_coco
 from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.data.images import read_image
@@ -69,50 +62,6 @@ SMALL, SMALL_WIDTH = "Schedules", 0.75  # the panel that tells least
 
 THRESHOLD = 0.5  # of the scores of detections that are drawn
 LARGEST_JPEG = 65500  # pixels a side
-DEJAVU = "DejaVu Sans"  # matplotlib's own font
-
-
-@contextlib.contextmanager
-def literal_text(*texts: str) -> Iterator[None]:
-    """Let matplotlib draw texts of users as they are: "$" begins no formula, and what its own font lacks,
-    Chinese for one, comes from the fonts that are installed. What no font has is told once, on stderr."""
-    families, missing = fonts_for(frozenset("".join(texts)))
-    if missing:
-        tell_once(
-            f"no installed font has {missing[:20]}: pictures show boxes instead (for Chinese, Japanese and "
-            "Korean, install fonts-noto-cjk)"
-        )
-    options = {"text.parse_math": False, "font.family": [DEJAVU, *families]}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # once for every label
-        yield
-
-
-@functools.cache
-def fonts_for(characters: frozenset[str]) -> tuple[list[str], str]:
-    """Characters -> (names of installed fonts that have what matplotlib's own lacks, those that none has)."""
-
-    def lacking(path: str, wanted: set[str]) -> set[str]:
-        return {c for c in wanted if ord(c) not in FT2Font(path).get_charmap()}
-
-    missing = lacking(font_manager.findfont(DEJAVU), {c for c in characters if c.isprintable()})
-    families = []
-    for path in sorted(font_manager.findSystemFonts()) if missing else ():
-        try:
-            font = FT2Font(path)
-            rest = lacking(path, missing) if font.scalable else missing
-        except Exception:  # fonts of kinds that matplotlib cannot draw
-            continue
-        if rest < missing:
-            font_manager.fontManager.addfont(path)  # its list is of the fonts at matplotlib's first start
-            families.append(font_manager.FontProperties(fname=path).get_name())
-            missing = rest
-    return families, "".join(sorted(missing))
-
-
-@functools.cache
-def tell_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_series(path: str | Path, x: str, keys: list[str]) -> dict[str, Series]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.fonts import literal_text
 from rsa_detectron2.common.tables import write_rows
 from rsa_detectron2.transfer.report.page import Body, write_report
-from rsa_detectron2.transfer.report.pictures import Series, draw_panels, literal_text, read_series
+from rsa_detectron2.transfer.report.pictures import Series, draw_panels, read_series
 from rsa_detectron2.transfer.report.run_folder import TRAINING
 from rsa_detectron2.transfer.report.tables import read_run, weights_label
 

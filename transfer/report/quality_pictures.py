@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from rsa_detectron2.common.fonts import literal_text
 from rsa_detectron2.transfer.data.detection_errors import KINDS
-from rsa_detectron2.transfer.report.pictures import PALETTE, literal_text
+from rsa_detectron2.transfer.report.pictures import PALETTE
 from rsa_detectron2.transfer.report.quality import ALL, CURVES, IOUS, TASKS
 
 STYLES = dict(zip(IOUS, ("-", "--")))

@@ -81,9 +81,10 @@ def colors_in(path, colors):
     return sum(int((abs(drawn - color).max(1) < 3).sum()) > 300 for color in wanted)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_map_has_the_colors_of_its_classes(tmp_path):
     features, labels = clusters(4)
-    names = ["$a", "b$", "_c", "d"]
+    names = ["$a", "b$", "_c", "车"]  # where no font has the last, that is told, not warned of
     path = pictures.draw_map(features, labels, names, tmp_path / "map.png")
     assert colors_in(path, TAB10) == 4
     assert path.read_bytes() == pictures.draw_map(features, labels, names, tmp_path / "b.png").read_bytes()

@@ -513,6 +513,8 @@ BAD_PROVENANCES = [
     '{"stride_in_1x1": "no"}',
     '{"input_format": "HSV"}',
     '{"sha256": null}',
+    '{"run": "{"}',
+    '{"run": 7}',
     '{"a": {"b": 1}}',
 ]
 

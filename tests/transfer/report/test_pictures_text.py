@@ -10,6 +10,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
+from rsa_detectron2.common import fonts
 from rsa_detectron2.transfer.data.dataset import Dataset
 from rsa_detectron2.transfer.report import pictures
 from rsa_detectron2.transfer.report.tables import COLUMNS, Row
@@ -19,14 +20,14 @@ PRICE, CAR = "$_{$ 5", "汽车"  # an error if it were a formula
 
 
 @pytest.fixture
-def fonts(tmp_path, monkeypatch):
+def installed(tmp_path, monkeypatch):
     """The list of system fonts that matplotlib sees, which is empty at first."""
     paths = []
-    monkeypatch.setattr(pictures.font_manager, "findSystemFonts", lambda: paths)
-    for cached in (pictures.fonts_for, pictures.tell_once):
+    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: paths)
+    for cached in (fonts.fonts_for, fonts.tell_once):
         cached.cache_clear()
     yield paths
-    for cached in (pictures.fonts_for, pictures.tell_once):
+    for cached in (fonts.fonts_for, fonts.tell_once):
         cached.cache_clear()
 
 
@@ -82,13 +83,13 @@ def draw_all(folder, path, name):
     ]
 
 
-def test_dollars_begin_no_formula(tmp_path, fonts):
+def test_dollars_begin_no_formula(tmp_path, installed):
     folder, path = make_run(tmp_path, [PRICE])
     for picture in draw_all(folder, path, PRICE):
         assert np.asarray(Image.open(picture)).std() > 5
 
 
-def test_what_no_font_has_is_told_once(tmp_path, fonts, capsys):
+def test_what_no_font_has_is_told_once(tmp_path, installed, capsys):
     folder, path = make_run(tmp_path, [CAR])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -99,16 +100,16 @@ def test_what_no_font_has_is_told_once(tmp_path, fonts, capsys):
     assert "install fonts-noto-cjk" in said
 
 
-def test_an_installed_font_is_taken(tmp_path, fonts, capsys):
+def test_an_installed_font_is_taken(tmp_path, installed, capsys):
     """This holds for a font that was installed after matplotlib's first start, and for several fonts if none
     has all characters."""
     folder, path = make_run(tmp_path, [CAR])
     draw_all(folder, path, "run")
     boxes = np.asarray(Image.open(folder / "d.png"))
-    for cached in (pictures.fonts_for, pictures.tell_once):
+    for cached in (fonts.fonts_for, fonts.tell_once):
         cached.cache_clear()
     (tmp_path / "broken.ttf").write_text("no font")
-    fonts += [
+    installed += [
         str(tmp_path / "broken.ttf"),
         make_font(tmp_path / "a.ttf", "Square A", CAR[0]),
         make_font(tmp_path / "b.ttf", "Square B", CAR[1]),
@@ -117,11 +118,11 @@ def test_an_installed_font_is_taken(tmp_path, fonts, capsys):
     capsys.readouterr()
     draw_all(folder, path, "run")
     assert capsys.readouterr().err == ""
-    assert pictures.fonts_for(frozenset(CAR)) == (["Square A", "Square B"], "")
+    assert fonts.fonts_for(frozenset(CAR)) == (["Square A", "Square B"], "")
     assert not np.array_equal(boxes, np.asarray(Image.open(folder / "d.png")))
 
 
-def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, fonts, monkeypatch):
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, installed, monkeypatch):
     folder, _ = make_run(tmp_path, ["a"])
     legends = []
     legend = pictures.Figure().subplots().__class__.legend
@@ -135,7 +136,7 @@ def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, f
     assert legends
 
 
-def test_classes_are_those_that_the_run_was_trained_with(tmp_path, fonts, monkeypatch):
+def test_classes_are_those_that_the_run_was_trained_with(tmp_path, installed, monkeypatch):
     """A run's detections have the ids of its own inference/annotations.json, not those of the file."""
     folder, path = make_run(tmp_path, ["cat"])
     coco = json.loads(path.read_text())
@@ -155,7 +156,7 @@ def test_classes_are_those_that_the_run_was_trained_with(tmp_path, fonts, monkey
     assert drawn == ["cat", "cat 0.75"]
 
 
-def test_detections_on_images_without_annotations_are_drawn(tmp_path, fonts, monkeypatch):
+def test_detections_on_images_without_annotations_are_drawn(tmp_path, installed, monkeypatch):
     folder, path = make_run(tmp_path, ["cat"])
     coco = json.loads(path.read_text())
     del coco["annotations"]
