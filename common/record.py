@@ -14,7 +14,7 @@ from typing import Any
 from rsa_detectron2.common.files import write_atomically
 
 FILE = "run.json"
-PACKAGES = ("torch", "torchvision", "timm", "detectron2")
+PACKAGES = ("rsa-detectron2", "torch", "torchvision", "timm", "detectron2")
 
 
 KEYS = {  # kind of record: the keys of it that reports need

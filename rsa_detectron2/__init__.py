@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from fvcore.common.config import CfgNode
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = [
     "InputError",
     "add_rsa_config",
@@ -96,8 +96,8 @@ def add_rsa_config(cfg: CfgNode) -> None:
     """Set in Detectron2's ``get_cfg()`` the network and the pixel statistics of converted weights.
 
     After this a stock Detectron2 model loads a file of ``tools/convert_to_d2.py`` as it is: torchvision's
-    stride, RGB, ImageNet's mean and std. The whole protocol of the paper's Tables 5 and 6 is
-    configs/transfer/mask_rcnn_R50_FPN_1x.yaml.
+    stride, RGB, ImageNet's mean and std. It also sets SyncBN, and freezes nothing. The whole protocol of
+    the paper's Tables 5 and 6 is configs/transfer/mask_rcnn_R50_FPN_1x.yaml.
     """
     from rsa_detectron2.transfer.d2.config import add_rsa_config
 

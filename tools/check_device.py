@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does this machine train rightly, and how fast? Two minutes, no data needed, on a GPU or a CPU.
+"""Does this machine train correctly, and how fast? Two minutes, no data needed, on a GPU or a CPU.
 
     tools/check_device.py              # all checks
     tools/check_device.py resume bf16  # some of them

@@ -184,6 +184,13 @@ def run_parts(args: argparse.Namespace, features: Features, train: Source, val: 
 
 
 JUDGES = {"knn": run_knn, "linear": run_linear, "parts": run_parts}
+SERVES = {  # option: what it is for
+    "epochs": ("linear", "trust"),
+    "train_bn": ("linear",),
+    "bank": ("knn", "trust"),
+    "images": ("health", "trust"),
+    "val": (*JUDGES, "trust"),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -216,7 +223,11 @@ def parse() -> argparse.Namespace:
         "pre-training)",
     )
     add_branch_and_workers(parser)
-    parser.add_argument("--epochs", type=int, help="of linear evaluation, with milestones in proportion")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="of linear evaluation (default: 100 up to 64 pixels, else 40); milestones move in proportion",
+    )
     parser.add_argument(
         "--train-bn",
         action="store_true",
@@ -227,21 +238,25 @@ def parse() -> argparse.Namespace:
         "--bank",
         type=int,
         metavar="N",
-        help="of knn: at most N training images, evenly spaced (default: all); of trust: of training and "
-        f"of validation (default: {_trust.IMAGES}); 0: all",
+        help="knn: at most N training images, evenly spaced (default: all); trust: of training and of "
+        f"validation each (default: {_trust.IMAGES}); 0: all",
     )
     parser.add_argument(
         "--images",
         type=int,
         metavar="N",
-        help="of the health: at most N images, evenly spaced (default: as in pre-training, else 10,000 on a "
-        "GPU, 1,000 on a CPU)",
+        help="health and trust: at most N images, evenly spaced (default: as in pre-training, else 10,000 "
+        "on a GPU, 1,000 on a CPU)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", metavar="FILE", help="write the result there, too; of trust a folder (default: RUN/trust)"
     )
     args = parser.parse_args()
+    for name, served in SERVES.items():
+        if getattr(args, name) != parser.get_default(name) and args.protocol not in served:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is for {', '.join(served)}, not for {args.protocol}: leave it out")
     args.checkpoint = args.checkpoint or (
         "output/pretrain" if args.protocol == "trust" else "output/pretrain/model_final.pth"
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write a detector that the embedded engine has fine-tuned as ONNX, which runs without this package.
+"""Export a detector of the embedded engine as ONNX, which runs without this package.
 
     tools/export_onnx.py output/mask_rcnn_R50_FPN_1x detector.onnx
 
-docs/commands.md says what the file takes and gives, and has an example. Models of Detectron2 have an export
-of its own, tools/deploy/export_model.py.
+docs/commands.md says what the file takes and gives, and has an example. Detectron2 exports its own models
+with tools/deploy/export_model.py.
 """
 
 import argparse

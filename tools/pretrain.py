@@ -90,10 +90,14 @@ def parse() -> argparse.Namespace:
         help="recipe, looked up here and under configs/ (default: the ImageNet-1K recipe of --method "
         "for --epochs)",
     )
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="default: the recipe's, as of all options without another")
     parser.add_argument("--batch-size", type=int, help="global batch, over all GPUs")
-    parser.add_argument("--data", help="folder of training images")
-    parser.add_argument("--output-dir")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="folder of images, CIFAR, STL-10, Tiny ImageNet, or a Hugging Face data set",
+    )
+    parser.add_argument("--output-dir", metavar="DIR")
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument(
         "--init",

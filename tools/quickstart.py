@@ -4,7 +4,7 @@
     tools/quickstart.py           # about 7 minutes on 2 cores
     tools/quickstart.py --fast    # much less of everything
 
-Draws images of shapes, many without labels and a few with them. Pre-trains on the former with RSA: a
+Draws images of toys, many without labels and a few with them. Pre-trains on the former with RSA: a
 ResNet-18, which learns in minutes on a CPU, or a ResNet-50 on a GPU. Converts it, fine-tunes Mask R-CNN FPN
 on the latter from random and from the RSA weights under one config, and writes report.html. Run again, it
 goes on where it stopped.

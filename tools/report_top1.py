@@ -85,7 +85,8 @@ def read_top1(folder: str | Path) -> dict:
     found = [name for name in ("knn.json", "linear.json") if Path(folder, name).is_file()]
     if not found:
         raise InputError(
-            f"{folder} holds no linear.json or knn.json: write them with tools/evaluate.py --output FILE"
+            f"{folder} holds no linear.json or knn.json: write one with "
+            f"tools/evaluate.py linear --output {folder}/linear.json"
         )
     result = {key: value for name in found for key, value in read_json(Path(folder, name)).items()}
     about = result.get("pretrain")

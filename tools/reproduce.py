@@ -123,16 +123,16 @@ def parse() -> argparse.Namespace:
         "--seeds",
         type=int,
         metavar="N",
-        help="runs of each row (default: the paper's trials, of a test 3)",
+        help="runs of each row (default: as many as the paper's; 3 in the two tests)",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="steps at a time (default 1; of the two tests the number of cores, 4 at most)",
+        help="steps at a time (default 1; in the two tests one per core, at most 4)",
     )
     parser.add_argument(
-        "--output-dir", metavar="DIR", help="default output/reproduce, of a rehearsal output/rehearsal"
+        "--output-dir", metavar="DIR", help="default output/reproduce, or output/rehearsal with --rehearse"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and their cost, and stop")
     parser.add_argument(

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Show which images a pre-trained backbone takes for alike. No labels are needed.
+"""Show which images a pre-trained backbone finds similar. No labels are needed.
 
     tools/show_features.py                          # output/pretrain/model_final.pth, its own images
     tools/show_features.py CHECKPOINT IMAGES
 
 neighbors.png shows twelve images, each with the eight that are nearest to it by the cosine of their
-features: with the weights that pre-training started from, and after it. map.png shows all images by the
-first two principal components of their features. Classes, where they are known, are frames in the one and
-colors in the other. CHECKPOINT is a file of tools/pretrain.py, or any other that tools/convert_to_d2.py
-reads, of which only the features after pre-training are known.
+features: with the weights that pre-training started from, and after it. map.png shows the images, at most
+10,000, by the first two principal components of their features. Classes, where they are known, are frames
+in the one and colors in the other. CHECKPOINT is a file of tools/pretrain.py, or any other that
+tools/convert_to_d2.py reads, of which only the features after pre-training are known.
 """
 
 import argparse

@@ -30,6 +30,8 @@ def main() -> None:
     check_at_least(args, rows=1, pairs=1, limit=1, workers=-1, image_size=7)
     if len(args.images) > 1 and not args.noisy:
         raise InputError("several IMAGES need --noisy: add it, or give one of them")
+    if args.noisy and args.checkpoint:
+        raise InputError("--noisy draws without a network: leave --checkpoint out")
     if args.noisy:
         return draw_noisy(args)
     cfg, features = get_cfg(), None

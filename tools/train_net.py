@@ -2,8 +2,7 @@
 """Fine-tune Mask R-CNN FPN from converted weights and evaluate it, with Detectron2 or the embedded engine.
 
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8
-    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
-        --data export
+    tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml --data export
     tools/train_net.py --config-file transfer/mask_rcnn_R50_FPN_1x.yaml \\
         --eval-only MODEL.WEIGHTS model_final.pth
 
@@ -46,10 +45,10 @@ if TYPE_CHECKING:
 INSTALL_DETECTRON2 = (
     "Detectron2 is not installed: install a prebuilt wheel "
     "(torch 2.4-2.10: pip install detectron2 --extra-index-url "
-    "https://wheels.astral.sh/simple/cu128/) follow its install guide, or run with --engine torchvision"
+    "https://wheels.astral.sh/simple/cu128/), follow its install guide, or run with --engine torchvision"
 )
 FEWER_KEYS = (
-    "the torchvision engine trains Mask and Faster R-CNN FPN and has only their keys; "
+    "the embedded engine trains Mask and Faster R-CNN FPN and has only their keys; "
     "leave the key out, or use --engine detectron2"
 )
 
@@ -94,7 +93,7 @@ def setup(args: argparse.Namespace) -> tuple[ModuleType, CfgNode, dict]:
     if several or args.scale_schedule or launched():
         raise InputError(
             "several processes or machines, --accumulate and --scale-schedule need --engine detectron2: "
-            "the torchvision engine trains on one device, all images at once"
+            "the embedded engine trains on one device, all images at once"
         )
     return engine, torchvision_defaults(), {}
 
@@ -212,7 +211,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="looked up here and under configs/")
-    parser.add_argument("--num-gpus", type=int, default=1)
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs of this machine to use (default 1)"
+    )
     parser.add_argument(
         "--num-processes",
         type=int,

@@ -44,7 +44,8 @@ def measure_health(features: Features, images: Source, limit: int = -1) -> dict[
     count = min(len(images), IMAGES[device().type] if limit < 0 else limit)
     if count < 2:
         raise InputError(f"{printable(images.root)} has one image: health compares different images")
-    key = {"health": count, **features.describe(images)} if features.cache else None
+    views = {"health": count, "reduced": images.reduced_decode}
+    key = {**views, **features.describe(images)} if features.cache else None
     if cached := features.cache and features.cache.get(key):
         return {name: float(value) for name, value in cached.items()}
     first, second = features_of_views(features, images, count)

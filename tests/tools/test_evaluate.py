@@ -63,6 +63,13 @@ def test_health_of_another_project_without_labels(image_folder, judge, tmp_path)
         judge("health", *words, "--images", 1)
 
 
+@pytest.mark.parametrize("words", [("knn", "--epochs", 3), ("health", "--val", "b"), ("linear", "--bank", 0)])
+def test_an_option_of_another_protocol_is_refused(judge, words):
+    protocol, option, _ = words
+    with pytest.raises(InputError, match=f"{option} is for .*, not for {protocol}: leave it out"):
+        judge(*words)
+
+
 def read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -58,7 +58,7 @@ POSSIBLE = {  # key: the supported values, or (test of a value, which values pas
 
 def check(cfg: CfgNode) -> None:
     """Raises InputError for the first key whose value this engine does not support."""
-    check_possible(cfg, POSSIBLE, "the torchvision engine")
+    check_possible(cfg, POSSIBLE, "the embedded engine")
 
 
 def build_model(cfg: CfgNode) -> faster_rcnn.FasterRCNN:

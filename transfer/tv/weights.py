@@ -48,6 +48,6 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
         return saved
     except Exception as error:  # a broken file can fail in any way
         raise InputError(
-            f"{path} does not hold a model of the torchvision engine with this config's MODEL settings "
+            f"{path} does not hold a model of the embedded engine with this config's MODEL settings "
             f"({type(error).__name__})"
         ) from None

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.bad_images import BadImages, read_or_next
-from rsa_detectron2.pretrain.data.datasets import ImageFolder, open_images
+from rsa_detectron2.pretrain.data.datasets import ImageFolder, images_of, open_images
 from rsa_detectron2.pretrain.data.images import UnreadableImage, decode, read_image
 from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.evaluate.cache import fingerprint
@@ -52,6 +52,14 @@ def cfg_of(path, **data):
 
 
 # ---- decoding ----
+
+
+def test_images_of_a_configuration(image_folder):
+    data = get_cfg().DATA
+    data.PATH, data.LIMIT, data.RANGE, data.REDUCED_DECODE = str(image_folder), 5, (100, 900), False
+    images = images_of(data)
+    assert (len(images), images.value_range, images.reduced_decode) == (5, (100, 900), False)
+    assert open_images(image_folder).reduced_decode  # the other source keeps its own
 
 
 @pytest.mark.parametrize(

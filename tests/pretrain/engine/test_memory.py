@@ -151,7 +151,9 @@ def test_size_too_large_for_the_memory_is_one_line(image_folder, tmp_path, monke
 
 
 def test_no_smaller_size_is_advised_than_batchnorm_takes(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_loop, "train_step", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        train_loop, "train_step", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    )
     with pytest.raises(InputError, match=r"2 images of 32 px .* lower DATA.IMAGE_SIZE$"):
         train_loop.train(tiny_cfg(image_folder, tmp_path, "SOLVER.MICRO_BATCH", 2))
 

@@ -33,7 +33,9 @@ def test_results_round_trip_as_valid_json(tmp_path):
     )
     assert loaded["eval_only"] is False
     assert loaded["weights"] == weights
-    assert {"python", "torch", "torchvision", "timm", "detectron2"} == set(loaded["versions"])
+    assert {"python", "rsa-detectron2", "torch", "torchvision", "timm", "detectron2"} == set(
+        loaded["versions"]
+    )
     assert "IMS_PER_BATCH: 16" in loaded["config"]
     assert [p.name for p in (tmp_path / "run").glob("*.tmp")] == []
 

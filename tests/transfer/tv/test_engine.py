@@ -629,7 +629,7 @@ def test_a_key_of_another_architecture_names_the_other_engine(tmp_path, monkeypa
     )
     with pytest.raises(
         InputError,
-        match="no key MODEL.RETINANET; the torchvision engine trains Mask and .*--engine detectron2",
+        match="no key MODEL.RETINANET; the embedded engine trains Mask and .*--engine detectron2",
     ):
         train_net.main()
 
