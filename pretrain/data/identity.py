@@ -24,9 +24,9 @@ def names_of(images: Source) -> list[bytes]:
     return images.names.tolist() if hasattr(images, "names") else []
 
 
-def digest(images: Source) -> str:
-    """Hexadecimal sha256 over the names, labels and classes of a source."""
-    result = hashlib.sha256(b"\0".join(names_of(images)))
+def digest(images: Source, named: bool = True) -> str:
+    """Hexadecimal sha256 over the names, labels and classes of a source; without names if not ``named``."""
+    result = hashlib.sha256(b"\0".join(names_of(images) if named else []))
     result.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     result.update("\0".join(images.classes).encode(errors="surrogateescape"))
     return result.hexdigest()
@@ -76,7 +76,8 @@ def recognize(images: Source, saved: dict, unreadable: set[str], folder: Path) -
             raise changed(images, saved, folder)
         return 0
     sha256 = saved["data"]["sha256"]
-    if sha256 == digest(images):
+    # Early versions left the names out under DATA.LIMIT.
+    if sha256 in (digest(images), digest(images, named=False)):
         return 0
     if "names" not in saved["data"] or not names_of(images):
         raise changed(images, saved, folder)
@@ -84,7 +85,7 @@ def recognize(images: Source, saved: dict, unreadable: set[str], folder: Path) -
     now = set(names_of(images))
     gone, new = [name for name in before if name not in now], sorted(now.difference(before))
     lost = [name for name in gone if not is_listed(name, unreadable)]
-    if lost or new:
+    if lost or new or not hasattr(images, "take"):
         raise changed(images, saved, folder, lost, new)
     images.take(before)
     if sha256 != digest(images):

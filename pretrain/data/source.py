@@ -72,6 +72,8 @@ class Sample(Source):
         self.source, self.places = source, np.arange(count) * len(source) // count
         self.labels, self.classes = source.labels[self.places], source.classes
         self.root, self.own_val, self.files = source.root, source.own_val, source.files
+        if hasattr(source, "names"):
+            self.names = source.names[self.places]
         self.part = getattr(source, "part", None)
 
     @property

@@ -210,6 +210,18 @@ def test_removing_images_beyond_the_limit_is_advice_that_works(tmp_path, stopped
     assert train_loop.train(cfg)
 
 
+def test_images_of_a_limit_are_known_by_their_names(image_folder, tmp_path):
+    folder = Path(shutil.copytree(image_folder, tmp_path / "data"))
+    images = open_images(folder, limit=5)
+    saved = {"num_images": 5, "data": identity.describe(images)}
+    of_an_early_version = {"num_images": 5, "data": {"sha256": identity.digest(images, named=False)}}
+    for known in (saved, of_an_early_version):
+        assert identity.recognize(images, known, set(), tmp_path) == 0
+    Path(images.name(2)).rename(folder / "a" / "99.jpg")
+    with pytest.raises(InputError, match="holds a run on 5 images, .* is gone.*: restore the data set"):
+        identity.recognize(open_images(folder, limit=5), saved, set(), tmp_path)
+
+
 def test_processes_with_other_images_are_refused(image_folder, monkeypatch):
     """One of several machines may hold an incomplete copy."""
     monkeypatch.setattr(distributed, "from_first", lambda mine: (24, "another digest"))
