@@ -39,16 +39,19 @@ def positive(value: float) -> str:
     return "" if value > 0 else "it must be positive"
 
 
-def three_numbers(values: Sequence[float]) -> str:
-    if len(values) == 3 and all(value > -1 for value in values):
-        return ""
-    return "it takes three numbers, of red, green and blue"
+OF_RGB = "of red, green and blue: divide those of 0 to 255 by 255"
 
 
-def three_positive_numbers(values: Sequence[float]) -> str:
-    if len(values) == 3 and all(value > 0 for value in values):
+def mean_of_rgb(values: Sequence[float]) -> str:
+    if len(values) == 3 and all(0 <= value <= 1 for value in values):
         return ""
-    return "it takes three numbers, of red, green and blue, each above 0"
+    return f"it takes three numbers from 0 to 1, {OF_RGB}"
+
+
+def std_of_rgb(values: Sequence[float]) -> str:
+    if len(values) == 3 and all(0 < value <= 1 for value in values):
+        return ""
+    return f"it takes three numbers above 0, up to 1, {OF_RGB}"
 
 
 def black_and_white(values: Sequence[float]) -> str:
@@ -102,8 +105,8 @@ KEYS = (
     Key("DATA.IMAGE_SIZE", 224, at_least(7)),
     # Short side in pixels before the center crop of evaluation; at least IMAGE_SIZE.
     Key("DATA.EVAL_RESIZE", 256),
-    Key("DATA.MEAN", IMAGENET_MEAN, three_numbers),
-    Key("DATA.STD", IMAGENET_STD, three_positive_numbers),
+    Key("DATA.MEAN", IMAGENET_MEAN, mean_of_rgb),
+    Key("DATA.STD", IMAGENET_STD, std_of_rgb),
     # (black, white) of channels with more than 8 bits. (): the range of their format.
     Key("DATA.RANGE", (), black_and_white),
     # Decode large JPEGs at 1/2, 1/4 or 1/8, where the crops keep enough pixels (data/reduced.py).
@@ -147,7 +150,7 @@ KEYS = (
     # Over all processes.
     Key("SOLVER.BATCH_SIZE", 2048, at_least(1)),
     # Images of a process that go through the networks at once. 0: as many as fit its free memory.
-    # It changes BatchNorm's statistics, but must fit the GPUs at hand: the trainer warns where it differs.
+    # It changes BatchNorm's statistics, but must fit the GPUs at hand: a run that goes on with another warns.
     Key("SOLVER.MICRO_BATCH", 0, at_least(0), free=True),
     Key("SOLVER.EPOCHS", 200, at_least(1)),
     # Fewer than EPOCHS.
@@ -168,11 +171,11 @@ KEYS = (
     #
     # A run stops as failed, and keeps its last good checkpoint, after so many steps in a row with a loss of
     # NaN or infinity, ...
-    Key("ALARM.NONFINITE_STEPS", 5, free=True),
+    Key("ALARM.NONFINITE_STEPS", 5, at_least(1), free=True),
     # ... or where feature_std (1: evenly spread, 0: collapsed) stays below this ...
-    Key("ALARM.FEATURE_STD", 0.02, free=True),
+    Key("ALARM.FEATURE_STD", 0.02, fraction, free=True),
     # ... for so many steps in a row.
-    Key("ALARM.COLLAPSE_STEPS", 1000, free=True),
+    Key("ALARM.COLLAPSE_STEPS", 1000, at_least(1), free=True),
     #
     # Epochs between two evaluations: kNN top-1, and HEALTH. There is always one before the first step and at
     # the end.

@@ -32,6 +32,8 @@ KEYS = {
         "CHECKPOINT.KEEP_PERIOD": -1,
         "KNN.PERIOD": -1,
         "KNN.BANK": -1,
+        "ALARM.NONFINITE_STEPS": 0,
+        "ALARM.COLLAPSE_STEPS": 0,
     },
     "must lie between 0 and 1": {"MODEL.BETA": 1.1, "MODEL.TAU": -0.1, "SOLVER.MOMENTUM": 2.0},
     "must be positive": {
@@ -40,6 +42,7 @@ KEYS = {
         "SOLVER.TRUST_COEFFICIENT": 0.0,
     },
     "takes three numbers": {"DATA.MEAN": (0.5,), "DATA.STD": (0.2, 0.0, 0.2)},
+    "divide those of 0 to 255": {"DATA.MEAN": (123.7, 116.3, 103.5), "DATA.STD": (58.4, 57.1, 57.4)},
 }
 
 
