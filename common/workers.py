@@ -122,9 +122,8 @@ class Workers:
             with held_back():
                 self.iterator = iter(loader)
         except OSError as error:
-            abandoned.append(
-                error
-            )  # its traceback keeps the unfinished iterator, which torch cannot take down
+            # Its traceback keeps the unfinished iterator, which torch cannot take down.
+            abandoned.append(error)
             fix = (
                 f"/dev/shm is full: {MORE_SHARED_MEMORY}, or give {self.setting} 0"
                 if error.errno == errno.ENOSPC

@@ -12,6 +12,7 @@ from rsa_detectron2.common.tables import to_markdown, write_rows
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
 from rsa_detectron2.transfer.report.pictures import PALETTE, read_series
 
+FEWEST = 4  # checkpoints that can be ranked
 IMAGES = 10_000  # of training and of validation, by default
 TOP1 = {"knn_top1": "kNN", "linear_top1": "linear"}
 LOGGED = {"loss": "loss", "feature_std": "feature std"}
@@ -33,15 +34,19 @@ Rows = dict[int, dict[str, float]]  # step: figures
 
 
 def kept_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, first to last. Raises InputError for fewer than four."""
+    """The checkpoints of a run, first to last. Raises InputError for fewer than FEWEST files."""
     found = sorted(Path(folder).glob("checkpoint_[0-9]*.pth"))
     found += [path for path in [Path(folder, FINAL)] if path.is_file()]
-    if len(found) < 4:
-        raise InputError(
-            f"{folder} has {len(found)} files checkpoint_<step>.pth or model_final.pth, too few to rank: "
-            "pre-train with CHECKPOINT.KEEP_PERIOD 1"
-        )
+    if len(found) < FEWEST:
+        raise too_few(folder, len(found))
     return found
+
+
+def too_few(folder: str | Path, count: int) -> InputError:
+    return InputError(
+        f"{folder} has {count} checkpoints (checkpoint_<step>.pth, model_final.pth), too few to rank: "
+        "pre-train with CHECKPOINT.KEEP_PERIOD 1"
+    )
 
 
 def logged(folder: str | Path, steps: list[int]) -> Rows:

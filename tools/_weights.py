@@ -18,7 +18,7 @@ from rsa_detectron2.pretrain.data.datasets import images_of
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.evaluate.cache import FeatureCache
-from rsa_detectron2.pretrain.evaluate.features import Features
+from rsa_detectron2.pretrain.evaluate.features import Features, Labeled
 from rsa_detectron2.pretrain.method import networks
 from rsa_detectron2.pretrain.method.objectives import METHODS
 from rsa_detectron2.transfer.convert import readers
@@ -115,7 +115,8 @@ def read_initial(path: str) -> tuple[dict[str, torch.Tensor], CfgNode, dict]:
     """
     tensors, cfg, provenance = read_networks(path)
     run = provenance.pop("pretrain")
-    return tensors["backbone"], cfg, {**provenance, "init": run.get("init") if is_sound(run) else None}
+    init = run.get("init") if is_sound(run) else None
+    return tensors["backbone"], cfg, {**provenance, "init": init if isinstance(init, dict) else None}
 
 
 def untrained_features(recipe: str, seed: int) -> tuple[Features, CfgNode, dict]:
@@ -144,8 +145,8 @@ def features_before(cfg: CfgNode, sha256: str | None = None) -> Features:
 
 def before_and_after(
     features: Features, cfg: CfgNode, provenance: dict, images: Source
-) -> dict[str, torch.Tensor]:
-    """Features of images, float32 [N, D], by title: with the weights that pre-training started from, where
+) -> dict[str, Labeled]:
+    """Features of images and their labels by title: with the weights that pre-training started from, where
     those are known, and after it.
 
     The first three arguments are those that load_features gives. The next image stands in for one that cannot
@@ -158,7 +159,7 @@ def before_and_after(
             known = {"nearest before pre-training": features_before(cfg, initial.get("sha256")), **known}
         except InputError as error:
             say(f"features before pre-training are left out: {error}")
-    return {title: each.of(images, title, replace=True).features for title, each in known.items()}
+    return {title: each.of(images, title, replace=True) for title, each in known.items()}
 
 
 def open_for(cfg: CfgNode, path: str = "", limit: int = 0) -> Source:

@@ -11,17 +11,17 @@ be decoded is named and left out. Stopped at any point, the same command goes on
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rsa_detectron2.common.cli import run
-from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.evaluate.embed import embed
 from rsa_detectron2.pretrain.evaluate.writers import check_format
 from rsa_detectron2.tools._feature_options import (
-    add_branch_and_workers,
     add_checkpoint_and_images,
+    add_reading,
+    apply_reading,
     check_at_least,
+    warn_of_pixels,
 )
 from rsa_detectron2.tools._weights import load_features, open_for
 
@@ -32,11 +32,9 @@ def main() -> None:
     output = Path(args.output)
     check_format(output)
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
-    if args.workers is not None:
-        cfg.DATA.NUM_WORKERS = args.workers
+    apply_reading(args, cfg)
     images = open_for(cfg, args.images, args.limit)
-    for note in check_pixels(images):
-        print(f"warning: {note}", file=sys.stderr)
+    warn_of_pixels(images)
     about = embed(features, images, provenance, output)
     (count, dim), left_out = about["shape"], len(about["left_out"])
     note = f"; {left_out} images that cannot be decoded are left out" if left_out else ""
@@ -54,7 +52,7 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="to write, .npy or .parquet (default %(default)s)",
     )
-    add_branch_and_workers(parser)
+    add_reading(parser)
     parser.add_argument(
         "--limit", type=int, default=0, metavar="N", help="at most N images, evenly spaced (default: all)"
     )

@@ -34,7 +34,6 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.datasets import images_of
-from rsa_detectron2.pretrain.data.pixels import check_pixels
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate import linear
 from rsa_detectron2.pretrain.evaluate.features import Features
@@ -43,13 +42,13 @@ from rsa_detectron2.pretrain.evaluate.knn import NoValidation, evaluate_knn, fin
 from rsa_detectron2.pretrain.evaluate.linear import evaluate_linear_on
 from rsa_detectron2.pretrain.evaluate.parts import evaluate_parts
 from rsa_detectron2.tools import _trust
-from rsa_detectron2.tools._feature_options import add_branch_and_workers, check_at_least
+from rsa_detectron2.tools._feature_options import add_reading, apply_reading, check_at_least, warn_of_pixels
 from rsa_detectron2.tools._weights import load_features, untrained_features
 
 
 def main() -> None:
     args = parse()
-    check_at_least(args, epochs=1, bank=0, images=2, workers=-1)
+    check_at_least(args, epochs=1, bank=0, images=2, workers=-1, seed=0)
     if args.protocol == "trust":
         return run_trust(args)
 
@@ -80,12 +79,11 @@ def load(args: argparse.Namespace, checkpoint: str) -> tuple[Features, CfgNode, 
         features, cfg, provenance = untrained_features(checkpoint, args.seed)
     else:
         features, cfg, provenance = load_features(checkpoint, args.branch)
-    cfg.DATA.PATH = args.train or cfg.DATA.PATH
-    cfg.DATA.VAL = args.val or ("" if args.train else cfg.DATA.VAL)
-    cfg.DATA.CLASSES = args.classes or ("" if args.train else cfg.DATA.CLASSES)
-    cfg.DATA.RANGE = tuple(args.range or cfg.DATA.RANGE)
-    if args.workers is not None:
-        cfg.DATA.NUM_WORKERS = args.workers
+    data = cfg.DATA
+    if args.train:
+        data.PATH, data.VAL, data.CLASSES, data.LIMIT = args.train, "", "", 0
+    data.VAL, data.CLASSES = args.val or data.VAL, args.classes or data.CLASSES
+    apply_reading(args, cfg)
     return features, cfg, provenance
 
 
@@ -94,11 +92,6 @@ def open_source(cfg: CfgNode, split: str) -> Source:
     images = images_of(cfg.DATA, split)
     warn_of_pixels(images)
     return images
-
-
-def warn_of_pixels(images: Source) -> None:
-    for note in check_pixels(images, "--range {} {}"):
-        print(f"warning: {note}", file=sys.stderr)
 
 
 def labeled_images(args: argparse.Namespace, cfg: CfgNode) -> tuple[Source, Source]:
@@ -136,6 +129,8 @@ def run_trust(args: argparse.Namespace) -> None:
             "linear_top1": evaluate_linear_on(bank, queries, protocol, linear.Trial(args.seed))[-1],
         }
         print(json.dumps({"step": step, **rows[step]}), file=sys.stderr, flush=True)
+    if len(rows) < _trust.FEWEST:
+        raise _trust.too_few(args.checkpoint, len(rows))
     print(_trust.report(args.checkpoint, rows, args.output or Path(args.checkpoint, "trust")))
 
 
@@ -214,15 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--val", metavar="DIR", help="labeled validation images (default: val/ or test/ beside them)"
     )
-    parser.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of channels with more than 8 bits that become black and white (default: as in "
-        "pre-training)",
-    )
-    add_branch_and_workers(parser)
+    add_reading(parser)
     parser.add_argument(
         "--epochs",
         type=int,

@@ -14,18 +14,17 @@ tools/convert_to_d2.py reads, of which only the features after pre-training are 
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.evaluate.drift import choose
 from rsa_detectron2.pretrain.evaluate.pictures import draw_map, draw_neighbors
 from rsa_detectron2.tools._feature_options import (
-    add_branch_and_workers,
     add_checkpoint_and_images,
+    add_reading,
+    apply_reading,
     check_at_least,
+    warn_of_pixels,
 )
 from rsa_detectron2.tools._weights import before_and_after, load_features, open_for
 
@@ -36,19 +35,19 @@ def main() -> None:
     args = parse()
     check_at_least(args, limit=2, workers=-1)
     features, cfg, provenance = load_features(args.checkpoint, args.branch)
-    if args.workers is not None:
-        cfg.DATA.NUM_WORKERS = args.workers
+    apply_reading(args, cfg)
     images = open_for(cfg, args.images, args.limit)
     if len(images) < 2:
         raise InputError(f"{printable(images.root)} holds one image: neighbors need two or more")
-    vectors = before_and_after(features, cfg, provenance, images)
+    warn_of_pixels(images)
+    found = before_and_after(features, cfg, provenance, images)
+    vectors = {title: labeled.features for title, labeled in found.items()}
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     queries = choose(len(images), QUERIES).tolist()
     print(draw_neighbors(images, vectors, queries, folder / "neighbors.png"), flush=True)
-    *_, after = vectors.values()
-    labels = torch.as_tensor(np.asarray(images.labels))
-    print(draw_map(after, labels, images.classes, folder / "map.png"))
+    *_, after = found.values()
+    print(draw_map(after.features, after.labels, images.classes, folder / "map.png"))
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +55,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_and_images(parser)
-    add_branch_and_workers(parser)
+    add_reading(parser)
     parser.add_argument(
         "--limit",
         type=int,

@@ -20,7 +20,7 @@ from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
-from rsa_detectron2.tools._feature_options import add_branch_and_workers, check_at_least
+from rsa_detectron2.tools._feature_options import add_reading, apply_reading, check_at_least
 from rsa_detectron2.tools._weights import load_features, open_for
 
 
@@ -37,9 +37,8 @@ def main() -> None:
     cfg, features = get_cfg(), None
     if args.checkpoint:
         features, cfg, _ = load_features(args.checkpoint, args.branch)
+    apply_reading(args, cfg)
     images = open_for(cfg, args.images[0])
-    if args.workers is not None:
-        cfg.DATA.NUM_WORKERS = args.workers
     cfg.DATA.IMAGE_SIZE = size = args.image_size or cfg.DATA.IMAGE_SIZE
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +89,7 @@ def parse() -> argparse.Namespace:
         "--titles", nargs="+", metavar="TITLE", help="titles of the panels of --noisy (default: IMAGES)"
     )
     parser.add_argument("--checkpoint", metavar="FILE")
-    add_branch_and_workers(parser)
+    add_reading(parser)
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="rows of views.png (default %(default)s)"
     )

@@ -37,13 +37,11 @@ class UnreadableImage(InputError):
 class Pixels:
     """The pixels of a file."""
 
-    values: (
-        torch.Tensor | np.ndarray
-    )  # a tensor: uint8 RGB [3, H, W]; an array: other values, [H, W] or [3, H, W]
+    # A tensor: uint8 RGB [3, H, W]; an array: other values, [H, W] or [3, H, W].
+    values: torch.Tensor | np.ndarray
     bits: int = 8  # of a channel, in the file
-    limits: tuple[float, float] | None = (
-        None  # least and greatest value of the format; None where it has none
-    )
+    # Least and greatest value of the format; None where it has none.
+    limits: tuple[float, float] | None = None
 
 
 def read_image(path: str | Path, value_range: tuple = ()) -> torch.Tensor:
@@ -62,10 +60,14 @@ def read_file(path: str | Path) -> bytes:
         ) from None
 
 
+def utf8(name: str | bytes | os.PathLike) -> str:
+    """The name of a file, for a file of text: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def printable(name: str | bytes | os.PathLike) -> str:
     """The name of a file, for a message: bytes that are not UTF-8 and line breaks are escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in utf8(name))
 
 
 def decode(data: bytes, name: str, value_range: tuple = ()) -> torch.Tensor:

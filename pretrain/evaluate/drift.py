@@ -73,11 +73,11 @@ def measure_pairs(features: Features, images: Source, seed: int, limit: int) -> 
         for batch in load_views(images, features.data.IMAGE_SIZE, seed, indices, features.data.NUM_WORKERS):
             views = batch["views"].to(device())
             weak = features(views.flatten(0, 1))
-            strong = features.of_floats(aggressive(views, batch["params"]).flatten(0, 1))
+            shifted = features.of_floats(aggressive(views, batch["params"]).flatten(0, 1))
             found["index"].append(batch["index"].repeat_interleave(2))
             found["view"].append(torch.tensor([0, 1]).repeat(len(views)))
             found["params"].append(batch["params"].flatten(0, 1))
-            found["cosine"].append(F.cosine_similarity(weak, strong, dim=1).cpu())
+            found["cosine"].append(F.cosine_similarity(weak, shifted, dim=1).cpu())
             progress.update(len(views))
     found = {name: torch.cat(parts) for name, parts in found.items()}
     order = found["cosine"].argsort(stable=True)

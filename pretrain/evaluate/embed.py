@@ -134,7 +134,7 @@ def compute(features: Features, images: Source, chunks: list[Chunk], stop: StopS
                 chunk = None
             leave_if_asked(stop)
     finally:
-        if chunk:
+        if chunk and chunk.features:
             chunk.save()
         bar.close()
 

@@ -14,13 +14,14 @@ from torchvision.transforms.v2 import functional as TF
 
 from rsa_detectron2.common.fonts import literal_text
 from rsa_detectron2.pretrain.data.bad_images import read_or_next
+from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.drift import OPERATIONS, caption, choose, load_views
 from rsa_detectron2.pretrain.evaluate.features import label_of
 from rsa_detectron2.pretrain.method.augment import GRAY, ORDER, SIGMA, aggressive, to_float
 
-WEAK, STRONG, NEUTRAL = "#0072b2", "#d55e00", "0.55"
+WEAK, AGGRESSIVE, NEUTRAL = "#0072b2", "#d55e00", "0.55"
 LEGEND = "b, c, s: factors of brightness, contrast, saturation; h: turn of the hue; blur: sigma in pixels"
 
 
@@ -30,9 +31,9 @@ def draw_views(images: Source, size: int, seed: int, count: int, path: Path) -> 
     """
     rows = []
     for batch in load_views(images, size, seed, choose(len(images), count), 0):
-        strong = to_uint8(aggressive(batch["views"], batch["params"]))
+        aggressive_views = to_uint8(aggressive(batch["views"], batch["params"]))
         for index, views, shifted, params in zip(
-            batch["index"].tolist(), batch["views"], strong, batch["params"]
+            batch["index"].tolist(), batch["views"], aggressive_views, batch["params"]
         ):
             rows.append(
                 (
@@ -148,9 +149,9 @@ def draw_pairs(pairs: dict[str, np.ndarray], dataset: MultiStageViews, count: in
             sample = dataset[0, int(pairs["index"][rank])]
             view = pairs["view"][rank]
             weak, params = sample["views"][view], sample["params"][view]
-            strong = to_uint8(aggressive(weak[None, None], params[None, None]))[0, 0]
+            shifted = to_uint8(aggressive(weak[None, None], params[None, None]))[0, 0]
             gap = np.full((dataset.size, max(1, dataset.size // 40), 3), 255, dtype=np.uint8)
-            both = np.concatenate([to_array(weak), gap, to_array(strong)], 1)
+            both = np.concatenate([to_array(weak), gap, to_array(shifted)], 1)
             show(ax, both, f"cos {pairs['cosine'][rank]:.2f}   {caption(params)}")
     parts[-1].supxlabel(LEGEND, fontsize=7)
     figure.savefig(path)
@@ -166,7 +167,7 @@ def plot_operations(drifts: dict[str, np.ndarray], path: Path) -> Path:
     single = sorted(OPERATIONS, key=lambda name: drifts[name].mean())
     names = [*single, "as drawn", "another crop", "another image"]
     labels = {name: f"{name} alone" for name in single} | {"as drawn": "aggressive view, as drawn"}
-    colors = [*(STRONG for _ in single), WEAK, NEUTRAL, NEUTRAL]
+    colors = [*(AGGRESSIVE for _ in single), WEAK, NEUTRAL, NEUTRAL]
     figure = Figure(figsize=(7.5, 0.36 * len(names) + 1.1), dpi=150, layout="constrained")
     ax = figure.subplots()
     boxes = ax.boxplot(
@@ -307,11 +308,12 @@ def draw_map(features: torch.Tensor, labels: torch.Tensor | None, classes: Seque
     named = present if len(present) <= LEGEND_ENTRIES else []
     if len(named) < len(present):
         scatter(labels >= 0, c=labels[labels >= 0], cmap="turbo")
-    with literal_text(*(classes[label] for label in named)):
-        colors = matplotlib.colormaps["tab10" if len(named) <= 10 else "tab20"]
-        for place, label in enumerate(named):
-            scatter(labels == label, color=colors(place), label=" " + classes[label])
-        if len(named):
+    names = [printable(classes[label]) for label in named]
+    with literal_text(*names):
+        colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+        for place, (label, name) in enumerate(zip(named, names)):
+            scatter(labels == label, color=colors(place), label=" " + name)
+        if names:
             figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=2)
         figure.savefig(path)
     return path

@@ -13,7 +13,7 @@ from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import write_atomically
 from rsa_detectron2.common.signals import StopSignals
 from rsa_detectron2.common.tables import write_rows
-from rsa_detectron2.pretrain.data.images import printable
+from rsa_detectron2.pretrain.data.images import utf8
 from rsa_detectron2.pretrain.data.source import Source
 from rsa_detectron2.pretrain.evaluate.chunks import Chunk, leave_if_asked
 
@@ -35,7 +35,7 @@ class Table:
     stop: StopSignals
 
     def __iter__(self) -> Iterator[Rows]:
-        classes, labels = list(map(printable, self.images.classes)), self.images.labels
+        classes, labels = list(map(utf8, self.images.classes)), self.images.labels
         for chunk in tqdm(self.chunks, "writing", leave=False, dynamic_ncols=True, disable=None):
             leave_if_asked(self.stop)
             chunk.load()
@@ -43,7 +43,7 @@ class Table:
                 raise InputError(f"{chunk.path} was damaged just now: run the same command again")
             index = chunk.index()
             yield Rows(
-                [printable(self.images.name(i)) for i in index],
+                [utf8(self.images.name(i)) for i in index],
                 [classes[labels[i]] if labels[i] >= 0 else None for i in index],
                 np.concatenate(chunk.features),
             )

@@ -44,7 +44,7 @@ def test_the_file_is_read_back_equal(call, tmp_path, image_folder, resnet50_chec
     call(tmp_path / "theirs.pth", image_folder, "--output", tmp_path / "a.npy", "--limit", 3, "--workers", 0)
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), features[::2], rtol=1e-6)
     about = json.loads((tmp_path / "a.npy.json").read_text())
-    assert about["source"] == "theirs.pth" and about["shape"] == [3, 2048] and "pretrain" not in about
+    assert about["source"] == "theirs.pth" and about["shape"] == [3, 2048] and about["pretrain"] is None
 
 
 def test_mistakes_are_found_before_the_work(call, tmp_path, resnet50_checkpoint):

@@ -61,6 +61,8 @@ def test_health_of_another_project_without_labels(image_folder, judge, tmp_path)
         judge("knn", *words)
     with pytest.raises(InputError, match="--images is 1: it must be at least 2"):
         judge("health", *words, "--images", 1)
+    with pytest.raises(InputError, match="--range: it takes the values that become black and white"):
+        judge("health", *words, "--range", 9, 1)
 
 
 @pytest.mark.parametrize("words", [("knn", "--epochs", 3), ("health", "--val", "b"), ("linear", "--bank", 0)])
@@ -106,8 +108,12 @@ def test_trust_ranks_the_checkpoints_of_a_run(run, judge, tmp_path, monkeypatch)
 
 def test_trust_needs_several_checkpoints(run, judge, tmp_path):
     shutil.copy(run / "model_final.pth", tmp_path)
-    with pytest.raises(InputError, match=r"has 1 files .* too few .* CHECKPOINT.KEEP_PERIOD 1"):
+    with pytest.raises(InputError, match=r"has 1 checkpoints .* too few .* CHECKPOINT.KEEP_PERIOD 1"):
         judge("trust", tmp_path)
+    for step in (3, 6, 15):  # the last is model_final.pth's
+        shutil.copy(run / f"checkpoint_{step:07d}.pth", tmp_path)
+    with pytest.raises(InputError, match="has 3 checkpoints"):
+        judge("trust", tmp_path, "--epochs", 1)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -96,6 +96,28 @@ def test_a_file_holds_the_features_of_the_images(root, tmp_path, name, workers):
 
 
 @pytest.mark.parametrize("name", ("a.npy", "a.parquet"))
+def test_names_are_as_they_are(root, tmp_path, name):
+    """What a message would escape, macOS's narrow space for one, opens the file; other bytes cannot."""
+    odd = root / "a" / "1.02\u202fPM\u3000車.png"
+    (root / "a" / "02.png").rename(odd)
+    (root / "a" / "04.png").rename(os.fsdecode(bytes(root / "a") + b"/\xe9.png"))
+    embed.embed(make_features(), open_images(root), PROVENANCE, tmp_path / "out" / name)
+    names = read(tmp_path / "out" / name)[0]
+    assert str(odd) in names and str(root / "a" / "\\xe9.png") in names
+
+
+def test_an_error_in_the_first_batch_of_a_chunk_is_told(root, tmp_path):
+    def full():
+        raise MemoryError("full")
+
+    for batch in (1, 3):
+        with pytest.raises(MemoryError, match="full"):
+            embed.embed(
+                make_features(**{f"n{batch}": full}), open_images(root), PROVENANCE, tmp_path / "a.npy"
+            )
+
+
+@pytest.mark.parametrize("name", ("a.npy", "a.parquet"))
 def test_unreadable_images_are_named_and_left_out(root, tmp_path, name, capsys):
     images = open_images(root)
     for index in (1, 8, 9, 10, 11, 21):  # among them a whole batch but for one image, and the last image
