@@ -12,11 +12,11 @@ goes on where it stopped.
 
 import argparse
 import contextlib
-import importlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -25,14 +25,17 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.config import CONFIGS, merge_config, origin
 from rsa_detectron2.common.distributed import device
 from rsa_detectron2.common.errors import InputError
+from rsa_detectron2.common.files import locked
+from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.tables import to_markdown
-from rsa_detectron2.pretrain.config import get_cfg
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
 from rsa_detectron2.pretrain.evaluate.drift import choose
 from rsa_detectron2.pretrain.evaluate.pictures import draw_neighbors, draw_views
+from rsa_detectron2.tools._recipe import load_recipe
 from rsa_detectron2.tools._weights import before_and_after, load_features
+from rsa_detectron2.tools.train_net import import_detectron2
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data import drawn
@@ -76,8 +79,8 @@ def main() -> None:
     draw_toys(folder, FAST_SIZES if args.fast else SIZES)
 
     say(f"2/5 pre-training a ResNet-{NETWORK[1:]} with RSA")
-    cfg, overrides = pretrain_settings(folder, args.fast, args.seed)
-    checkpoint = trainer.train(cfg, origin(PRETRAIN_CONFIG, overrides, get_cfg()))
+    cfg, came_from = pretrain_settings(folder, args.fast, args.seed)
+    checkpoint = trainer.train(cfg, came_from)
 
     say("3/5 converting it")
     weights, _ = convert(checkpoint, folder / f"rsa_{NETWORK.lower()}.pkl")
@@ -86,8 +89,7 @@ def main() -> None:
     starts = {"random": "", "RSA": str(weights)}
     folders = {name: folder / engine / name.lower() for name in starts}
     settings = ["SEED", str(args.seed + 1), *(FAST_TRANSFER if args.fast else [])]
-    # Detectron2 prints a page for every iteration.
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+    with locked(folder, "--output-dir"), log_to(folder / "log.txt"):
         results = {
             name: fine_tune(engine, path, folder / "coco", folders[name], settings)
             for name, path in starts.items()
@@ -125,23 +127,13 @@ def choose_engine(wanted: str | None) -> str:
     """The name of the engine to use. Raises InputError if Detectron2 is asked for and does not work."""
     if wanted == "torchvision":
         return wanted
-    if detectron2_works():
-        return "detectron2"
-    if wanted:
-        raise InputError(
-            "Detectron2 is not installed, or not for this torch: see README.md (Requirements), or leave "
-            "--engine out"
-        )
-    return "torchvision"
-
-
-def detectron2_works() -> bool:
-    """Whether Detectron2 loads. One built for another torch, or too old for Pillow, does not."""
     try:
-        importlib.import_module("rsa_detectron2.transfer.d2.engine")
-    except Exception:
-        return False
-    return True
+        import_detectron2()
+    except InputError:
+        if wanted:
+            raise
+        return "torchvision"
+    return "detectron2"
 
 
 def draw_toys(folder: Path, sizes: dict[str, int]) -> None:
@@ -151,13 +143,20 @@ def draw_toys(folder: Path, sizes: dict[str, int]) -> None:
         drawn.write_coco(folder / "coco", split, sizes[f"coco_{split}"], 128, seed + 2)
 
 
-def pretrain_settings(folder: Path, fast: bool, seed: int) -> tuple[CfgNode, list[str]]:
-    """The config of the pre-training, and its overrides for the record of the run."""
+def pretrain_settings(folder: Path, fast: bool, seed: int) -> tuple[CfgNode, Origin]:
+    """The config of the pre-training, and where it came from. Raises InputError."""
     overrides = ["DATA.PATH", str(folder / "images" / "train"), "OUTPUT_DIR", str(folder / "pretrain")]
     overrides += ["SEED", str(seed)]
     if fast:
         overrides += FAST_PRETRAIN
-    return merge_config(get_cfg(), str(PRETRAIN_CONFIG), overrides), overrides
+    return load_recipe(str(PRETRAIN_CONFIG), overrides)[:2]
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send to a file what Detectron2 prints: its environment, the config and the model."""
+    with open(path, "a") as log, contextlib.redirect_stdout(log):
+        yield
 
 
 def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: list[str]) -> dict:
@@ -165,10 +164,8 @@ def fine_tune(engine: str, weights: str, coco: Path, output: Path, overrides: li
     if (output / "results.json").is_file():
         return load_results(output)
     if engine == "detectron2":
-        from rsa_detectron2.transfer.d2 import config
-        from rsa_detectron2.transfer.d2 import engine as detector
-
-        defaults = config.get_cfg()
+        detector, get_defaults = import_detectron2()
+        defaults = get_defaults()
     else:
         from rsa_detectron2.transfer.tv import engine as detector
 
@@ -208,7 +205,8 @@ def pictures(cfg: CfgNode, folder: Path, folders: dict[str, Path]) -> list[tuple
     views = draw_views(source, cfg.DATA.IMAGE_SIZE, cfg.SEED, 4, folder / "views.png")
     pretrained, val = load_features(folder / "pretrain" / FINAL), open_images(str(folder / "images" / "val"))
     queries = choose(len(val), 8).tolist()
-    features = before_and_after(*pretrained, val)
+    found = before_and_after(*pretrained, val)
+    features = {title: labeled.features for title, labeled in found.items()}
     neighbors = draw_neighbors(val, features, queries, folder / "neighbors.png")
     curves = plot_curves(folder / "pretrain", folders, folder / "curves.png")
     detections = draw_detections(coco / "val.json", coco / "images", folders, folder / "detections.png")
