@@ -31,7 +31,12 @@ class TensorBoard:
     install = "pip install tensorboard"
 
     def __init__(self, cfg: CfgNode, step: str, last: int | None):
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:  # its libraries may not fit each other
+            raise InputError(
+                f"TensorBoard does not start ({one_line(error)}): {self.install}, or give LOGGERS '()'"
+            ) from None
 
         self.writer = SummaryWriter(cfg.OUTPUT_DIR, purge_step=0 if last is None else last + 1)
 

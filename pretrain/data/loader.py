@@ -33,6 +33,7 @@ class MultiStageViews(Dataset):
 
     def __init__(self, images: Source, size: int, seed: int):
         self.images, self.size, self.seed = images, size, seed
+        images.share_bad()  # or each worker would try a bad image anew
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, index = key

@@ -28,7 +28,7 @@ def load(path: str | Path) -> dict:
     try:
         check_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, MemoryError):  # not the file's fault
         raise
     except Exception as error:  # the ways in which a broken file fails are torch's, zipfile's and pickle's
         raise Damaged(

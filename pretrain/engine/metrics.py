@@ -27,15 +27,20 @@ class Meter:
 
     def reset(self) -> None:
         self.sums, self.steps, self.waited = {}, 0, 0.0
-        self.since = time.perf_counter()
         self.longest = self.streak
+        self.begun = self.total
+        self.resume()
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        self.since = time.perf_counter()
 
     def seconds(self) -> float:
         """Seconds of training until now."""
         return self.total + time.perf_counter() - self.since
 
     def pause(self) -> None:
-        """Stop the clock: the time until :meth:`reset` does not count as training."""
+        """Stop the clock: the time until :meth:`resume` does not count as training."""
         self.total, self.since = self.seconds(), time.perf_counter()
 
     def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
@@ -63,7 +68,7 @@ class Meter:
         means = distributed.mean(torch.stack(list(self.sums.values())).float() / self.steps)
         row = dict(zip(self.sums, means.tolist()))
         row["nonfinite_steps"] = -distributed.least(-int(self.longest))
-        seconds = time.perf_counter() - self.since
+        seconds = self.seconds() - self.begun
         row |= {"images_per_s": self.steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
         self.pause()
         self.reset()

@@ -245,10 +245,10 @@ class Trainer:
         """Announce the run, and begin its files. The figures of the untrained network are the first row."""
         self.announce()
         self.log = Log(self.cfg, self.num_steps, self.start)
-        if not self.start:
-            self.evaluate(0)
         checkpoint.write_config(self.cfg)
         record.write(self.folder, self.record(self.start))
+        if not self.start:
+            self.evaluate(0)
 
     def prepare(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
         """A batch's normalized_views. Lists the images that could not be decoded; raises InputError when they
@@ -276,11 +276,13 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # BatchNorm needs two images at a time.
-            fewer = self.bn_batch_size >= 4 and self.micro_batch_size >= 2
-            fix = f"give --micro-batch {self.micro_batch_size // 2}" if fewer else "lower DATA.IMAGE_SIZE"
+            size, local = self.micro_batch_size, self.local_batch_size
+            smaller = max((n for n in range(1, size // 2 + 1) if local % n == 0), default=0)
+            # BatchNorm needs two images at once.
+            enough = smaller * self.bn_batch_size // size >= 2
+            fix = f"give --micro-batch {smaller}" if enough else "lower DATA.IMAGE_SIZE"
             raise InputError(
-                f"{self.micro_batch_size} images of {self.cfg.DATA.IMAGE_SIZE} px at once do not fit into "
+                f"{size} images of {self.cfg.DATA.IMAGE_SIZE} px at once do not fit into "
                 f"the memory of {self.device} ({one_line(error)[:100]}): {fix}"
             ) from None
         return {"lr": lr, "beta": beta, "tau": tau}
@@ -360,7 +362,7 @@ class Trainer:
                 row |= measure_health(self.features, self.images, health)
         self.log.row(row)
         self.networks.train()
-        self.meter.reset()
+        self.meter.resume()
 
     def record(self, step: int) -> dict:
         return {**self.about, "step": step, "seconds": self.meter.seconds()}
@@ -411,6 +413,7 @@ class Trainer:
             f"{printable(self.images.root)}: {solver.EPOCHS} epochs, "
             f"{self.num_steps} steps of {solver.BATCH_SIZE} = {self.num_processes} {self.device.type} "
             f"x {self.accumulate} accumulated x {self.micro_batch_size}, "
+            f"BatchNorm sees {self.bn_batch_size} at once, "
             f"{distributed.precision(self.state.amp)}, peak lr {self.peak_lr:g}{resumes}",
             flush=True,
         )

@@ -109,6 +109,8 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
     0 where all are equal. -2t where all are orthogonal, which is about the least that many images can have.
     """
+    if not features.any():
+        return 0.0  # zeros have no direction, but are all equal
     total = sum(cosine.sub_(1).mul_(2 * t).exp_().sum(dtype=torch.float64) for _, cosine in cosines(features))
     return math.log(total / (len(features) * (len(features) - 1)))
 

@@ -104,6 +104,12 @@ def test_wandb_that_does_not_start_is_one_line(tmp_path, wandb, monkeypatch):
     assert not (tmp_path / loggers.WANDB_ID).exists()
 
 
+def test_tensorboard_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where its libraries do not fit
+    with pytest.raises(InputError, match=r"TensorBoard does not start .*, or give LOGGERS '\(\)'$"):
+        open_rows(tmp_path, None, "tensorboard")
+
+
 @pytest.mark.parametrize("part", ["file", "tensorboard", "wandb"])
 def test_rows_that_cannot_be_written_do_not_end_the_run(tmp_path, wandb, monkeypatch, capsys, part):
     """The others get their rows all the same."""

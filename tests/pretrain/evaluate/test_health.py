@@ -92,6 +92,7 @@ def test_uniformity_is_a_loop_over_pairs(count, cosines, monkeypatch):
 def test_uniformity_of_equal_and_of_orthogonal_features():
     assert uniformity(draw(8).expand(20, 8)) == pytest.approx(0, abs=1e-5)
     assert uniformity(torch.eye(20)) == pytest.approx(-4, abs=1e-6)
+    assert uniformity(torch.zeros(20, 8)) == 0
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 3.0])
