@@ -44,8 +44,8 @@ def to_markdown(cells: list[list[str]]) -> str:
 
 
 def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write a CSV file in UTF-8; None becomes an empty field."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    """Write a CSV file in UTF-8, which escapes names that are not; None becomes an empty field."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -92,6 +92,8 @@ def check(args: argparse.Namespace) -> None:
     for folder in args.runs:
         if Path(folder, record.FILE).is_file():
             raise InputError(f"{folder} holds a pre-training run: give it after --pretrain")
+    if args.runs and args.pretrain and not Path(args.pretrain[0], "metrics.jsonl").is_file():
+        raise InputError(f"{args.pretrain[0]} has no metrics.jsonl: give the folder of a pre-training run")
 
 
 def compare(folders: list[str], output: Path) -> None:

@@ -36,8 +36,9 @@ def write_report(
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / f"{name}.html").write_text(head + "\n".join(page) + "\n</html>\n", encoding="utf-8")
+    escaped = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files need not be UTF-8
+    (folder / f"{name}.md").write_text("\n".join(markdown), **escaped)
+    (folder / f"{name}.html").write_text(head + "\n".join(page) + "\n</html>\n", **escaped)
 
 
 def body_markdown(heading: str, body: Body, folder: Path) -> str:

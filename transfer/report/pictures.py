@@ -39,7 +39,7 @@ PANELS = {
     ),
     "Evaluation": (
         "%",
-        {"knn_top1": "kNN top-1", "consistency": "neighbor is other view"},
+        {"knn_top1": "kNN top-1", "consistency": "consistency"},
         "effective rank",
         {"rank_backbone": "effective rank"},
     ),

@@ -146,6 +146,7 @@ def test_the_command(two, tmp_path, monkeypatch, capsys):
     fine_tuning.mkdir()
     for words, message in (
         ([], "^give the folders of fine-tuning runs, or of pre-training runs after --pretrain$"),
+        ([fine_tuning, "--pretrain", "absent"], "^absent has no metrics.jsonl: give the folder of a pre-"),
         (["--pretrain", "absent"], "^absent/run.json cannot be read .no such file."),
         ([two[0]], "a holds a pre-training run: give it after --pretrain$"),
         ([fine_tuning, "--pretrain", *two], "^--pretrain takes one folder beside fine-tuning runs: compare"),
