@@ -137,7 +137,7 @@ def configure(cfg: CfgNode, args: argparse.Namespace, images: int | None = None)
     if args.train and classes_key(cfg) not in args.overrides[::2]:
         classes = load_dataset(dataset_name(*args.train)).categories
         merge_config(cfg, None, [classes_key(cfg), len(classes)])
-    for key in ("MAX_ITER", "IMS_PER_BATCH"):
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}: it must be at least 1")
     keys, trains = set(args.overrides[::2]), not args.eval_only

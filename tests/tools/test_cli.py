@@ -239,6 +239,13 @@ COMMANDS = {
         ],
         "MODEL.KEYPOINT_ON",
     ),
+    "no period": (
+        [
+            *("train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml"),
+            *("--engine", "torchvision", "SOLVER.CHECKPOINT_PERIOD", "0"),
+        ],
+        "SOLVER.CHECKPOINT_PERIOD is 0: it must be at least 1",
+    ),
     "no COCO": (
         ["train_net", "--config-file", "transfer/mask_rcnn_R50_FPN_1x.yaml", "--engine", "torchvision"],
         "datasets/coco/annotations",

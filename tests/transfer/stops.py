@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def run(train, trainer, cfg):
     except Interrupted as stopped:
         print(stopped)
         os._exit(REQUEUE)
+
+
+def after_a_signal(part):
+    """The function ``part``, before each call of which a signal comes."""
+    return lambda *given: [signal.raise_signal(signal.SIGTERM), part(*given)][1]
 
 
 def stop_again_and_again(start, folder, number, stops):

@@ -24,6 +24,7 @@ from rsa_detectron2.transfer.convert.needs import check_weights
 from rsa_detectron2.transfer.convert.writers import load_model
 from rsa_detectron2.transfer.d2.data import categories_of, register_datasets, sound_annotations
 from rsa_detectron2.transfer.d2.evaluation import evaluate
+from rsa_detectron2.transfer.d2.hooks import OutOfPatience
 from rsa_detectron2.transfer.d2.model import build_model
 from rsa_detectron2.transfer.d2.trainer import Trainer
 from rsa_detectron2.transfer.d2.weights import ZOO, read_provenance
@@ -43,6 +44,7 @@ from rsa_detectron2.transfer.report.runs import (
     Outcome,
     Setup,
     begin_training,
+    bn_batch_size,
     check_network,
     check_unchanged,
     load_results,
@@ -63,7 +65,7 @@ POSSIBLE = {
     "TEST.BEST_METRIC": METRICS,
 }
 # What ends as one line, besides errors of memory.
-ONE_LINE = (InputError, Interrupted, FloatingPointError)
+ONE_LINE = (InputError, Interrupted, FloatingPointError, OutOfPatience)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,6 @@ def plan(request: Request) -> Job:
     setup = Setup("detectron2", provenance, processes, accumulate or 1, request.origin)
     if start:
         check_unchanged(cfg, processes, setup.accumulate, iterations_of(start))
-    del datasets  # The cache that forget_datasets clears would otherwise live on.
     save_annotations(cfg, eval_only)
     return Job(cfg, setup, start, resume, eval_only)
 
@@ -149,7 +150,9 @@ def choose_device(cfg: CfgNode, processes: int) -> None:
     if not gpus:
         cfg.MODEL.DEVICE = "cpu"
     elif processes > gpus or processes > 1 and cfg.MODEL.DEVICE == "cpu":
-        raise InputError(f"{processes} processes on {cfg.MODEL.DEVICE}, but this machine shows {gpus} GPUs")
+        raise InputError(
+            f"{processes} processes on {cfg.MODEL.DEVICE}, but this machine shows {gpus} GPUs: give fewer"
+        )
 
 
 def check_model(cfg: CfgNode, resume: bool) -> None:
@@ -239,14 +242,15 @@ def plan_passes(cfg: CfgNode, processes: int, accumulate: int | None = None) -> 
             accumulate = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
     if images % (processes * accumulate):
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH {images} does not divide among {processes} processes x {accumulate} passes"
+            f"SOLVER.IMS_PER_BATCH {images} does not divide among {processes} processes x {accumulate} "
+            "passes: give another number of either"
         )
     each = images // (processes * accumulate)
-    bn_batch_size = each if cfg.MODEL.DEVICE == "cpu" else each * processes
     note = f"; schedule and learning rate scaled from {REFERENCE_GPUS} GPUs" if scaled else ""
     print(
         f"an iteration: {images} images = {processes} {cfg.MODEL.DEVICE} "
-        f"x {accumulate} accumulated x {each}; BatchNorm sees {bn_batch_size} at once{note}",
+        f"x {accumulate} accumulated x {each}; "
+        f"BatchNorm sees {bn_batch_size(cfg, processes, accumulate)} at once{note}",
         flush=True,
     )
     return accumulate

@@ -1,6 +1,7 @@
 """COCO's metrics of a model, by Detectron2."""
 
 import os
+import statistics
 from collections.abc import Iterator
 
 import detectron2.utils.comm as comm
@@ -78,7 +79,8 @@ def validation_losses(cfg: CfgNode, model: nn.Module, stop: StopSignals) -> dict
         for n, images in enumerate(stop.watch(workers.Loader(loader, NUM_WORKERS))):
             torch.manual_seed(n)  # of the samples among the proposals
             losses = unwrap(model)(images)
-            rows.append(torch.stack([sum(losses.values()), *losses.values()]).cpu())
+            losses = {"total_loss": sum(losses.values()), **losses}
+            rows.append({name: loss.item() for name, loss in losses.items()})
     model.train()
-    rows = torch.cat([torch.stack(part) for part in comm.all_gather(rows) if part])
-    return dict(zip(("total_loss", *losses), rows.mean(0).tolist()))
+    rows = [row for part in comm.all_gather(rows) for row in part]  # a process may have no image
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}

@@ -100,6 +100,8 @@ class Trainer(TrainerBase):
             super().train(self.start_iter, self.max_iter)
         except OutOfPatience as reason:
             done = reason.iterations
+            if comm.is_main_process():
+                print(reason, flush=True)
         self.iter = done - 1  # super().train leaves it one higher, and a longer training would skip one
         self.checkpointer.save("model_final", iteration=self.iter)
 
@@ -109,6 +111,7 @@ class Trainer(TrainerBase):
 
     def save(self, done: int) -> bool:
         """Write a checkpoint after ``done`` iterations; returns whether this process has written it."""
+        self.iter = done - 1  # before the first step of a resumed run it is one higher
         return self.checkpointer.save(f"model_{done - 1:07d}", iteration=done - 1)
 
     def leave(self, done: int) -> NoReturn:

@@ -104,6 +104,7 @@ class Trainer:
                 if (i + 1) % solver.CHECKPOINT_PERIOD == 0:
                     self.save(f"model_{i:07d}.pth", i)
                 if self.evaluate_after(i):
+                    log.info("no better model until iteration %d: training ends", i + 1)
                     break
         try:
             self.make_statistics_precise(last + 1)

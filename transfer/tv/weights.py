@@ -49,5 +49,5 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
     except Exception as error:  # a broken file can fail in any way
         raise InputError(
             f"{path} does not hold a model of the embedded engine with this config's MODEL settings "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}): restore it, or give the config of its training"
         ) from None

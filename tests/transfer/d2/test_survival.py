@@ -17,6 +17,7 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 
 from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
+from rsa_detectron2.common.launch import Processes
 from rsa_detectron2.tools import train_net
 from rsa_detectron2.transfer.d2 import data as d2_data
 from rsa_detectron2.transfer.d2 import engine, evaluation, hooks
@@ -53,31 +54,35 @@ def uninterrupted(shapes, tmp_path_factory):
 def test_stopped_at_random_moments(shapes, tmp_path, uninterrupted, workers):
     """By SIGKILL, with or without workers of the loader; in the end by SIGTERM."""
     (tmp_path / "steps").write_bytes(b"")
-    run = functools.partial(start, tiny(shapes, tmp_path, *SETTINGS), workers)
+    # Each start makes three steps at most: some of them end after a checkpoint.
+    cfg = tiny(shapes, tmp_path, *SETTINGS, "SOLVER.CHECKPOINT_PERIOD", 2)
+    run = functools.partial(start, cfg, workers)
     codes = stops.stop_again_and_again(run, tmp_path, signal.SIGKILL, 8 if workers == 0 else 3)
     assert set(codes) == {-signal.SIGKILL}
-    codes = stops.stop_again_and_again(run, tmp_path, signal.SIGTERM, 2)
+    codes = stops.stop_again_and_again(run, tmp_path, signal.SIGTERM, 1)
     assert set(codes) <= {REQUEUE, -signal.SIGTERM}
     stops.finish(run)
     stops.assert_equal(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
-    "where, name, message",
+    "parts, message",
     [
-        (hooks, "update_statistics", f"stopped after iteration 5 of {ITERATIONS}, saved"),
-        (evaluation.Mapper, "__call__", f"stopped after iteration 1 of {ITERATIONS}, saved"),
-        (evaluation, "inference_on_dataset", f"stopped after iteration 5 of {ITERATIONS}, saved"),
-        (d2_trainer, "build_model", "stopped by SIGTERM, with nothing to save"),
+        (
+            [(hooks, "update_statistics"), (evaluation, "inference_on_dataset")],
+            f"stopped after iteration 5 of {ITERATIONS}, saved",
+        ),
+        ([(evaluation.Mapper, "__call__")], f"stopped after iteration 1 of {ITERATIONS}, saved"),
+        ([(d2_trainer, "build_model")], "stopped by SIGTERM, with nothing to save"),
     ],
 )
-def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, where, name, message):
-    cfg = tiny(shapes, tmp_path, *SETTINGS)
-    with monkeypatch.context() as patch:
-        part = getattr(where, name)
-        patch.setattr(where, name, lambda *given: [signal.raise_signal(signal.SIGTERM), part(*given)][1])
-        with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
-            engine.train(cfg)
+def test_stopped_in_each_part(shapes, tmp_path, uninterrupted, monkeypatch, parts, message):
+    """One start after the other is stopped, the last of them at the same evaluation as the first."""
+    for where, name in parts:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, stops.after_a_signal(getattr(where, name)))
+            with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
+                engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
     engine.train(tiny(shapes, tmp_path, *SETTINGS), resume=True)
     stops.assert_equal(tmp_path, uninterrupted)
 
@@ -126,8 +131,8 @@ def test_two_machines_equal_one(shapes, tmp_path):
     done = [program.finish() for program in programs]
     assert [program.returncode for program in done] == [0, 0], done
     assert [program.stdout.count("done: ") for program in done] == [0, 1]
-    one = Program(tmp_path, *command, "--num-processes", 2, "OUTPUT_DIR", tmp_path / "one").finish()
-    assert one.returncode == 0, one.stderr
+    one = tiny(shapes, tmp_path / "one", *SETTINGS, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ())
+    engine.train(one, engine.Passes(Processes(2)))
     assert_same(stops.model(tmp_path / "two/model_final.pth"), stops.model(tmp_path / "one/model_final.pth"))
 
 
