@@ -4,7 +4,6 @@ import csv
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.record import flatten
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.tools import _miniature, _supervised, reproduce
+from rsa_detectron2.tools import _miniature, _steps, _supervised, reproduce
 from rsa_detectron2.tools._miniature import MiniatureTest, write_report
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.data.drawn import write_image_folder
@@ -38,7 +37,7 @@ def call(monkeypatch, *arguments):
     return reproduce.main()
 
 
-def test_runs_are_done_once_and_reported(tmp_path, monkeypatch, capsys):
+def test_runs_are_done_once_and_reported(tmp_path, monkeypatch, capsys, forked_steps):
     arguments = ["--rows", "random", "supervised", "--seeds", 1, "--jobs", 2]
     arguments += ["--output-dir", tmp_path, "--set", *SMALL]
     assert call(monkeypatch, "--dry-run", *arguments) == 0
@@ -63,7 +62,7 @@ def test_runs_are_done_once_and_reported(tmp_path, monkeypatch, capsys):
     assert (folder / "seed0" / "random" / "frozen" / "results.log").is_file()
     capsys.readouterr()
 
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr(_steps.subprocess, "Popen", lambda *_, **__: pytest.fail("ran again"))
     (folder / "report.md").unlink()
     assert call(monkeypatch, *arguments) == 0
     assert capsys.readouterr().out.count("[done]") == 6 and (folder / "report.md").read_text() == report
@@ -187,6 +186,7 @@ def test_recipes_differ_from_the_quick_starts_in_their_method_alone():
         changed[row] = {key: value for key, value in recipe if value != base[key]}
         assert changed[row].pop("OUTPUT_DIR") == f"output/miniature_{row}_R18"
         assert changed[row].pop("DATA.PATH") == "output/reproduce/miniature/images/train"
+        assert changed[row].pop("SOLVER.MICRO_BATCH") == base["SOLVER.BATCH_SIZE"]
     assert changed == {
         "rsa": {},
         "rsa_fixed_beta": {"MODEL.BETA_SCHEDULE": "fixed"},
