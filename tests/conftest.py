@@ -117,9 +117,25 @@ def run_program(command, cwd, environment, streams):
     os.chdir(cwd)
     os.environ.update(environment)
     for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY), number)
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_starts_processes_from_the_server():
+    """Those that torch, its launcher and Detectron2 would spawn each import torch anew. In a :class:`Program`
+    they still do."""
+    module = sys.modules["torch.multiprocessing.spawn"]  # the package has a function of this name
+    start = module.start_processes
+
+    def from_the_server(fn, args=(), nprocs=1, join=True, daemon=False, start_method="spawn"):
+        return start(fn, args, nprocs, join, daemon, start_method="forkserver")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (module, torch.multiprocessing):
+            patch.setattr(place, "start_processes", from_the_server)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,8 @@ def test_examples(folder, monkeypatch):
     pretrain_backbone = rsa.pretrain_backbone
 
     def tiny(recipe, overrides):  # as the example says, but for the size
-        return pretrain_backbone(recipe, [*overrides, *TINY, "MODEL.BACKBONE", "resnet50"])
+        short = "SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 0
+        return pretrain_backbone(recipe, [*overrides, *TINY, "MODEL.BACKBONE", "resnet50", *short])
 
     monkeypatch.setattr(rsa, "pretrain_backbone", tiny)
     namespace = {}

@@ -332,7 +332,7 @@ def undecodable(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_on_a_folder_where_nothing_decodes_ends(undecodable, tmp_path, count):
     """The tool runs as a program, as a user starts it, because its exit once hung."""
     command = [

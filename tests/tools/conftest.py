@@ -1,15 +1,20 @@
 """A model that each engine has fine-tuned for a moment."""
 
 import json
+import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from rsa_detectron2.common.config import CONFIGS, merge_config
+from rsa_detectron2.tools import _steps
 from rsa_detectron2.tools.train_net import import_detectron2
 from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.drawn import write_coco
+from tests.conftest import processes, run_program
 
 CONFIG = str(CONFIGS / "transfer" / "quickstart_mask_rcnn_R18_FPN.yaml")
 # A step of one image, after which every proposal is a detection.
@@ -18,6 +23,35 @@ SETTINGS = (
     "TEST.PRECISE_BN.ENABLED False DATALOADER.NUM_WORKERS 0 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0 "
     "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96"
 ).split()
+
+
+class Forked:
+    """Stands for subprocess.Popen: the server of tests/conftest.py starts the tool, which is faster."""
+
+    def __init__(self, command, env, stdout=None, **_):
+        streams = [stdout.name if stdout else os.devnull] * 2
+        self.process = processes.Process(target=run_program, args=(command[1:], os.getcwd(), env, streams))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def forked_steps(monkeypatch):
+    """The runner of steps starts tools as :class:`Forked`."""
+    known = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(_steps, "subprocess", known)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_runs_are_done_once_and_reported(tmp_path, monkeypatch, capsys):
         call(monkeypatch, *arguments[: arguments.index("--set")])
 
 
-def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch, capsys, forked_steps):
     arguments = ["--rows", "byol", "--seeds", 1, "--jobs", 2, "--output-dir", tmp_path]
     assert call(monkeypatch, *arguments, "--set", "SOLVER.BATCH_SIZE", 128) == 2
     log = tmp_path / "controlled" / "seed0" / "byol" / "model_final.log"

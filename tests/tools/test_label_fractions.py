@@ -3,7 +3,6 @@
 import csv
 import json
 import shlex
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.method.networks import build_backbone
-from rsa_detectron2.tools import _fractions, label_fractions
+from rsa_detectron2.tools import _fractions, _steps, label_fractions
 from rsa_detectron2.tools._fractions import LabelFractions, write_report
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data.annotations import dataset_name, load_dataset
@@ -171,7 +170,7 @@ def test_weights_that_are_not_here_are_left_out(arguments, monkeypatch, tmp_path
     )
 
 
-def test_runs_are_done_once_and_reported(arguments, weights, monkeypatch, capfd, tmp_path):
+def test_runs_are_done_once_and_reported(arguments, weights, monkeypatch, capfd, tmp_path, forked_steps):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["label_fractions.py", *map(str, [*arguments, *words])])
         return label_fractions.main()
@@ -188,7 +187,7 @@ def test_runs_are_done_once_and_reported(arguments, weights, monkeypatch, capfd,
     assert "| 25 % (5), mine   | 1 " in report and (folder / "curve.png").is_file()
     capfd.readouterr()
 
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr(_steps.subprocess, "Popen", lambda *_, **__: pytest.fail("ran again"))
     (folder / "report.md").unlink()
     assert call("--set", *SMALL) == 0
     assert capfd.readouterr().out.count("[done]") == 2 and (folder / "report.md").read_text() == report

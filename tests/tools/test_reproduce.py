@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 
 import pytest
@@ -282,9 +281,3 @@ def test_all_is_the_papers(here, monkeypatch, capsys):
     """The controlled test is not among its tables."""
     assert call(monkeypatch, "all", "--dry-run") == 0
     assert "shapes" not in capsys.readouterr().out
-
-
-def test_executable():
-    assert (
-        subprocess.run([str(ROOT / "tools" / "reproduce.py"), "--help"], capture_output=True).returncode == 0
-    )

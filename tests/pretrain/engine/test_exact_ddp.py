@@ -74,7 +74,7 @@ def state(cfg, name):
     return saved["model"] | {f"momentum {i}": entry["momentum_buffer"] for i, entry in momenta.items()}
 
 
-@pytest.fixture(scope="module", params=[3, 4])
+@pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])
 def uninterrupted(image_folder, tmp_path_factory, request):
     """(processes, configuration) of a run. Each process handles its 8 or 6 images in two micro-batches."""
     micro_batch = 24 // request.param // 2

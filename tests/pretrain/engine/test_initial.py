@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 
+from rsa_detectron2.common import launch
 from rsa_detectron2.common.errors import InputError, Interrupted
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer as train_loop
@@ -227,6 +228,13 @@ def test_a_checkpoint_without_all_of_its_backbone(image_folder, tmp_path, first)
         load_features(tmp_path / "cut.pth")
 
 
+def test_two_processes(image_folder, tmp_path, first):
+    cfg = tiny_cfg(image_folder, tmp_path, "MODEL.INIT", str(first), *R18[2:])
+    start = rows(Path(launch.launch(train, cfg, launch.Processes(2))))[0]
+    assert start["knn_top1"] == rows(first)[-1]["knn_top1"]
+
+
+@pytest.mark.slow
 def test_the_command_in_two_processes(image_folder, tmp_path, tool, first):
     words = ["--data", image_folder, "--output-dir", tmp_path, "--init", first, "--num-processes", 2]
     done = tool("pretrain", *words, *TINY, *R18[2:])

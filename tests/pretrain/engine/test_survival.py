@@ -15,7 +15,7 @@ from rsa_detectron2.pretrain.engine import checkpoint
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg
 
-STEPS = 150  # 50 epochs of three
+STEPS = 60  # 20 epochs of three
 LONG = ("SOLVER.EPOCHS", STEPS // 3, "CHECKPOINT.KEEP_PERIOD", 0)
 
 
@@ -67,7 +67,11 @@ def uninterrupted(image_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "number, kills, code",
-    [(signal.SIGKILL, 10, None), pytest.param(signal.SIGTERM, 6, REQUEUE, marks=pytest.mark.slow)],
+    [
+        (signal.SIGKILL, 5, None),
+        pytest.param(signal.SIGKILL, 10, None, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 6, REQUEUE, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_random_moments(image_folder, tmp_path, uninterrupted, number, kills, code):
     """Some runs are killed at a random time of their start, the others after a random number of further
@@ -175,13 +179,13 @@ class SignalsWhenItEnds:
 
 
 def run_signaled_in_a_finalizer(cfg):
-    open_images = train_loop.open_images
+    images_of = train_loop.images_of
 
     def signaled(*arguments):
         SignalsWhenItEnds()
-        return open_images(*arguments)
+        return images_of(*arguments)
 
-    train_loop.open_images = signaled
+    train_loop.images_of = signaled
     run(cfg)
 
 
@@ -198,7 +202,7 @@ def test_signal_whose_exception_python_drops(image_folder, tmp_path):
 
 
 def test_second_run_in_a_folder_is_refused(image_folder, tmp_path):
-    cfg = tiny_cfg(image_folder, tmp_path, *LONG)
+    cfg = tiny_cfg(image_folder, tmp_path, *LONG, "SOLVER.EPOCHS", 200)
     process = start(cfg)
     wait_for_step(cfg, process)
     with pytest.raises(InputError, match=f"another run is at work in .* .process {process.pid} on "):

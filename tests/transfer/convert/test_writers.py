@@ -278,7 +278,15 @@ def test_a_converted_file_that_was_changed_is_refused(resnet50_checkpoint, tmp_p
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet101", "wide_resnet50_2", "resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnext50_32x4d",
+        pytest.param("resnet101", marks=pytest.mark.slow),
+        pytest.param("wide_resnet50_2", marks=pytest.mark.slow),
+    ],
+)
 def test_other_networks_convert_and_fail_closed_on_their_own_list(tmp_path, name):
     from rsa_detectron2.pretrain.method.networks import build_backbone
 

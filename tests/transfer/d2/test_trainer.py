@@ -942,6 +942,7 @@ MODEL:
   RESNETS: {{NORM: "SyncBN", STRIDE_IN_1X1: False}}
   RPN: {{POST_NMS_TOPK_TRAIN: 10, POST_NMS_TOPK_TEST: 5}}
   ROI_HEADS: {{BATCH_SIZE_PER_IMAGE: 4}}
+  ROI_BOX_HEAD: {{FC_DIM: 64}}
 INPUT: {{FORMAT: "RGB", MASK_FORMAT: "bitmask", MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}}
 DATALOADER: {{NUM_WORKERS: 0}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: []}}
@@ -1054,6 +1055,8 @@ def test_keypoints_train_and_are_measured(weights, shapes, one_image, tmp_path, 
         tmp_path,
         "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
         3,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS",
+        [32, 32],
         "TEST.KEYPOINT_OKS_SIGMAS",
         [0.1] * 3,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST",

@@ -1,9 +1,7 @@
 import csv
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -76,14 +74,9 @@ def make_run(folder, ap, dataset="coco_2017_val", detections=None, weights=None)
     return folder
 
 
-def run_tool(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / "report.py", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
+@pytest.fixture
+def run_tool(tool):
+    return functools.partial(tool, "report")
 
 
 def test_weights_label():
@@ -217,7 +210,7 @@ def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
         draw(run=tmp_path)
 
 
-def test_tool_writes_table_page_and_pictures(tmp_path):
+def test_tool_writes_table_page_and_pictures(run_tool, tmp_path):
     annotations, images, truth = make_dataset(tmp_path)
     name = dataset_name(annotations, images)
     found = [{**a, "score": 0.9} for a in truth]
@@ -238,7 +231,7 @@ def test_tool_writes_table_page_and_pictures(tmp_path):
     assert done.stdout.split("\n\n")[0] in (output / "report.md").read_text(encoding="utf-8")
 
 
-def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
+def test_tool_needs_only_results_and_averages_runs_of_one_name(run_tool, tmp_path):
     for seed, box in enumerate((40.0, 42.0)):
         make_run(tmp_path / f"seed{seed}" / "rsa", aps(box))  # with seed -1, which means a new seed each time
     done = run_tool("seed0/rsa", "seed1/rsa", "--output", "out", cwd=tmp_path)
@@ -248,7 +241,7 @@ def test_tool_needs_only_results_and_averages_runs_of_one_name(tmp_path):
     assert not (tmp_path / "out" / "detections.png").exists()
 
 
-def test_tool_reports_a_missing_run_in_one_line(tmp_path):
+def test_tool_reports_a_missing_run_in_one_line(run_tool, tmp_path):
     done = run_tool("nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere/results.json ") and done.stderr.count("\n") == 1
@@ -432,7 +425,7 @@ def test_differences_and_their_mark(tmp_path):
     assert cells[9][2] == "–" and cells[9][5] == "-0.3"
 
 
-def test_tool_compares_with_what_is_published(tmp_path):
+def test_tool_compares_with_what_is_published(run_tool, tmp_path):
     full_run(tmp_path / "s0" / "random", 32.0, 29.9, None)
     full_run(tmp_path / "s1" / "random", 32.4, 29.9, None, keys={"SEED": 1})
     done = run_tool("s0/random", "s1/random", "--output", "out", cwd=tmp_path)
@@ -470,7 +463,7 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
         assert together(**change) == [1, 1], change
 
 
-def test_test_sets_are_never_mixed(tmp_path):
+def test_test_sets_are_never_mixed(run_tool, tmp_path):
     full_run(tmp_path / "a", 40.0, 36.0, None)
     full_run(tmp_path / "b", 40.0, 36.0, None, keys={"DATASETS.TEST": ("/x/val.json::/x/images",)})
     full_run(tmp_path / "c", 40.0, 36.0, None, keys={"DATASETS.TEST": ("/y/val.json::/y/images",)})
@@ -479,7 +472,7 @@ def test_test_sets_are_never_mixed(tmp_path):
     assert run_tool("b", "c", cwd=tmp_path).returncode == 0
 
 
-def test_protocols_are_never_mixed(tmp_path):
+def test_protocols_are_never_mixed(run_tool, tmp_path):
     full_run(tmp_path / "a", 40.0, 36.0, None)
     full_run(tmp_path / "b", 40.0, 36.0, None, protocol="moco")
     done = run_tool("a", "b", cwd=tmp_path)

@@ -352,6 +352,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
             name == "precise",
             "TEST.PRECISE_BN.NUM_ITER",
             2,
+            *RESNET18,
         )
         return cfg, engine.train(cfg, **how)
 
@@ -433,7 +434,7 @@ def test_resume_is_exact_and_category_ids_survive(coco, tmp_path, caplog):
     precise = state("precise")["model"]
     changed = {name for name, tensor in precise.items() if not torch.equal(tensor, whole["model"][name])}
     assert changed and all("running" in name or "num_batches" in name for name in changed)
-    shutil.rmtree(tmp_path)  # gigabytes
+    shutil.rmtree(tmp_path)
 
 
 def test_evaluations_during_training_leave_it_as_it_was(coco, tmp_path):
@@ -444,7 +445,8 @@ def test_evaluations_during_training_leave_it_as_it_was(coco, tmp_path):
             "TEST.PRECISE_BN.ENABLED": True,
             "TEST.PRECISE_BN.NUM_ITER": 2,
         }
-        cfg = config(coco, tmp_path / name, *(word for pair in settings.items() for word in pair))
+        words = [word for pair in settings.items() for word in pair]
+        cfg = config(coco, tmp_path / name, *RESNET18, *words)
         engine.train(cfg)
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
         saved = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
@@ -459,7 +461,7 @@ def test_evaluations_during_training_leave_it_as_it_was(coco, tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before(coco, tmp_path, monkeypatch, caplog, capsys):
     """Training goes on and ends with an error of one line; --resume then trains what is missing."""
-    cfg = config(coco, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    cfg = config(coco, tmp_path, *RESNET18, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "save_tensors", full_after("model_0000001.pth"))
         with pytest.raises(InputError, match=r"model_final.pth \(No space left on device\): make room"):
@@ -559,6 +561,7 @@ def test_iterations_without_any_object_train(coco, tmp_path, masks):
         1,
         "SOLVER.IMS_PER_BATCH",
         1,
+        *RESNET18,
     )
     data = CocoInstances(load_dataset(one), training=True, masks=masks, filter_empty=False)
     image, target = data[3, True]

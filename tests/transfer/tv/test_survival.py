@@ -17,10 +17,10 @@ from tests.conftest import Program, assert_same
 from tests.transfer import stops
 from tests.transfer.tv.test_engine import RESNET18, config
 
-ITERATIONS = 24
+ITERATIONS = 16
 SETTINGS = (
     *RESNET18,
-    *("SEED", 1, "SOLVER.MAX_ITER", ITERATIONS, "SOLVER.STEPS", (16,), "SOLVER.CHECKPOINT_PERIOD", 5),
+    *("SEED", 1, "SOLVER.MAX_ITER", ITERATIONS, "SOLVER.STEPS", (11,), "SOLVER.CHECKPOINT_PERIOD", 5),
     *("TEST.EVAL_PERIOD", 9, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
 )
 
@@ -39,11 +39,12 @@ def uninterrupted(coco, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "number, count, code",
-    [(signal.SIGKILL, 10, -9), pytest.param(signal.SIGTERM, 5, REQUEUE, marks=pytest.mark.slow)],
+    [(signal.SIGKILL, 4, -9), pytest.param(signal.SIGTERM, 3, REQUEUE, marks=pytest.mark.slow)],
 )
 def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count, code):
     (tmp_path / "steps").write_bytes(b"")
-    run = functools.partial(start, config(coco, tmp_path, *SETTINGS))
+    # Each start makes three steps at most: some of them end after a checkpoint.
+    run = functools.partial(start, config(coco, tmp_path, *SETTINGS, "SOLVER.CHECKPOINT_PERIOD", 2))
     codes = stops.stop_again_and_again(run, tmp_path, number, count)
     assert code in codes and 0 not in codes
     if number == signal.SIGTERM:  # a process that has not set its handlers yet simply ends
@@ -53,22 +54,24 @@ def test_stopped_at_random_moments(coco, tmp_path, uninterrupted, number, count,
 
 
 @pytest.mark.parametrize(
-    "where, name, message",
+    "parts, message",
     [
-        (evaluation, "detect_one", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (trainer, "validation_losses", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (trainer, "update_statistics", f"stopped after iteration 9 of {ITERATIONS}, saved"),
-        (trainer.Trainer, "step", f"stopped after iteration 1 of {ITERATIONS}, saved"),
-        (trainer, "load_start", "stopped by SIGTERM, with nothing to save"),
+        (
+            [(trainer, "update_statistics"), (evaluation, "detect_one"), (trainer, "validation_losses")],
+            f"stopped after iteration 9 of {ITERATIONS}, saved",
+        ),
+        ([(trainer.Trainer, "step")], f"stopped after iteration 1 of {ITERATIONS}, saved"),
+        ([(trainer, "load_start")], "stopped by SIGTERM, with nothing to save"),
     ],
 )
-def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, where, name, message):
+def test_stopped_in_each_part(coco, tmp_path, uninterrupted, monkeypatch, parts, message):
+    """One start after the other is stopped, the last of them at the same evaluation as the first."""
     cfg = config(coco, tmp_path, *SETTINGS)
-    with monkeypatch.context() as patch:
-        part = getattr(where, name)
-        patch.setattr(where, name, lambda *given: [signal.raise_signal(signal.SIGTERM), part(*given)][1])
-        with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
-            engine.train(cfg)
+    for where, name in parts:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, stops.after_a_signal(getattr(where, name)))
+            with pytest.raises(Interrupted, match=f"{message}; the same command with --resume goes on"):
+                engine.train(cfg, resume=True)
     engine.train(cfg, resume=True)
     stops.assert_equal(tmp_path, uninterrupted)
 
@@ -160,15 +163,15 @@ def test_validation_losses_change_nothing(coco, tmp_path, uninterrupted):
 
 def test_a_finished_run_is_extended(coco, tmp_path, uninterrupted, capsys):
     """It ends with the bits of a run that was longer from the start."""
-    cfg = config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 14, "SOLVER.STEPS", (13,))
-    assert engine.train(cfg)["iterations"] == 14
-    for refused in (("SOLVER.STEPS", (12, 16)), ("SOLVER.BASE_LR", 0.02), ("SOLVER.MAX_ITER", 13)):
+    cfg = config(coco, tmp_path, *SETTINGS, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (7,))
+    assert engine.train(cfg)["iterations"] == 8
+    for refused in (("SOLVER.STEPS", (6, 12)), ("SOLVER.BASE_LR", 0.02), ("SOLVER.MAX_ITER", 7)):
         with pytest.raises(InputError, match="began with .*MODEL.WEIGHTS its model to start from that"):
             engine.train(config(coco, tmp_path, *SETTINGS, *refused), resume=True)
-    longer = "SOLVER.STEPS", (13, 16)
+    longer = "SOLVER.STEPS", (7, 12)
     assert engine.train(config(coco, tmp_path, *SETTINGS, *longer), resume=True)["iterations"] == ITERATIONS
-    said = "is extended: SOLVER.MAX_ITER 14 and not 24; SOLVER.STEPS [13] and not (13, 16)"
-    assert said in capsys.readouterr().out.replace("[13, 16]", "(13, 16)")
+    said = "is extended: SOLVER.MAX_ITER 8 and not 16; SOLVER.STEPS [7] and not (7, 12)"
+    assert said in capsys.readouterr().out.replace("[7, 12]", "(7, 12)")
     whole = config(coco, tmp_path / "whole", *SETTINGS, *longer)
     engine.train(whole)
     assert_same(stops.model(tmp_path / "model_final.pth"), stops.model(tmp_path / "whole/model_final.pth"))
