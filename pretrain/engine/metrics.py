@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from fvcore.common.config import CfgNode
-from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.loggers import Rows
+from rsa_detectron2.common.progress import long_bar
 
 
 class Meter:
@@ -117,14 +117,7 @@ class Log:
     def __init__(self, cfg: CfgNode, total: int, start: int):
         self.rows = Rows(cfg, "metrics.jsonl", "step", start or None)
         self.latest = {}
-        self.progress = tqdm(
-            total=total,
-            initial=start,
-            desc="pre-training",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
+        self.progress = long_bar("pre-training", total, start)
 
     def row(self, row: dict[str, float]) -> None:
         """Write a row {"step": k, name: number}."""

@@ -6,18 +6,16 @@ Beside ``output`` lies ``output.json``, which says what it holds, and until it i
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
-from tqdm import tqdm
 
 from rsa_detectron2.common import record
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.common.files import locked
-from rsa_detectron2.common.progress import say
+from rsa_detectron2.common.progress import long_bar, say
 from rsa_detectron2.common.signals import StopSignals
 from rsa_detectron2.pretrain.data import identity
 from rsa_detectron2.pretrain.data.images import UnreadableImage, printable
@@ -109,14 +107,7 @@ def compute(features: Features, images: Source, chunks: list[Chunk], stop: StopS
     crops = ReadableCrops(images, todo, features.data.EVAL_RESIZE, features.data.IMAGE_SIZE)
     batches = BatchSampler(SequentialSampler(crops), BATCH, False)
     loader = build_loader(crops, batches, features.data.NUM_WORKERS)
-    bar = tqdm(
-        desc="features",
-        total=len(images),
-        initial=len(images) - len(todo),
-        unit="image",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    )
+    bar = long_bar("features", len(images), len(images) - len(todo), "image")
     chunk = None
     try:
         for batch, index, problems in loader:

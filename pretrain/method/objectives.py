@@ -75,6 +75,8 @@ def byol_aw(networks: Networks, weak: Tensor, aggressive: Tensor, beta: float) -
 
 
 def symmetric_byol(networks: Networks, view: Tensor, view_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """BYOL's symmetric loss (Grill et al. 2020, eq. 2) of two views [B, 3, H, W], and both predictions
+    [B, D]."""
     q, q_ = networks.predict(view), networks.predict(view_)
     z, z_ = networks.project_target(view), networks.project_target(view_)
     return (distance(q, z_) + distance(q_, z)).mean(), q, q_

@@ -18,24 +18,16 @@ def build_optimizer(
     not scale a group whose weight decay is 0, unless ``always_adapt`` is set.
     SGD: weight decay on everything, as in the authors' small recipes.
     """
-    groups = []
+    groups, decay = [], {"weight_decay": solver.WEIGHT_DECAY}
     for fixed, module in ((False, networks.online), (fix_predictor_lr, networks.predictor)):
         parameters = list(module.parameters())
-        if solver.OPTIMIZER == "sgd":
-            groups.append({"params": parameters, "weight_decay": solver.WEIGHT_DECAY, "fixed": fixed})
-        else:
-            groups.append(
-                {
-                    "params": [p for p in parameters if p.ndim > 1],
-                    "weight_decay": solver.WEIGHT_DECAY,
-                    "fixed": fixed,
-                    "always_adapt": True,
-                }
-            )
-            groups.append(
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "fixed": fixed}
-            )
-    groups = [group for group in groups if group["params"]]  # not every method has a predictor
+        parts = [(parameters, decay)]
+        if solver.OPTIMIZER == "lars":
+            matrices = [p for p in parameters if p.ndim > 1]
+            vectors = [p for p in parameters if p.ndim <= 1]
+            parts = [(matrices, decay | {"always_adapt": True}), (vectors, {"weight_decay": 0.0})]
+        # Not every method has a predictor.
+        groups += [{"params": part, "fixed": fixed, **settings} for part, settings in parts if part]
     if solver.OPTIMIZER == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=solver.MOMENTUM)
     return Lars(groups, lr=0.0, momentum=solver.MOMENTUM, trust_coeff=solver.TRUST_COEFFICIENT)

@@ -3,7 +3,6 @@
 What is due after an iteration is due again when a run goes on from there: it may have been stopped before.
 """
 
-import sys
 from collections import defaultdict
 
 import detectron2.utils.comm as comm
@@ -11,10 +10,10 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
-from tqdm import tqdm
 
 from rsa_detectron2.common import distributed
 from rsa_detectron2.common.loggers import Rows
+from rsa_detectron2.common.progress import long_bar
 from rsa_detectron2.common.signals import Stopped
 from rsa_detectron2.transfer.d2.data import seed_of
 from rsa_detectron2.transfer.d2.evaluation import evaluate, validation_losses
@@ -128,14 +127,7 @@ class ProgressBar(HookBase):
     bar = None
 
     def before_train(self) -> None:
-        self.bar = tqdm(
-            total=self.trainer.max_iter,
-            initial=self.trainer.start_iter,
-            desc="fine-tuning",
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
+        self.bar = long_bar("fine-tuning", self.trainer.max_iter, self.trainer.start_iter, "it")
 
     def after_step(self) -> None:
         losses = self.trainer.storage.histories().get("total_loss")

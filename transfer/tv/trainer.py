@@ -11,7 +11,6 @@ import copy
 import functools
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from rsa_detectron2.common import workers
 from rsa_detectron2.common.errors import InputError, is_out_of_memory
+from rsa_detectron2.common.progress import long_bar
 from rsa_detectron2.common.record import Origin
 from rsa_detectron2.common.signals import Stopped, StopSignals
 from rsa_detectron2.transfer.data.coco import CocoInstances
@@ -79,14 +79,7 @@ class Trainer:
             self.about = begin_training(self.cfg, setup, categories, len(self.dataset.ids))
         self.model.train()
         recent = []  # losses since the last row
-        with tqdm(
-            total=solver.MAX_ITER,
-            initial=self.start,
-            desc="fine-tuning",
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        ) as bar:
+        with long_bar("fine-tuning", solver.MAX_ITER, self.start, "it") as bar:
             self.stop.stepping = True
             # The run may have been killed before it had evaluated.
             end = self.start if self.start and self.evaluate_after(last) else solver.MAX_ITER
