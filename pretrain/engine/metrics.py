@@ -134,6 +134,11 @@ class Log:
             self.say(f"step {row['step']}: {', '.join(told)}")
             self.progress.unpause()  # the evaluation's time must not count in the speed of the steps
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the network that the run goes on with has its row of an evaluation."""
+        return any(name in EVALUATED for _, name in self.rows.written)
+
     def say(self, line: str) -> None:
         """Print a line to stderr, above the progress bar."""
         self.progress.write(line, file=sys.stderr)

@@ -242,13 +242,16 @@ class Trainer:
         return str(self.folder / checkpoint.FINAL)
 
     def open(self) -> None:
-        """Announce the run, and begin its files. The figures of the untrained network are the first row."""
+        """Announce the run, and begin its files. The figures of the untrained network are the first row.
+
+        An evaluation that a signal or a kill has left out is made up for.
+        """
         self.announce()
         self.log = Log(self.cfg, self.num_steps, self.start)
         checkpoint.write_config(self.cfg)
         record.write(self.folder, self.record(self.start))
-        if not self.start:
-            self.evaluate(0)
+        if not self.start or self.evaluates_after(self.start) and not self.log.evaluated:
+            self.evaluate(self.start)
 
     def prepare(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor]:
         """A batch's normalized_views. Lists the images that could not be decoded; raises InputError when they
@@ -305,15 +308,20 @@ class Trainer:
         In that order, because a launcher grants seconds after a signal, and an evaluation may take minutes.
         """
         epoch, last = step // self.steps_per_epoch, step == self.num_steps
-        keep_period, period = self.cfg.CHECKPOINT.KEEP_PERIOD, self.cfg.KNN.PERIOD
+        keep_period = self.cfg.CHECKPOINT.KEEP_PERIOD
         # Collapsed features may recover. Until they do, they must not replace the good checkpoint.
         collapsed = self.alarms.collapsed
         if last or epoch % self.cfg.CHECKPOINT.PERIOD == 0 and not collapsed and not stopping:
             self.save_last(step)
         if keep_period and epoch % keep_period == 0 and not collapsed:
             self.save(self.folder / f"checkpoint_{step:07d}.pth", step)
-        if not last and period and epoch % period == 0 and not stopping:
+        if self.evaluates_after(step) and not stopping:
             self.evaluate(step)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether KNN.PERIOD asks for an evaluation after this step; that of the last is :meth:`finish`'s."""
+        steps = self.cfg.KNN.PERIOD * self.steps_per_epoch
+        return bool(steps) and step % steps == 0 and step < self.num_steps
 
     def leave(self, step: int) -> NoReturn:
         """Save and raise Interrupted."""

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -52,6 +53,33 @@ def test_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, stop_after, uni
 def test_evaluating_on_the_way_changes_nothing(image_folder, tmp_path, uninterrupted):
     """With kNN after every epoch, BatchNorm's running statistics must not see the evaluation."""
     final = train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
+    assert_same(final_weights(final), final_weights(uninterrupted))
+
+
+def test_an_evaluation_that_a_signal_left_out_is_made_up_for(
+    image_folder, tmp_path, uninterrupted, stop_after, monkeypatch
+):
+    """Then it is not made again: the run is killed after it, during step 4."""
+
+    def train():
+        return train_loop.train(tiny(image_folder, tmp_path, "KNN.PERIOD", 1))
+
+    def counted(*given, **options):
+        calls.append(len(steps))
+        return evaluate(*given, **options)
+
+    steps, evaluate, calls = stop_after(3), train_loop.evaluate_knn, []
+    with pytest.raises(Interrupted, match="step 3 of 9"):
+        train()
+    monkeypatch.setattr(train_loop, "evaluate_knn", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    final = train()
+    assert calls == [3, 6, 9]
+    rows = [json.loads(line) for line in Path(final).with_name("metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "knn_top1" in row] == [0, 3, 6, 9]
     assert_same(final_weights(final), final_weights(uninterrupted))
 
 
