@@ -32,7 +32,7 @@ from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.provenance import sha256
 from rsa_detectron2.transfer.data.images import read_image
 from rsa_detectron2.transfer.data.masks import mask_area
-from rsa_detectron2.transfer.report.pictures import draw_on_copy
+from rsa_detectron2.transfer.report.detection_pictures import draw_on_copy
 from rsa_detectron2.transfer.report.trained import Trained, find_trained
 
 FILE = "detections.json"

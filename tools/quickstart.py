@@ -32,7 +32,8 @@ from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer
 from rsa_detectron2.pretrain.engine.checkpoint import FINAL
 from rsa_detectron2.pretrain.evaluate.drift import choose
-from rsa_detectron2.pretrain.evaluate.pictures import draw_neighbors, draw_views
+from rsa_detectron2.pretrain.evaluate.feature_pictures import draw_neighbors
+from rsa_detectron2.pretrain.evaluate.pictures import draw_views
 from rsa_detectron2.tools._recipe import load_recipe
 from rsa_detectron2.tools._weights import before_and_after, load_features
 from rsa_detectron2.tools.train_net import import_detectron2
@@ -40,8 +41,9 @@ from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.convert.writers import convert
 from rsa_detectron2.transfer.data import drawn
 from rsa_detectron2.transfer.data.annotations import dataset_name
+from rsa_detectron2.transfer.report.detection_pictures import draw_detections
 from rsa_detectron2.transfer.report.page import write_report
-from rsa_detectron2.transfer.report.pictures import draw_detections, plot_curves
+from rsa_detectron2.transfer.report.pictures import plot_curves
 from rsa_detectron2.transfer.report.runs import load_results
 from rsa_detectron2.transfer.report.tables import own_row, table_cells, write_csv
 

@@ -30,8 +30,9 @@ from rsa_detectron2.common.tables import to_markdown
 from rsa_detectron2.transfer.data.annotations import locate_dataset
 from rsa_detectron2.transfer.data.detection_errors import KINDS
 from rsa_detectron2.transfer.report import paper, pretraining
+from rsa_detectron2.transfer.report.detection_pictures import draw_detections
 from rsa_detectron2.transfer.report.page import body_markdown, write_report
-from rsa_detectron2.transfer.report.pictures import draw_detections, plot_ap, plot_curves
+from rsa_detectron2.transfer.report.pictures import plot_ap, plot_curves
 from rsa_detectron2.transfer.report.quality_pictures import plot_errors, plot_precision_recall
 from rsa_detectron2.transfer.report.runs import load_results
 from rsa_detectron2.transfer.report.tables import (

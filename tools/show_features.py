@@ -18,7 +18,7 @@ from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.images import printable
 from rsa_detectron2.pretrain.evaluate.drift import choose
-from rsa_detectron2.pretrain.evaluate.pictures import draw_map, draw_neighbors
+from rsa_detectron2.pretrain.evaluate.feature_pictures import draw_map, draw_neighbors
 from rsa_detectron2.tools._feature_options import (
     add_checkpoint_and_images,
     add_reading,

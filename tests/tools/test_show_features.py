@@ -11,7 +11,7 @@ from PIL import Image
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.engine import trainer
-from rsa_detectron2.pretrain.evaluate import pictures
+from rsa_detectron2.pretrain.evaluate import feature_pictures
 from rsa_detectron2.tools import show_features
 from rsa_detectron2.tools._weights import before_and_after, features_before, load_features, read_initial
 from tests.conftest import tiny_cfg
@@ -24,7 +24,8 @@ def call(tmp_path, monkeypatch):
 
     def draw(images, features, queries, path):
         given[:] = images, features, queries
-        return pictures.draw_neighbors(images, features, queries[:1], path)  # the first row, which is quicker
+        # Of the first row alone, which is quicker.
+        return feature_pictures.draw_neighbors(images, features, queries[:1], path)
 
     def run(*arguments):
         words = ["show_features", *arguments, "--output-dir", tmp_path / "out", "--workers", 0]
@@ -72,7 +73,7 @@ def test_a_run_on_images_without_labels(tmp_path, unlabeled, call, capsys):
     assert torch.equal(before[1], features_before(cfg).of(crops, "", replace=True).features)
     assert torch.equal(after[1], load_features(final)[0].of(crops, "", replace=True).features)
     assert not torch.equal(before[1], after[1])
-    assert len(queries) == 12 and queries == sorted({*queries}) and pictures.NEIGHBORS == 8
+    assert len(queries) == 12 and queries == sorted({*queries}) and feature_pictures.NEIGHBORS == 8
     features, cfg, provenance = load_features(final)
     features.projector = None  # another project's checkpoint, or a converted one, has none
     assert list(before_and_after(features, cfg, provenance, crops)) == ["nearest after pre-training"]

@@ -11,7 +11,7 @@ import pytest
 
 from rsa_detectron2.common import files
 from rsa_detectron2.common.errors import REQUEUE, InputError, Interrupted
-from rsa_detectron2.pretrain.engine import checkpoint
+from rsa_detectron2.pretrain.engine import checkpoint, past
 from rsa_detectron2.pretrain.engine import trainer as train_loop
 from tests.conftest import TINY, Program, assert_same, final_weights, processes, tiny_cfg
 
@@ -179,13 +179,13 @@ class SignalsWhenItEnds:
 
 
 def run_signaled_in_a_finalizer(cfg):
-    images_of = train_loop.images_of
+    images_of = past.images_of
 
     def signaled(*arguments):
         SignalsWhenItEnds()
         return images_of(*arguments)
 
-    train_loop.images_of = signaled
+    past.images_of = signaled
     run(cfg)
 
 

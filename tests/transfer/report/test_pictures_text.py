@@ -12,7 +12,7 @@ from PIL import Image
 
 from rsa_detectron2.common import fonts
 from rsa_detectron2.transfer.data.dataset import Dataset
-from rsa_detectron2.transfer.report import pictures
+from rsa_detectron2.transfer.report import detection_pictures, pictures
 from rsa_detectron2.transfer.report.tables import COLUMNS, Row
 from tests.conftest import write_json
 
@@ -79,7 +79,7 @@ def draw_all(folder, path, name):
     return [
         pictures.plot_curves(None, runs, folder / "c.png"),
         pictures.plot_ap(rows, folder / "a.png"),
-        pictures.draw_detections(path, folder, runs, folder / "d.png"),
+        detection_pictures.draw_detections(path, folder, runs, folder / "d.png"),
     ]
 
 
@@ -152,7 +152,7 @@ def test_classes_are_those_that_the_run_was_trained_with(tmp_path, installed, mo
     write_json([detection], folder / "inference", "coco_instances_results.json")
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.text", lambda ax, x, y, text, **options: drawn.append(text))
-    pictures.draw_detections(path, folder, {"run": folder}, folder / "d.png")
+    detection_pictures.draw_detections(path, folder, {"run": folder}, folder / "d.png")
     assert drawn == ["cat", "cat 0.75"]
 
 
@@ -162,5 +162,5 @@ def test_detections_on_images_without_annotations_are_drawn(tmp_path, installed,
     del coco["annotations"]
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.text", lambda ax, x, y, text, **options: drawn.append(text))
-    pictures.draw_detections(write_json(coco, folder), folder, {"run": folder}, folder / "d.png")
+    detection_pictures.draw_detections(write_json(coco, folder), folder, {"run": folder}, folder / "d.png")
     assert drawn == ["cat 0.90"]

@@ -17,7 +17,7 @@ from rsa_detectron2.transfer.config import torchvision_defaults
 from rsa_detectron2.transfer.data.annotations import dataset_name
 from rsa_detectron2.transfer.data.average_precision import AP_KEYS
 from rsa_detectron2.transfer.data.masks import to_rle
-from rsa_detectron2.transfer.report import paper, pictures
+from rsa_detectron2.transfer.report import detection_pictures, paper, pictures
 from rsa_detectron2.transfer.report import runs as results
 from rsa_detectron2.transfer.report.runs import Outcome, Setup
 from rsa_detectron2.transfer.report.tables import make_rows, own_row, table_cells, weights_label, write_csv
@@ -184,11 +184,8 @@ def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
     }
 
     def draw(**chosen):
-        return np.asarray(
-            Image.open(pictures.draw_detections(annotations, images, chosen, tmp_path / "d.png")).convert(
-                "RGB"
-            )
-        ).astype(int)
+        path = detection_pictures.draw_detections(annotations, images, chosen, tmp_path / "d.png")
+        return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
     two, empty = draw(run=runs["found"]), draw(run=runs["empty"])
     assert two.shape[1] == 900 and two.shape == empty.shape

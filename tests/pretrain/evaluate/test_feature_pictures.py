@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from rsa_detectron2.pretrain.data.datasets import open_images
-from rsa_detectron2.pretrain.evaluate import pictures
+from rsa_detectron2.pretrain.evaluate import feature_pictures as pictures
 
 
 def write_images(root, colors):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from rsa_detectron2.transfer.report.pictures import draw_on_copy, tint
+from rsa_detectron2.transfer.report.detection_pictures import draw_on_copy, tint
 
 RED = np.array([200, 0, 0])
 
