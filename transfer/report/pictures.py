@@ -95,6 +95,8 @@ def pretraining_panels(folder: str | Path) -> list[Panel]:
         sides = [
             [(label, series[key]) for key, label in side.items() if key in series] for side in (left, right)
         ]
+        if ylabel == "%" and len(sides[0]) == 1:  # which has no legend
+            ylabel = f"{sides[0][0][0]} (%)"
         if any(sides):
             panels.append((title, "step", (ylabel, ylabel2), sides))
     return panels

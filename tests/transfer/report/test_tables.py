@@ -174,6 +174,15 @@ def test_masks_from_polygons_and_both_rle_forms():
         assert (rle.decode(to_rle(segmentation, 20, 30)) == square).all()
 
 
+def test_a_curve_alone_is_named_on_its_axis(tmp_path):
+    """It has no legend. With others on its axis it has one."""
+    for more, label in (({}, "kNN top-1 (%)"), ({"consistency": 20.0}, "%")):
+        rows = [{"step": step, "knn_top1": 10.0, **more} for step in (0, 5)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        [panel] = pictures.pretraining_panels(tmp_path)
+        assert panel[0] == "Evaluation" and panel[2][0] == label
+
+
 def test_detections_show_masks_and_fall_back_to_the_best(tmp_path):
     annotations, images, truth = make_dataset(tmp_path)
     found = [{**a, "score": 0.9} for a in truth]
