@@ -17,7 +17,6 @@ from pathlib import Path
 from rsa_detectron2.common.cli import run
 from rsa_detectron2.common.errors import InputError
 from rsa_detectron2.pretrain.config import get_cfg
-from rsa_detectron2.pretrain.data.datasets import open_images
 from rsa_detectron2.pretrain.data.loader import MultiStageViews
 from rsa_detectron2.pretrain.evaluate import drift, pictures
 from rsa_detectron2.tools._feature_options import add_reading, apply_reading, check_at_least
@@ -62,13 +61,14 @@ def draw_noisy(args: argparse.Namespace) -> None:
 
     Small images are shown at their own size, as in pre-training.
     """
-    panels, folder = {}, Path(args.output_dir)
+    panels, folder, cfg = {}, Path(args.output_dir), get_cfg()
+    apply_reading(args, cfg)
     if args.titles and len(args.titles) != len(args.images):
         raise InputError(
             f"--titles has {len(args.titles)} titles: give one for each of the {len(args.images)} IMAGES"
         )
     for title, path in zip(args.titles or args.images, args.images):
-        images = open_images(path)
+        images = open_for(cfg, path)
         panels[title] = images, args.image_size or min(224, *images.read(0).shape[-2:])
     folder.mkdir(parents=True, exist_ok=True)
     print(pictures.draw_noisy(panels, args.seed, folder / "noisy.png", args.limit))
